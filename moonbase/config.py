@@ -1,0 +1,278 @@
+"""The network's configuration: Hugging Face field names, validated, frozen, saved into everything it produces.
+
+One class describes every K2-class model (DeepSeek-V3, V3.2, Moonlight, Kimi K2 and the text part of K2.5). Fields that
+would change the computation in a way moonbase does not implement are refused by name, never ignored.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from moonbase.errors import UserError
+
+Positive = Field(gt=0)
+
+
+class Frozen(BaseModel):
+    """Base of every configuration: immutable, and unknown keys are an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class RopeScaling(Frozen):
+    """YaRN (Peng et al. 2023) as DeepSeek-V3 and Kimi K2 publish it."""
+
+    type: Literal["yarn"] = "yarn"
+    factor: float = Field(ge=1)
+    """Context extension over `original_max_position_embeddings`: 32 (K2), 40 (V3), 64 (K2.5)."""
+    original_max_position_embeddings: int = Field(default=4096, gt=0)
+    beta_fast: float = Field(default=32.0, gt=0)
+    beta_slow: float = Field(default=1.0, gt=0)
+    mscale: float = Field(default=1.0, ge=0)
+    mscale_all_dim: float = Field(default=1.0, ge=0)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _accept_newer_names(cls, values: Any) -> Any:
+        # transformers 5 writes `rope_type`, repeats `rope_theta` here and may state the cos/sin multiplier.
+        if isinstance(values, dict):
+            values = {name: value for name, value in values.items() if value is not None}
+            if "rope_type" in values:
+                values["type"] = values.pop("rope_type")
+            values.pop("rope_theta", None)
+            values.pop("rope_interleave", None)
+            values.pop("partial_rotary_factor", None)
+        return values
+
+
+class ModelConfig(Frozen):
+    """A K2-class decoder: MLA attention and a sparse mixture of experts.
+
+    Field names, meanings and defaults are those of `DeepseekV3Config`; see `docs/architecture.md` for the table of
+    published values. Raises UserError (through `ModelConfig.parse`) on anything it cannot represent.
+    """
+
+    model_type: Literal["deepseek_v3", "deepseek_v32", "kimi_k2"] = "deepseek_v3"
+    vocab_size: int = Positive
+    hidden_size: int = Positive
+    intermediate_size: int = Positive
+    """Width of the feed-forward part of the leading dense layers."""
+    moe_intermediate_size: int = Positive
+    """Width of one expert."""
+    num_hidden_layers: int = Positive
+    first_k_dense_replace: int = Field(default=1, ge=0)
+    """How many leading layers are dense."""
+    num_attention_heads: int = Positive
+    q_lora_rank: int | None = None
+    """Rank of the query latent; None means one full-rank `q_proj` (Moonlight)."""
+    kv_lora_rank: int = Positive
+    qk_nope_head_dim: int = Positive
+    qk_rope_head_dim: int = Positive
+    v_head_dim: int = Positive
+    n_routed_experts: int = Positive
+    num_experts_per_tok: int = Positive
+    n_shared_experts: int = Field(default=1, ge=0)
+    n_group: int = Field(default=1, gt=0)
+    """Expert groups; 1 for Kimi, 8 for DeepSeek-V3."""
+    topk_group: int = Field(default=1, gt=0)
+    """How many groups a token may choose experts from."""
+    norm_topk_prob: bool = True
+    routed_scaling_factor: float = Field(default=1.0, gt=0)
+    scoring_func: Literal["sigmoid"] = "sigmoid"
+    topk_method: Literal["noaux_tc"] = "noaux_tc"
+    aux_loss_alpha: float = Field(default=0.001, ge=0)
+    """Weight of the sequence-wise balance loss as stored in published configurations; training sets its own."""
+    seq_aux: bool = True
+    num_nextn_predict_layers: int = Field(default=0, ge=0)
+    """Multi-token-prediction modules after the last layer (DeepSeek-V3 ships one)."""
+    rms_norm_eps: float = Field(default=1e-6, gt=0)
+    latent_norm_eps: float = Field(default=1e-6, gt=0)
+    """Epsilon of the two norms inside MLA. The reference implementation leaves it at 1e-6 whatever `rms_norm_eps` is."""
+    rope_theta: float = Field(default=10000.0, gt=0)
+    rope_scaling: RopeScaling | None = None
+    max_position_embeddings: int = Positive
+    initializer_range: float = Field(default=0.02, gt=0)
+    bos_token_id: int | None = None
+    eos_token_id: int | tuple[int, ...] | None = None
+    pad_token_id: int | None = None
+    index_n_heads: int | None = None
+    """DeepSeek sparse attention (V3.2): heads of the indexer; None means full attention."""
+    index_head_dim: int | None = None
+    index_topk: int | None = None
+
+    @model_validator(mode="after")
+    def _check_shapes(self) -> ModelConfig:
+        if self.n_routed_experts % self.n_group:
+            raise ValueError(f"n_routed_experts={self.n_routed_experts} must be a multiple of n_group={self.n_group}")
+        if self.topk_group > self.n_group:
+            raise ValueError(f"topk_group={self.topk_group} must not exceed n_group={self.n_group}")
+        eligible = self.n_routed_experts // self.n_group * self.topk_group
+        if self.num_experts_per_tok > eligible:
+            raise ValueError(f"num_experts_per_tok={self.num_experts_per_tok} exceeds the {eligible} eligible experts")
+        if self.n_group > 1 and self.n_routed_experts // self.n_group < 2:
+            raise ValueError("a group needs at least two experts: its score is the sum of its best two")
+        if self.qk_rope_head_dim % 2:
+            raise ValueError(f"qk_rope_head_dim={self.qk_rope_head_dim} must be even")
+        if self.first_k_dense_replace > self.num_hidden_layers:
+            raise ValueError("first_k_dense_replace must not exceed num_hidden_layers")
+        index = (self.index_n_heads, self.index_head_dim, self.index_topk)
+        if any(value is None for value in index) and any(value is not None for value in index):
+            raise ValueError("index_n_heads, index_head_dim and index_topk go together")
+        return self
+
+    # --- derived quantities -------------------------------------------------------------------------------------------
+
+    @property
+    def qk_head_dim(self) -> int:
+        return self.qk_nope_head_dim + self.qk_rope_head_dim
+
+    @property
+    def num_moe_layers(self) -> int:
+        return self.num_hidden_layers - self.first_k_dense_replace
+
+    @property
+    def softmax_scale(self) -> float:
+        """Logit scale (d_h + d_r)^(-1/2) · m², m = 0.1 · mscale_all_dim · ln(factor) + 1 (DeepSeek-V3 reference code)."""
+        scale = self.qk_head_dim**-0.5
+        if self.rope_scaling is not None and self.rope_scaling.mscale_all_dim:
+            scale *= yarn_mscale(self.rope_scaling.factor, self.rope_scaling.mscale_all_dim) ** 2
+        return scale
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """Every id that ends a generation."""
+        if self.eos_token_id is None:
+            return ()
+        return self.eos_token_id if isinstance(self.eos_token_id, tuple) else (self.eos_token_id,)
+
+    # --- reading and writing ------------------------------------------------------------------------------------------
+
+    @classmethod
+    def parse(cls, values: dict[str, Any], source: str = "model configuration") -> ModelConfig:
+        """Build from a Hugging Face `config.json` (K2.5's `text_config` is unwrapped). Raises UserError, one line."""
+        if not isinstance(values, dict):
+            raise UserError(f"{source}: expected a mapping of fields, found {type(values).__name__}")
+        if isinstance(values.get("text_config"), dict):
+            values = values["text_config"]
+        known, refused = {}, []
+        for name, value in values.items():
+            if name in cls.model_fields:
+                known[name] = value
+            elif name in _FIXED:
+                if value not in _FIXED[name]:
+                    refused.append(f"{name}={value!r} (supported: {_FIXED[name][0]!r})")
+            elif name not in _IRRELEVANT and name not in ("rope_parameters", "num_key_value_heads"):
+                refused.append(f"{name}={value!r} (unknown; remove it if it does not change the network)")
+        rope = values.get("rope_parameters")
+        if isinstance(rope, dict):
+            if rope.get("rope_theta") is not None:
+                known["rope_theta"] = rope["rope_theta"]
+            if rope.get("rope_type", "default") != "default":
+                known["rope_scaling"] = rope
+        if isinstance(known.get("rope_scaling"), dict):
+            kind = known["rope_scaling"].get("rope_type", known["rope_scaling"].get("type"))
+            if kind == "default":
+                known["rope_scaling"] = None
+        heads, kv_heads = values.get("num_attention_heads"), values.get("num_key_value_heads")
+        if kv_heads is not None and kv_heads != heads:
+            refused.append(f"num_key_value_heads={kv_heads} (MLA has one per attention head: {heads})")
+        if refused:
+            raise UserError(f"{source}: unsupported field {'; '.join(refused)}")
+        if values.get("model_type") not in (None, "deepseek_v3", "deepseek_v32", "kimi_k2"):
+            raise UserError(f"{source}: unsupported field model_type={values['model_type']!r} "
+                            "(supported: 'deepseek_v3', 'deepseek_v32', 'kimi_k2', 'kimi_k25')")
+        return validated(cls, known, source)
+
+    def to_hf(self) -> dict[str, Any]:
+        """The `config.json` that transformers reads without remote code."""
+        values = self.model_dump(exclude_none=True)
+        # transformers knows the architecture under DeepSeek's name; Kimi K2 is the same network.
+        values["model_type"] = "deepseek_v3" if self.model_type == "kimi_k2" else self.model_type
+        values["architectures"] = ["DeepseekV32ForCausalLM" if self.model_type == "deepseek_v32" else "DeepseekV3ForCausalLM"]
+        values |= {"num_key_value_heads": self.num_attention_heads, "hidden_act": "silu", "attention_bias": False,
+                   "attention_dropout": 0.0, "tie_word_embeddings": False, "moe_layer_freq": 1, "rope_interleave": True,
+                   "q_lora_rank": self.q_lora_rank}
+        if isinstance(self.eos_token_id, tuple):
+            values["eos_token_id"] = list(self.eos_token_id)
+        if self.rope_scaling is None:
+            values["rope_scaling"] = None
+        return values
+
+    @classmethod
+    def from_folder(cls, folder: str | Path) -> ModelConfig:
+        """Read `config.json` of a checkpoint folder. Raises UserError."""
+        path = Path(folder) / "config.json"
+        return cls.parse(read_json(path), source=str(path))
+
+
+def yarn_mscale(factor: float, mscale: float) -> float:
+    """YaRN's attention temperature: 0.1 · mscale · ln(factor) + 1."""
+    return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
+
+
+def read_json(path: str | Path) -> Any:
+    """Parse a JSON file. Raises UserError that names the file and the line."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}: not valid JSON at line {error.lineno}: {error.msg}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read: {error}") from None
+
+
+def validated(cls: type[Frozen], values: dict[str, Any], source: str) -> Any:
+    """Construct `cls`, turning pydantic's report into one line that names each wrong field."""
+    try:
+        return cls.model_validate(values)
+    except ValidationError as error:
+        problems = []
+        for item in error.errors():
+            name = ".".join(str(part) for part in item["loc"])
+            message = item["msg"].removeprefix("Value error, ")
+            if item["type"] == "extra_forbidden":
+                message = "unknown field"
+            elif item["type"] not in ("missing", "value_error"):
+                message += f", found {item['input']!r}"
+            problems.append(f"{name}: {message}" if name else message)
+        raise UserError(f"{source}: {'; '.join(problems)}") from None
+
+
+# Fields with one supported value: anything else would change the computation.
+_FIXED: dict[str, tuple[Any, ...]] = {
+    "hidden_act": ("silu",),
+    "attention_bias": (False, None),
+    "attention_dropout": (0.0, None),
+    "tie_word_embeddings": (False,),
+    "moe_layer_freq": (1,),
+    "rope_interleave": (True, None),
+    "pretraining_tp": (1, None),
+    "ep_size": (1, None),
+    "add_cross_attention": (False, None),
+    "is_decoder": (False, True),
+    "is_encoder_decoder": (False, None),
+    "mlp_bias": (False, None),
+    "sliding_window": (None,),
+    "chunk_size_feed_forward": (0,),
+    "pruned_heads": ({}, None),
+}
+
+# Fields that do not touch the network: bookkeeping, generation defaults, classification heads. `quantization_config`
+# describes storage and is read by the checkpoint reader. `head_dim` repeats qk_rope_head_dim in transformers' files.
+_IRRELEVANT = frozenset(
+    """architectures auto_map dtype torch_dtype transformers_version use_cache quantization_config num_local_experts
+    _name_or_path bad_words_ids begin_suppress_tokens cross_attention_hidden_size decoder_start_token_id
+    diversity_penalty do_sample early_stopping encoder_no_repeat_ngram_size exponential_decay_length_penalty
+    finetuning_task forced_bos_token_id forced_eos_token_id id2label label2id length_penalty max_length min_length
+    no_repeat_ngram_size num_beam_groups num_beams num_return_sequences output_attentions output_hidden_states
+    output_scores prefix problem_type remove_invalid_values repetition_penalty return_dict return_dict_in_generate
+    sep_token_id suppress_tokens task_specific_params temperature tf_legacy_loss tie_encoder_decoder tokenizer_class
+    top_k top_p typical_p use_bfloat16 torchscript is_llama_config head_dim qk_head_dim moonbase_version _attn_implementation
+    attn_implementation experts_implementation output_router_logits router_aux_loss_coef""".split()
+)

@@ -1,0 +1,226 @@
+"""What a run is made of: the recipe. One YAML file or preset name plus `key=value` overrides, saved into the run folder.
+
+`moonbase train RECIPE key=value ...` sets any field below by its dotted name: `steps=500 optimizer.lr=1e-3 data=my/texts`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import Field, field_validator, model_validator
+
+from moonbase.config import Frozen, ModelConfig, validated
+from moonbase.errors import UserError
+from moonbase.presets import load_preset, preset_names
+
+
+class Source(Frozen):
+    """One origin of training text."""
+
+    path: str
+    """A folder, a file, or `hub:NAME` for a streamed data set (extra `hub`)."""
+    weight: float = Field(default=1.0, gt=0)
+    """Share of this source in the token stream, relative to the other weights; 1 for all means in proportion to size."""
+    text_field: str = "text"
+    """Which field of a .jsonl or .parquet record holds the text."""
+
+
+class DataConfig(Frozen):
+    """Where text comes from and how it is cut."""
+
+    sources: tuple[Source, ...] = ()
+    tokenizer: str | None = None
+    """A tokenizer folder or file; None trains a byte-fallback BPE of the model's vocabulary size on the corpus."""
+    validation_fraction: float = Field(default=0.02, gt=0, lt=0.5)
+    """Share of documents held out, chosen by a hash of their content."""
+    max_documents: int | None = Field(default=None, gt=0)
+    max_bytes: int | None = Field(default=None, gt=0)
+    """Stop reading after this many bytes of text."""
+    workers: int | None = Field(default=None, gt=0)
+    """Tokenising processes; None takes one per core."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _accept_shorthand(cls, value: Any) -> Any:
+        # data=FOLDER and data=[FOLDER, FILE] are what most people write.
+        if isinstance(value, str | Path):
+            value = [value]
+        if isinstance(value, list | tuple):
+            value = {"sources": value}
+        return value
+
+    @field_validator("sources", mode="before")
+    @classmethod
+    def _accept_paths(cls, value: Any) -> Any:
+        if isinstance(value, str | Path):
+            value = [value]
+        return [{"path": str(item)} if isinstance(item, str | Path) else item for item in value]
+
+
+class OptimizerConfig(Frozen):
+    """MuonClip (Kimi K2 §2.1); `name: adamw` is the baseline."""
+
+    name: Literal["muonclip", "adamw"] = "muonclip"
+    lr: float = Field(default=1e-3, gt=0)
+    """Peak rate of the matrices (Muon) and, times `adam_lr_ratio`, of everything else (AdamW)."""
+    adam_lr_ratio: float = Field(default=1.0, gt=0)
+    weight_decay: float = Field(default=0.1, ge=0)
+    momentum: float = Field(default=0.95, ge=0, lt=1)
+    nesterov: bool = True
+    update_rms: float = Field(default=0.2, gt=0)
+    """Target RMS of a Muon update (Moonlight §2.2), which lets Muon share AdamW's rate and decay."""
+    ns_steps: int = Field(default=5, gt=0)
+    ns_coefficients: Literal["quintic", "polar_express"] = "quintic"
+    per_head: bool = False
+    """Orthogonalise q_b / kv_b head by head instead of as one matrix."""
+    adam_betas: tuple[float, float] = (0.9, 0.95)
+    adam_eps: float = Field(default=1e-8, gt=0)
+    qk_clip: float | None = Field(default=100.0, gt=0)
+    """τ: heads whose largest attention logit exceeds it are scaled back (K2 §2.1); None switches the clip off."""
+    grad_clip: float | None = Field(default=1.0, gt=0)
+
+
+class ScheduleConfig(Frozen):
+    """Learning rate over the run."""
+
+    kind: Literal["wsd", "cosine", "constant"] = "wsd"
+    warmup_steps: int = Field(default=20, ge=0)
+    decay_fraction: float = Field(default=0.3, ge=0, le=1)
+    """Last part of the run in which WSD decays."""
+    final_lr_ratio: float = Field(default=0.1, ge=0, le=1)
+
+
+class BalanceConfig(Frozen):
+    """Keeping the experts evenly used."""
+
+    bias_rate: float = Field(default=1e-3, ge=0)
+    """Step of the selection-only bias (DeepSeek-V3 γ, Moonlight u)."""
+    bias_rule: Literal["deepseek", "moonlight"] = "moonlight"
+    """deepseek: ± γ by the sign of the load error; moonlight: the sign less its mean over experts."""
+    sequence_loss: float = Field(default=1e-4, ge=0)
+    """α of the sequence-wise balance loss (DeepSeek-V3 §2.1.2); K2's value is not published."""
+
+
+class CheckpointConfig(Frozen):
+    every_minutes: float = Field(default=5.0, gt=0)
+    every_steps: int | None = Field(default=None, gt=0)
+    keep_last: int = Field(default=2, gt=0)
+
+
+class GuardConfig(Frozen):
+    """When a step is thrown away, and when training gives up."""
+
+    max_bad_steps: int = Field(default=10, gt=0)
+    """Consecutive skipped steps after which the run stops."""
+    spike_factor: float | None = Field(default=4.0, gt=1)
+    """A gradient norm above this multiple of its running median is a spike; None keeps only the NaN guard."""
+
+
+class Recipe(Frozen):
+    """Everything that determines a run."""
+
+    name: str = "run"
+    model: ModelConfig
+    stage: Literal["pretrain", "continue", "sft"] = "pretrain"
+    init: str | None = None
+    """Checkpoint folder to start from (stage continue or sft)."""
+    data: DataConfig = DataConfig()
+    sequence_length: int = Field(default=512, gt=1)
+    batch_size: int = Field(default=8, gt=0)
+    """Sequences per optimizer step, over all processes."""
+    micro_batch_size: int | None = Field(default=None, gt=0)
+    """Sequences per forward pass and process; None takes the whole share at once."""
+    steps: int = Field(default=500, gt=0)
+    optimizer: OptimizerConfig = OptimizerConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    balance: BalanceConfig = BalanceConfig()
+    mtp_loss: float = Field(default=0.3, ge=0)
+    """λ of the multi-token-prediction loss, where the model has such a module."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """auto: bf16 compute with fp32 masters on a GPU, fp32 on a CPU."""
+    compile: Literal["auto", "off", "blocks"] = "auto"
+    recompute: Literal["none", "selective", "full"] = "none"
+    """What is recomputed in the backward pass: nothing, the cheap wide parts, or whole blocks."""
+    validate_every: int = Field(default=100, gt=0)
+    validation_batches: int = Field(default=8, gt=0)
+    sample_every: int | None = Field(default=None, gt=0)
+    sample_prompts: tuple[str, ...] = ("def ", "import ", "class ")
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    guard: GuardConfig = GuardConfig()
+    tensorboard: bool = False
+    seed: int = 0
+
+    @model_validator(mode="after")
+    def _check(self) -> Recipe:
+        if self.sequence_length > self.model.max_position_embeddings:
+            raise ValueError(f"sequence_length={self.sequence_length} exceeds model.max_position_embeddings="
+                             f"{self.model.max_position_embeddings}")
+        if self.micro_batch_size is not None and self.batch_size % self.micro_batch_size:
+            raise ValueError(f"batch_size={self.batch_size} must be a multiple of micro_batch_size={self.micro_batch_size}")
+        if self.stage != "pretrain" and self.init is None:
+            raise ValueError(f"stage={self.stage} needs init=CHECKPOINT to start from")
+        return self
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.batch_size * self.sequence_length
+
+    def to_yaml(self) -> str:
+        """Every field, defaults included, so that the file alone repeats the run."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def load_recipe(recipe: str, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
+    """A recipe from a preset name or a YAML file, with `key=value` overrides. Raises UserError naming the field."""
+    if recipe in preset_names():
+        values, source = load_preset(recipe), f"preset {recipe}"
+    else:
+        path = Path(recipe)
+        if not path.is_file():
+            raise UserError(f"{recipe}: neither a preset ({', '.join(preset_names())}) nor a YAML file")
+        try:
+            values, source = yaml.safe_load(path.read_text(encoding="utf-8")), str(path)
+        except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+            raise UserError(f"{path}: not readable YAML: {' '.join(str(error).split())}") from None
+        if not isinstance(values, dict):
+            raise UserError(f"{path}: expected a mapping of recipe fields")
+    for override in overrides:
+        _apply_override(values, override)
+    model = values.get("model")
+    if isinstance(model, str):
+        values["model"] = load_preset(model)["model"]
+    if not isinstance(values.get("model"), dict):
+        raise UserError(f"{source}: model: a preset name or the network's fields are needed")
+    values["model"] = ModelConfig.parse(values["model"], source=f"{source}: model")
+    return validated(Recipe, values, source)
+
+
+def _apply_override(values: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator or not key:
+        raise UserError(f"{override!r}: overrides are written key=value, for example optimizer.lr=1e-3")
+    try:
+        value = yaml.safe_load(text) if text else None
+    except yaml.YAMLError:
+        value = text
+    if isinstance(value, str):
+        # YAML 1.1 reads 1e-3 as a word; people mean the number.
+        try:
+            value = float(value)
+        except ValueError:
+            pass
+    *parents, last = key.split(".")
+    node = values
+    for parent in parents:
+        child = node.get(parent)
+        if parent == "data" and isinstance(child, str | list):
+            child = {"sources": child}
+        if child is None:
+            child = {}
+        if not isinstance(child, dict):
+            raise UserError(f"{override!r}: {parent} has no fields of its own")
+        node[parent] = dict(child)
+        node = node[parent]
+    node[last] = value

@@ -1,0 +1,118 @@
+"""Parameters, FLOPs and bytes of a network, from its configuration alone (no tensor is made, torch is not imported).
+
+Conventions, stated because published figures differ:
+- `parameters` counts everything a checkpoint without MTP holds, router bias included.
+- `active_parameters` is what one token touches: all of it, with only `num_experts_per_tok` of the routed experts.
+- A multiply-add is 2 FLOPs; the embedding look-up, norms, rope, softmax and the router's top-k are not counted.
+- Training is three forward passes (one forward, two in the backward), causal attention over half the context on average.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from moonbase.config import ModelConfig
+from moonbase.layout import TensorSpec, checkpoint_layout
+
+FP8_BLOCK = 128
+INT4_GROUP = 32
+_FP8_KINDS = frozenset({"attention", "dense", "shared", "expert", "indexer", "mtp"})
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What `moonbase info` prints."""
+
+    parameters: int
+    active_parameters: int
+    active_parameters_without_embeddings: int
+    mtp_parameters: int
+    attention_parameters_per_layer: int
+    expert_parameters: int
+    train_flops_per_token: int
+    decode_flops_per_token: int
+    weight_bytes: dict[str, int]
+    kv_bytes_per_token: int
+    context: int
+
+
+def sizes(config: ModelConfig, context: int = 4096) -> Sizes:
+    """Sizes of `config`; the FLOPs are those of a token in sequences of `context` (training) or after it (decoding)."""
+    tensors = list(checkpoint_layout(config, mtp=False))
+    total = sum(tensor.numel for tensor in tensors)
+    active = sum(_active(config, tensor) for tensor in tensors)
+    embeddings = sum(tensor.numel for tensor in tensors if tensor.kind in ("embedding", "head"))
+    everything = list(checkpoint_layout(config, mtp=True))
+    first_attention = [t for t in tensors if t.name.startswith("model.layers.0.self_attn.") and not t.kind.startswith("indexer")]
+    return Sizes(
+        parameters=total,
+        active_parameters=active,
+        active_parameters_without_embeddings=active - embeddings,
+        mtp_parameters=sum(t.numel for t in everything if t.kind != "copy") - total,
+        attention_parameters_per_layer=sum(tensor.numel for tensor in first_attention),
+        expert_parameters=3 * config.hidden_size * config.moe_intermediate_size,
+        train_flops_per_token=train_flops_per_token(config, context),
+        decode_flops_per_token=decode_flops_per_token(config, context),
+        weight_bytes={name: weight_bytes(config, name) for name in ("bf16", "fp8", "int4")},
+        kv_bytes_per_token=kv_bytes_per_token(config),
+        context=context,
+    )
+
+
+def _active(config: ModelConfig, tensor: TensorSpec) -> int:
+    if tensor.kind == "expert":
+        return tensor.numel // tensor.count * config.num_experts_per_tok
+    return tensor.numel
+
+
+def matmul_parameters(config: ModelConfig) -> int:
+    """Weights that one token is multiplied with: the active ones less embedding, norms and biases."""
+    skipped = ("embedding", "norm", "bias")
+    return sum(_active(config, t) for t in checkpoint_layout(config, mtp=False) if t.kind not in skipped)
+
+
+def forward_flops_per_token(config: ModelConfig, context: int) -> int:
+    """One forward pass, expanded (training) form of MLA, causal attention: a token sees context/2 others on average."""
+    per_pair = 2 * config.num_attention_heads * (config.qk_head_dim + config.v_head_dim)
+    return 2 * matmul_parameters(config) + config.num_hidden_layers * per_pair * context // 2
+
+
+def train_flops_per_token(config: ModelConfig, context: int) -> int:
+    """Forward and backward. With MTP modules the extra layer is not counted."""
+    return 3 * forward_flops_per_token(config, context)
+
+
+def decode_flops_per_token(config: ModelConfig, context: int) -> int:
+    """One decoded token after `context` others, absorbed form of MLA: scores and values are read from the latent."""
+    seen = context if config.index_topk is None else min(context, config.index_topk)
+    per_pair = 2 * config.num_attention_heads * (2 * config.kv_lora_rank + config.qk_rope_head_dim)
+    flops = 2 * matmul_parameters(config) + config.num_hidden_layers * per_pair * seen
+    if config.index_n_heads is not None:
+        flops += config.num_hidden_layers * 2 * config.index_n_heads * config.index_head_dim * context
+    return flops
+
+
+def kv_bytes_per_token(config: ModelConfig, bytes_per_value: int = 2) -> int:
+    """Latent cache: kv_lora_rank + qk_rope_head_dim values per token and layer, bf16 unless told otherwise."""
+    return config.num_hidden_layers * (config.kv_lora_rank + config.qk_rope_head_dim) * bytes_per_value
+
+
+def weight_bytes(config: ModelConfig, fmt: str) -> int:
+    """Bytes of the published storage formats: `bf16`, `fp8` (128×128 blocks, fp32 scales), `int4` (routed experts only,
+    groups of 32, bf16 scales, plus two int32 of shape per tensor). Router biases stay fp32 everywhere."""
+    return sum(_tensor_bytes(tensor, fmt) for tensor in checkpoint_layout(config, mtp=False))
+
+
+def _tensor_bytes(tensor: TensorSpec, fmt: str) -> int:
+    if tensor.kind == "bias":
+        return 4 * tensor.numel
+    if fmt == "fp8" and tensor.kind in _FP8_KINDS:
+        blocks = math.prod(-(-size // FP8_BLOCK) for size in tensor.shape)
+        return tensor.numel + 4 * blocks * tensor.count
+    if fmt == "int4" and tensor.kind == "expert":
+        rows, columns = tensor.shape
+        packed = rows * -(-columns // 8) * 4
+        scales = rows * -(-columns // INT4_GROUP) * 2
+        return (packed + scales + 8) * tensor.count
+    return 2 * tensor.numel

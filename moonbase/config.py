@@ -9,9 +9,9 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from moonbase.errors import UserError
 
@@ -22,6 +22,17 @@ class Frozen(BaseModel):
     """Base of every configuration: immutable, and unknown keys are an error."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _refuse_truth_as_number(cls, value: Any, info: ValidationInfo) -> Any:
+        # pydantic would read `steps: true` as one step.
+        if isinstance(value, bool) and info.field_name is not None:
+            annotation = cls.model_fields[info.field_name].annotation
+            accepted = {annotation, *get_args(annotation)}
+            if accepted & {int, float} and bool not in accepted:
+                raise ValueError(f"a number is needed, found {value}")
+        return value
 
 
 class RopeScaling(Frozen):
@@ -92,7 +103,7 @@ class ModelConfig(Frozen):
     """Multi-token-prediction modules after the last layer (DeepSeek-V3 ships one)."""
     rms_norm_eps: float = Field(default=1e-6, gt=0)
     latent_norm_eps: float = Field(default=1e-6, gt=0)
-    """Epsilon of the two norms inside MLA. The reference implementation leaves it at 1e-6 whatever `rms_norm_eps` is."""
+    """Epsilon of the two norms inside MLA; the reference implementation keeps 1e-6 whatever `rms_norm_eps` is."""
     rope_theta: float = Field(default=10000.0, gt=0)
     rope_scaling: RopeScaling | None = None
     max_position_embeddings: int = Positive
@@ -137,7 +148,7 @@ class ModelConfig(Frozen):
 
     @property
     def softmax_scale(self) -> float:
-        """Logit scale (d_h + d_r)^(-1/2) · m², m = 0.1 · mscale_all_dim · ln(factor) + 1 (DeepSeek-V3 reference code)."""
+        """Logit scale (d_h + d_r)^(-1/2) · m², m = 0.1 · mscale_all_dim · ln(factor) + 1 (DeepSeek-V3's code)."""
         scale = self.qk_head_dim**-0.5
         if self.rope_scaling is not None and self.rope_scaling.mscale_all_dim:
             scale *= yarn_mscale(self.rope_scaling.factor, self.rope_scaling.mscale_all_dim) ** 2
@@ -193,7 +204,8 @@ class ModelConfig(Frozen):
         values = self.model_dump(exclude_none=True)
         # transformers knows the architecture under DeepSeek's name; Kimi K2 is the same network.
         values["model_type"] = "deepseek_v3" if self.model_type == "kimi_k2" else self.model_type
-        values["architectures"] = ["DeepseekV32ForCausalLM" if self.model_type == "deepseek_v32" else "DeepseekV3ForCausalLM"]
+        version = "V32" if self.model_type == "deepseek_v32" else "V3"
+        values["architectures"] = [f"Deepseek{version}ForCausalLM"]
         values |= {"num_key_value_heads": self.num_attention_heads, "hidden_act": "silu", "attention_bias": False,
                    "attention_dropout": 0.0, "tie_word_embeddings": False, "moe_layer_freq": 1, "rope_interleave": True,
                    "q_lora_rank": self.q_lora_rank}
@@ -238,6 +250,8 @@ def validated(cls: type[Frozen], values: dict[str, Any], source: str) -> Any:
             message = item["msg"].removeprefix("Value error, ")
             if item["type"] == "extra_forbidden":
                 message = "unknown field"
+            elif item["type"] == "model_type":
+                message = f"a mapping of fields is needed, found {item['input']!r}"
             elif item["type"] not in ("missing", "value_error"):
                 message += f", found {item['input']!r}"
             problems.append(f"{name}: {message}" if name else message)
@@ -273,6 +287,6 @@ _IRRELEVANT = frozenset(
     no_repeat_ngram_size num_beam_groups num_beams num_return_sequences output_attentions output_hidden_states
     output_scores prefix problem_type remove_invalid_values repetition_penalty return_dict return_dict_in_generate
     sep_token_id suppress_tokens task_specific_params temperature tf_legacy_loss tie_encoder_decoder tokenizer_class
-    top_k top_p typical_p use_bfloat16 torchscript is_llama_config head_dim qk_head_dim moonbase_version _attn_implementation
-    attn_implementation experts_implementation output_router_logits router_aux_loss_coef""".split()
+    top_k top_p typical_p use_bfloat16 torchscript is_llama_config head_dim qk_head_dim moonbase_version
+    _attn_implementation attn_implementation experts_implementation output_router_logits router_aux_loss_coef""".split()
 )

@@ -1,7 +1,7 @@
 """Writing files so that nothing half-written is ever left under its final name.
 
 Everything is written beside its final place, flushed to the disk, and renamed. A crash leaves at most a `.partial-*`
-sibling, which the next writer removes.
+sibling, which `remove_partial` clears away; a folder that was being replaced comes back under its name.
 """
 
 from __future__ import annotations
@@ -17,11 +17,12 @@ from pathlib import Path
 from moonbase.errors import UserError
 
 PARTIAL = ".partial-"
+RETIRED = ".retired-"
 
 
-def partial_sibling(path: Path) -> Path:
+def partial_sibling(path: Path, prefix: str = PARTIAL) -> Path:
     """A fresh name beside `path`, so that the final rename stays on one file system."""
-    return path.parent / f"{PARTIAL}{path.name}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
+    return path.parent / f"{prefix}{path.name}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
 
 
 def fsync_path(path: Path) -> None:
@@ -35,11 +36,13 @@ def fsync_path(path: Path) -> None:
 
 def explain_os_error(error: OSError, path: Path) -> UserError:
     """Turn the operating system's complaint into one line with the mend."""
-    name = error.filename or path
+    name = path if error.filename is None or PARTIAL in str(error.filename) else error.filename
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return UserError(f"{path}: the disk is full. Free some space or choose another folder, then run again.")
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return UserError(f"{name}: no permission to write here. Choose a folder that you may write to.")
+    if error.errno == errno.ENOENT and name == path and not path.parent.is_dir():
+        return UserError(f"{path.parent}: no such folder")
     if error.errno == errno.ENOTDIR:
         return UserError(f"{name}: a part of this path is a file, not a folder. Choose another path.")
     return UserError(f"{name}: {error.strerror or error}")
@@ -73,9 +76,12 @@ def write_bytes(path: str | Path, content: bytes) -> None:
             os.fsync(file.fileno())
         os.replace(partial, path)
         fsync_path(path.parent)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise explain_os_error(error, path) from None
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            partial.unlink()
+        if isinstance(error, OSError):
+            raise explain_os_error(error, path) from None
+        raise
 
 
 @contextlib.contextmanager
@@ -92,8 +98,10 @@ def write_folder(path: str | Path) -> Iterator[Path]:
         yield partial
         for item in [*partial.rglob("*"), partial]:
             fsync_path(item)
+        if path.exists() and not path.is_dir():
+            raise UserError(f"{path}: a file with this name is in the way. Remove it or choose another folder.")
         if path.exists():
-            retired = partial_sibling(path)
+            retired = partial_sibling(path, RETIRED)
             os.rename(path, retired)
             os.rename(partial, path)
             shutil.rmtree(retired, ignore_errors=True)
@@ -109,7 +117,14 @@ def write_folder(path: str | Path) -> Iterator[Path]:
 
 
 def remove_partial(folder: str | Path) -> None:
-    """Remove what a killed writer left in `folder`."""
+    """Remove what a killed writer left in `folder`; a folder it had moved aside without putting the new one in place
+    gets its name back."""
+    for retired in Path(folder).glob(f"{RETIRED}*"):
+        original = retired.with_name(retired.name.removeprefix(RETIRED).rsplit("-", 2)[0])
+        if original.exists():
+            shutil.rmtree(retired, ignore_errors=True)
+        else:
+            os.rename(retired, original)
     for leftover in Path(folder).glob(f"{PARTIAL}*"):
         if leftover.is_dir():
             shutil.rmtree(leftover, ignore_errors=True)

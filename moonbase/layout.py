@@ -18,7 +18,8 @@ class TensorSpec(NamedTuple):
     name: str
     shape: tuple[int, ...]
     kind: str
-    """embedding, head, norm, bias, router, attention, dense, shared, expert, indexer, indexer_small (kept unquantised) or mtp."""
+    """embedding, head, norm, bias, router, attention, dense, shared, expert, indexer, indexer_small (kept unquantised),
+    mtp, or copy (of the embedding or the head)."""
     count: int = 1
 
     @property
@@ -81,9 +82,10 @@ def _layer_layout(config: ModelConfig, prefix: str, dense: bool) -> Iterator[Ten
         return
     yield TensorSpec(mlp + "gate.weight", (config.n_routed_experts, hidden), "router")
     yield TensorSpec(mlp + "gate.e_score_correction_bias", (config.n_routed_experts,), "bias")
-    yield from _ffn_layout(mlp + "experts.{expert}.", hidden, config.moe_intermediate_size, "expert", config.n_routed_experts)
+    width = config.moe_intermediate_size
+    yield from _ffn_layout(mlp + "experts.{expert}.", hidden, width, "expert", config.n_routed_experts)
     if config.n_shared_experts:
-        yield from _ffn_layout(mlp + "shared_experts.", hidden, config.n_shared_experts * config.moe_intermediate_size, "shared")
+        yield from _ffn_layout(mlp + "shared_experts.", hidden, config.n_shared_experts * width, "shared")
 
 
 def _ffn_layout(prefix: str, hidden: int, width: int, kind: str, count: int = 1) -> Iterator[TensorSpec]:

@@ -1,10 +1,13 @@
-"""What a run is made of: the recipe. One YAML file or preset name plus `key=value` overrides, saved into the run folder.
+"""What a run is made of: the recipe. A YAML file or preset name plus `key=value` overrides, saved into the run folder.
 
-`moonbase train RECIPE key=value ...` sets any field below by its dotted name: `steps=500 optimizer.lr=1e-3 data=my/texts`.
+`moonbase train RECIPE key=value ...` sets any field below by its dotted name: `steps=500 optimizer.lr=1e-3
+data=my/texts`.
 """
 
 from __future__ import annotations
 
+import os
+import re
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,7 +25,7 @@ class Source(Frozen):
     path: str
     """A folder, a file, or `hub:NAME` for a streamed data set (extra `hub`)."""
     weight: float = Field(default=1.0, gt=0)
-    """Share of this source in the token stream, relative to the other weights; 1 for all means in proportion to size."""
+    """Share of this source in the token stream relative to the others; 1 for all means in proportion to size."""
     text_field: str = "text"
     """Which field of a .jsonl or .parquet record holds the text."""
 
@@ -56,6 +59,10 @@ class DataConfig(Frozen):
     def _accept_paths(cls, value: Any) -> Any:
         if isinstance(value, str | Path):
             value = [value]
+        if isinstance(value, dict):
+            value = [value]
+        if not isinstance(value, list | tuple):
+            raise ValueError(f"a folder, a file or a list of them is needed, found {value!r}")
         return [{"path": str(item)} if isinstance(item, str | Path) else item for item in value]
 
 
@@ -123,9 +130,9 @@ class Recipe(Frozen):
 
     name: str = "run"
     model: ModelConfig
-    stage: Literal["pretrain", "continue", "sft"] = "pretrain"
+    stage: Literal["pretrain", "continue"] = "pretrain"
     init: str | None = None
-    """Checkpoint folder to start from (stage continue or sft)."""
+    """Checkpoint folder to start from (stage continue)."""
     data: DataConfig = DataConfig()
     sequence_length: int = Field(default=512, gt=1)
     batch_size: int = Field(default=8, gt=0)
@@ -152,13 +159,28 @@ class Recipe(Frozen):
     tensorboard: bool = False
     seed: int = 0
 
+    @field_validator("name")
+    @classmethod
+    def _check_name(cls, value: str) -> str:
+        # The run folder is called after it.
+        if value in ("", ".", "..") or not set(value).isdisjoint("/\\\0"):
+            raise ValueError(f"a plain name is needed, without slashes, found {value!r}")
+        return value
+
+    @field_validator("compile", mode="before")
+    @classmethod
+    def _accept_yaml_off(cls, value: Any) -> Any:
+        # YAML 1.1 reads an unquoted `off` as false.
+        return "off" if value is False else value
+
     @model_validator(mode="after")
     def _check(self) -> Recipe:
         if self.sequence_length > self.model.max_position_embeddings:
             raise ValueError(f"sequence_length={self.sequence_length} exceeds model.max_position_embeddings="
                              f"{self.model.max_position_embeddings}")
         if self.micro_batch_size is not None and self.batch_size % self.micro_batch_size:
-            raise ValueError(f"batch_size={self.batch_size} must be a multiple of micro_batch_size={self.micro_batch_size}")
+            raise ValueError(f"batch_size={self.batch_size} must be a multiple of "
+                             f"micro_batch_size={self.micro_batch_size}")
         if self.stage != "pretrain" and self.init is None:
             raise ValueError(f"stage={self.stage} needs init=CHECKPOINT to start from")
         return self
@@ -172,13 +194,17 @@ class Recipe(Frozen):
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
+_WORDS = frozenset({"name", "init", "data", "data.sources", "data.tokenizer"})
+_SCIENTIFIC = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)[eE][+-]?\d+")
+
+
 def load_recipe(recipe: str, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
     """A recipe from a preset name or a YAML file, with `key=value` overrides. Raises UserError naming the field."""
     if recipe in preset_names():
         values, source = load_preset(recipe), f"preset {recipe}"
     else:
         path = Path(recipe)
-        if not path.is_file():
+        if not os.path.isfile(path):
             raise UserError(f"{recipe}: neither a preset ({', '.join(preset_names())}) nor a YAML file")
         try:
             values, source = yaml.safe_load(path.read_text(encoding="utf-8")), str(path)
@@ -199,22 +225,27 @@ def load_recipe(recipe: str, overrides: list[str] | tuple[str, ...] = ()) -> Rec
 
 def _apply_override(values: dict[str, Any], override: str) -> None:
     key, separator, text = override.partition("=")
-    if not separator or not key:
+    if not separator or "" in key.split("."):
         raise UserError(f"{override!r}: overrides are written key=value, for example optimizer.lr=1e-3")
     try:
         value = yaml.safe_load(text) if text else None
     except yaml.YAMLError:
         value = text
-    if isinstance(value, str):
-        # YAML 1.1 reads 1e-3 as a word; people mean the number.
-        try:
-            value = float(value)
-        except ValueError:
-            pass
+    if _SCIENTIFIC.fullmatch(text):
+        # YAML 1.1 reads 1e-3 as a word; people mean the number. A quoted one stays a word.
+        value = float(text)
+    if key in _WORDS and not isinstance(value, str | list | dict | None):
+        # A folder called 2024 is not a number.
+        value = text
+    if key == "data" and isinstance(value, str | list):
+        # The other fields of `data` stay as an earlier override set them.
+        key = "data.sources"
     *parents, last = key.split(".")
     node = values
     for parent in parents:
         child = node.get(parent)
+        if parent == "model" and isinstance(child, str):
+            child = load_preset(child)["model"]
         if parent == "data" and isinstance(child, str | list):
             child = {"sources": child}
         if child is None:

@@ -4,7 +4,7 @@ Conventions, stated because published figures differ:
 - `parameters` counts everything a checkpoint without MTP holds, router bias included.
 - `active_parameters` is what one token touches: all of it, with only `num_experts_per_tok` of the routed experts.
 - A multiply-add is 2 FLOPs; the embedding look-up, norms, rope, softmax and the router's top-k are not counted.
-- Training is three forward passes (one forward, two in the backward), causal attention over half the context on average.
+- Training is three forward passes (one forward, two in the backward); causal attention sees half the context.
 """
 
 from __future__ import annotations
@@ -44,7 +44,8 @@ def sizes(config: ModelConfig, context: int = 4096) -> Sizes:
     active = sum(_active(config, tensor) for tensor in tensors)
     embeddings = sum(tensor.numel for tensor in tensors if tensor.kind in ("embedding", "head"))
     everything = list(checkpoint_layout(config, mtp=True))
-    first_attention = [t for t in tensors if t.name.startswith("model.layers.0.self_attn.") and not t.kind.startswith("indexer")]
+    first = "model.layers.0.self_attn."
+    first_attention = [t for t in tensors if t.name.startswith(first) and not t.kind.startswith("indexer")]
     return Sizes(
         parameters=total,
         active_parameters=active,

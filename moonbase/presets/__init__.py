@@ -20,7 +20,7 @@ def preset_names() -> tuple[str, ...]:
 
 
 def load_preset(name: str) -> dict[str, Any]:
-    """The preset's YAML as a plain mapping. Raises UserError that lists the presets where there is none of that name."""
+    """The preset's YAML as a plain mapping. Raises UserError, listing the presets, where none has that name."""
     if name not in preset_names():
         raise UserError(f"no preset {name!r}. Presets: {', '.join(preset_names())}")
     return yaml.safe_load((resources.files(__package__) / f"{name}.yaml").read_text(encoding="utf-8"))

@@ -1,0 +1,86 @@
+"""The codecs of quantised weights: fp8 in blocks and INT4 in groups.
+
+fp8 (DeepSeek-V3, Kimi K2): float8_e4m3fn with one fp32 scale per block of 128x128, stored as `weight_scale_inv`; a
+weight is the stored value times the scale, whatever the name says. Blocks at the edges are smaller.
+
+INT4 (Kimi K2-Thinking, K2.5; compressed-tensors "pack-quantized"): groups of 32 along the input dimension share a bf16
+scale. A number q in -8..7 is stored as the nibble q + 8; element 8c + i of a row sits in bits 4i..4i+3 of its int32
+number c. Only routed experts are stored this way.
+
+Shapes: O output rows, I input columns of one matrix.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from moonbase.checkpoint.quantization import FP8_BLOCK, INT4_GROUP
+
+FP8_MAX = 448.0
+# Floor of an INT4 scale: what the public quantisation-aware training code uses; keeps all-zero groups finite.
+INT4_SCALE_FLOOR = 1e-5
+
+Int4Rule = Literal["absmax/7", "absmax/7.5"]
+INT4_RULES: dict[str, tuple[float, int]] = {"absmax/7": (7.0, -7), "absmax/7.5": (7.5, -8)}
+"""Divisor of a group's largest magnitude, and the smallest number used.
+
+Which one the published weights were trained with is not known.
+"""
+
+
+# --- fp8 --------------------------------------------------------------------------------------------------------------
+
+
+def quantize_fp8(weight: Tensor, block: tuple[int, int] = FP8_BLOCK) -> tuple[Tensor, Tensor]:
+    """Weight [O, I] in any float dtype -> float8_e4m3fn [O, I] and fp32 scale [⌈O/128⌉, ⌈I/128⌉]: absmax / 448."""
+    rows, columns = weight.shape
+    padded = torch.nn.functional.pad(weight.float(), (0, -columns % block[1], 0, -rows % block[0]))
+    tiles = padded.unflatten(1, (-1, block[1])).unflatten(0, (-1, block[0]))
+    largest = tiles.abs().amax(dim=(1, 3))
+    scale = torch.where(largest > 0, (largest / FP8_MAX).clamp_min(torch.finfo(torch.float32).tiny), 1.0)
+    stored = (tiles / scale[:, None, :, None]).clamp_(-FP8_MAX, FP8_MAX).reshape(padded.shape)
+    return stored[:rows, :columns].to(torch.float8_e4m3fn).contiguous(), scale
+
+
+def dequantize_fp8(stored: Tensor, scale: Tensor, block: tuple[int, int] = FP8_BLOCK) -> Tensor:
+    """float8_e4m3fn [O, I] and its scales -> fp32 [O, I]."""
+    rows, columns = stored.shape
+    weight = stored.float()
+    weight *= scale.float().repeat_interleave(block[0], 0)[:rows].repeat_interleave(block[1], 1)[:, :columns]
+    return weight
+
+
+# --- INT4 -------------------------------------------------------------------------------------------------------------
+
+
+def pack_int4(numbers: Tensor) -> Tensor:
+    """Integers in -8..7, [O, I] -> int32 [O, I/8]."""
+    nibbles = (numbers + 8).to(torch.uint8)
+    return (nibbles[:, 0::2] | nibbles[:, 1::2] << 4).contiguous().view(torch.int32)
+
+
+def unpack_int4(packed: Tensor) -> Tensor:
+    """int32 [O, I/8] -> int8 numbers in -8..7, [O, I]."""
+    pairs = packed.contiguous().view(torch.uint8)
+    return torch.stack((pairs & 15, pairs >> 4), dim=-1).flatten(1).to(torch.int8) - 8
+
+
+def quantize_int4(weight: Tensor, rule: Int4Rule = "absmax/7", group: int = INT4_GROUP) -> tuple[Tensor, Tensor]:
+    """Weight [O, I] -> int32 [O, I/8] and bf16 scale [O, I/group].
+
+    The number is the weight over the *stored* (bf16) scale, rounded half to even: what a reader multiplies back.
+    """
+    divisor, lowest = INT4_RULES[rule]
+    groups = weight.float().unflatten(1, (-1, group))
+    scale = (groups.abs().amax(dim=-1) / divisor).clamp_min(INT4_SCALE_FLOOR).bfloat16()
+    numbers = (groups / scale.float().unsqueeze(-1)).round_().clamp_(lowest, 7)
+    return pack_int4(numbers.flatten(1).to(torch.int8)), scale
+
+
+def dequantize_int4(packed: Tensor, scale: Tensor, group: int = INT4_GROUP) -> Tensor:
+    """int32 [O, I/8] and scale [O, I/group] -> fp32 [O, I]."""
+    numbers = unpack_int4(packed).float().unflatten(1, (-1, group))
+    return numbers.mul_(scale.float().unsqueeze(-1)).flatten(1)

@@ -1,0 +1,332 @@
+"""The `moonbase` command: one thin verb per capability.
+
+A verb imports its room when it runs, so that `--help` and `info` answer at once. Results go to standard output,
+progress to standard error; with `--json` a verb prints exactly one JSON object. Exit codes: 0 done, 1 failed,
+2 the user's mistake, 75 worth trying again, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from moonbase.errors import TrainingStopped, TryAgain, UserError
+
+INTERRUPTED = 130
+
+app = typer.Typer(
+    name="moonbase",
+    help="Train, convert, measure and talk to K2-class models, from two CPU cores up.",
+    epilog="Start here:  moonbase quickstart",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+class Format(StrEnum):
+    """What `moonbase convert` writes."""
+
+    hf = "hf"
+    hf_int4 = "hf-int4"
+    hf_fp8 = "hf-fp8"
+
+
+def _complete_preset(incomplete: str) -> list[str]:
+    from moonbase.presets import preset_names
+
+    return [name for name in preset_names() if name.startswith(incomplete)]
+
+
+AsJson = Annotated[bool, typer.Option("--json", help="One JSON object on standard output, nothing else there.")]
+Preset = Annotated[str | None, typer.Option(help="Preset name.", autocompletion=_complete_preset)]
+
+
+# --- verbs ------------------------------------------------------------------------------------------------------------
+
+
+@app.command(epilog="Example:  moonbase quickstart --minutes 3")
+def quickstart(
+    preset: Annotated[str, typer.Option(help="What to train: pico on a CPU, nano on a GPU.",
+                                        autocompletion=_complete_preset)] = "pico",
+    out: Annotated[Path, typer.Option(help="Run folder.")] = Path("runs/quickstart"),
+    minutes: Annotated[float, typer.Option(min=0.01, help="Time for the training part.")] = 3.0,
+    as_json: AsJson = False,
+) -> None:
+    """The whole chain on this machine: corpus, tokenizer, training, measurement, samples, report."""
+    from moonbase.quickstart import quickstart as run_quickstart
+
+    _deliver(as_json, lambda: run_quickstart(preset=preset, folder=out, minutes=minutes))
+
+
+@app.command(epilog="Examples:  moonbase train pico data=my/texts steps=500\n\n"
+                    "  moonbase train my-recipe.yaml optimizer.lr=2e-3 --out runs/second\n\n"
+                    "  moonbase train runs/second --resume")
+def train(
+    recipe: Annotated[str, typer.Argument(help="A preset, a YAML file, or a run folder to repeat or resume.",
+                                          metavar="RECIPE", autocompletion=_complete_preset)],
+    overrides: Annotated[list[str] | None, typer.Argument(
+        metavar="key=value ...", help="Recipe fields by dotted name, such as optimizer.lr=2e-3.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint of the run folder.")] = False,
+    out: Annotated[Path | None, typer.Option(help="Run folder.", show_default="runs/NAME of the recipe")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Pretrain, continue or fine-tune. Under torchrun the work is shared among its processes."""
+    from moonbase.recipe import load_recipe
+
+    if os.path.isfile(Path(recipe) / "config.yaml"):
+        if out is None and not resume:
+            raise UserError(f"{recipe} is a run folder: add --resume to go on, or --out NEW to repeat its recipe")
+        out = out or Path(recipe)
+        recipe = str(Path(recipe) / "config.yaml")
+    plan = load_recipe(recipe, overrides or ())
+
+    from moonbase.train.run import default_run_folder
+    from moonbase.train.run import train as run_training
+
+    folder = out or default_run_folder(plan)
+    result = _deliver(as_json, lambda: run_training(plan, folder, resume=resume, make_sampler=_sampler), _show_run)
+    if result.get("status") == "stopped":
+        raise typer.Exit(INTERRUPTED)
+
+
+def _sampler(model: Any, tokenizer: Any) -> Callable[[list[str]], list[str]]:
+    """What training draws its samples with: rooms of one floor meet here."""
+    from moonbase.engine import Engine
+
+    return Engine(model, tokenizer).generate
+
+
+@app.command(epilog="Examples:  moonbase info kimi-k2\n\n  moonbase info runs/quickstart --json")
+def info(
+    model: Annotated[str, typer.Argument(help="A preset, preset:NAME, a config.json, a checkpoint or a run folder.",
+                                         metavar="MODEL|PRESET", autocompletion=_complete_preset)],
+    context: Annotated[int | None, typer.Option(min=1, help="Tokens of context that the FLOPs are stated for.",
+                                                show_default="4096, or the model's limit")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Parameters, active parameters, FLOPs per token, weight bytes and KV bytes per token."""
+    from moonbase import cli_info
+
+    _deliver(as_json, lambda: cli_info.describe(model, context), cli_info.show)
+
+
+@app.command(epilog="Example:  moonbase convert runs/quickstart exported --format hf")
+def convert(
+    source: Annotated[str, typer.Argument(metavar="SRC", help="A run folder or a checkpoint folder.")],
+    destination: Annotated[Path, typer.Argument(metavar="DST", help="Folder to write; it must not exist yet.")],
+    to: Annotated[Format, typer.Option("--format", help="Layout and number format of the weights.")] = Format.hf,
+    mtp: Annotated[bool | None, typer.Option(help="Keep or drop multi-token-prediction modules.",
+                                             show_default="as in the source")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write a checkpoint in another format: bf16, INT4 experts or FP8 blocks, in the Hugging Face layout."""
+    from moonbase import checkpoint
+    from moonbase.report.console import Console
+
+    def work() -> dict[str, Any]:
+        folder = checkpoint.resolve_model_folder(source)
+        with Console() as progress:
+            checkpoint.convert(folder, destination, to.value, mtp=mtp, progress=progress)
+        shards = list(destination.glob("*.safetensors"))
+        return {"source": folder, "destination": destination, "format": to.value, "files": len(shards),
+                "bytes": sum(shard.stat().st_size for shard in shards)}
+
+    _deliver(as_json, work, lambda made: print(f"{destination}: {made['bytes'] / 1e6:,.1f} MB of weights, {to.value}"))
+
+
+@app.command(epilog="Example:  moonbase bench train --preset pico --peer transformers")
+def bench(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="What to measure, such as train or optimizer.")],
+    preset: Preset = None,
+    peer: Annotated[str | None, typer.Option(help="Measure this package beside moonbase in the same run.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Measure speed and memory, side by side with a peer, in one table."""
+    from moonbase.bench import run as run_bench
+
+    options = {key: value for key, value in {"preset": preset, "peer": peer}.items() if value is not None}
+    _deliver(as_json, lambda: run_bench(name, **options), _show_bench)
+
+
+@app.command(epilog="Example:  moonbase chat runs/quickstart")
+def chat(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A run folder, a checkpoint folder or preset:NAME.")],
+) -> None:
+    """Talk to a model in the terminal, streaming."""
+    from moonbase.terminal import chat as run_chat
+
+    run_chat(model)
+
+
+def _print_versions(wanted: bool) -> None:
+    if not wanted:
+        return
+    import platform
+
+    import torch
+
+    from moonbase import __version__
+
+    device = f"CPU, {os.cpu_count()} cores"
+    if torch.cuda.is_available():
+        device = f"{torch.cuda.device_count()} x {torch.cuda.get_device_name(0)} (CUDA {torch.version.cuda})"
+    print(f"moonbase {__version__}", f"torch {torch.__version__}", f"python {platform.python_version()}", sep="\n")
+    print(f"device {device}")
+    raise typer.Exit()
+
+
+@app.callback()
+def _options(
+    version: Annotated[bool, typer.Option("--version", callback=_print_versions, is_eager=True,
+                                          help="Versions of moonbase, torch and Python, and the device.")] = False,
+) -> None:
+    """Options of the command itself; its help text is the application's."""
+
+
+# --- results ----------------------------------------------------------------------------------------------------------
+
+
+def _deliver(
+    as_json: bool,
+    work: Callable[[], dict[str, Any] | None],
+    show: Callable[[dict[str, Any]], None] | None = None,
+) -> dict[str, Any]:
+    """Run a verb's work, report its result, as JSON or for people, and return it.
+
+    With `--json` everything that the work prints goes to standard error. Of several processes under torchrun only the
+    first reports.
+    """
+    first = os.environ.get("RANK", "0") == "0"
+    if as_json:
+        with contextlib.redirect_stdout(sys.stderr):
+            result = work() or {}
+        if first:
+            print(json.dumps(_plain(result), allow_nan=False, ensure_ascii=False))
+    else:
+        result = work() or {}
+        if show is not None and first:
+            show(result)
+    return result
+
+
+def _plain(value: Any) -> Any:
+    """Only what JSON knows: paths become text, tuples lists, numbers of other libraries Python's, and NaN null."""
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [_plain(item) for item in value]
+    if isinstance(value, bool | int | str) or value is None:
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if hasattr(value, "tolist"):
+        return _plain(value.tolist())
+    return str(value)
+
+
+def _show_run(result: dict[str, Any]) -> None:
+    """Where the run is, how good it is, and what one may type next."""
+    print(f"{result.get('folder')}: {result.get('status')} at step {result.get('step')}")
+    if result.get("validation_bits_per_byte") is not None:
+        print(f"held-out documents: {result['validation_bits_per_byte']:.4f} bits per byte")
+    for command in result.get("next_commands", ()):
+        print(f"  {command}")
+
+
+def _show_bench(result: dict[str, Any]) -> None:
+    """One table: a row per shape, ours beside the peer's."""
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    rows = result.get("rows", [])
+    peer = next((row["peer_name"] for row in rows if row.get("peer_name")), "peer")
+    table = Table(title=escape(f"{result.get('name', 'bench')} on {result.get('machine', 'this machine')}"))
+    table.add_column("shape")
+    table.add_column("unit")
+    for heading in ("moonbase", str(peer), "ratio", "of the roof"):
+        table.add_column(escape(heading), justify="right")
+    for row in rows:
+        ratio, share = row.get("ratio"), row.get("roof_share")
+        table.add_row(
+            escape(str(row.get("shape", ""))), escape(str(row.get("unit", ""))), _number(row.get("ours")),
+            _number(row.get("peer")), "" if ratio is None else f"{ratio:.2f}x", "" if share is None else f"{share:.0%}",
+        )
+    Console(highlight=False).print(table)
+
+
+def _number(value: Any) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, float):
+        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+# --- the way out ------------------------------------------------------------------------------------------------------
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line and leave with its exit code; a user's mistake is one line, a programmer's a traceback."""
+    for stream in (sys.stdout, sys.stderr):
+        # A terminal that cannot show a sign must not end a run.
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
+    try:
+        code = _run(arguments)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # The reader (`| head`) has gone. Python would complain once more when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 1
+    sys.exit(code)
+
+
+def _run(arguments: Sequence[str] | None) -> int:
+    try:
+        outcome = app(args=arguments, prog_name="moonbase", standalone_mode=False)
+    except (UserError, TrainingStopped, TryAgain) as error:
+        if os.environ.get("MOONBASE_DEBUG", "0") not in ("", "0"):
+            traceback.print_exception(error)
+        _complain(str(error))
+        return error.exit_code
+    except KeyboardInterrupt:
+        outcome = INTERRUPTED
+    except Exception as error:
+        # typer keeps its own copy of click's exceptions, or uses click's, by version: known by what they can do.
+        if type(error).__name__ == "Abort":
+            outcome = INTERRUPTED
+        elif hasattr(error, "format_message"):
+            return _usage_error(error)
+        else:
+            raise
+    if outcome == INTERRUPTED:
+        _complain("interrupted", kind="")
+    return outcome if isinstance(outcome, int) else 0
+
+
+def _usage_error(error: Any) -> int:
+    context = getattr(error, "ctx", None)
+    if type(error).__name__ == "NoArgsIsHelpError":
+        # The help that it carries; with rich it has been printed already and the message is empty.
+        print(error.format_message(), end="")
+        return 2
+    place = context.command_path if context is not None else "moonbase"
+    _complain(f"{error.format_message()} (see {place} --help)")
+    return error.exit_code
+
+
+def _complain(message: str, kind: str = "error: ") -> None:
+    """One line on standard error, whatever the message holds."""
+    print(f"moonbase: {kind}{' '.join(line.strip() for line in message.splitlines())}", file=sys.stderr)

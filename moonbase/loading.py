@@ -1,0 +1,72 @@
+"""`moonbase.load`: a model from a run folder, a checkpoint folder or a preset, ready to use."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from moonbase.errors import UserError
+from moonbase.presets import preset_config
+
+if TYPE_CHECKING:
+    import torch
+
+    from moonbase.data import Tokenizer
+    from moonbase.model import Transformer
+
+
+def load(source: str | Path, *, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> Transformer:
+    """A model in evaluation mode.
+
+    source: run folder (its newest checkpoint), checkpoint folder (ours or Hugging Face layout; bf16, fp8 and INT4 are
+    multiplied out), or `preset:NAME` (random weights). device: default the GPU if there is one. dtype: default bf16 on
+    a GPU and fp32 on a CPU. Raises UserError / CheckpointError.
+    """
+    import torch
+
+    from moonbase.checkpoint import load_weights, read_config, resolve_model_folder, stored_mtp
+    from moonbase.model import Transformer
+
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
+    if str(source).startswith("preset:"):
+        config = preset_config(str(source).removeprefix("preset:"))
+        if config.index_topk is None and 4 * _elements(config) > _free_memory(device):
+            raise UserError(f"{source}: {4 * _elements(config) / 1e9:,.0f} GB of random weights do not fit into this machine's memory")
+        model = Transformer(config).initialize()
+        return cast(model, dtype).to(device).eval()
+    folder = resolve_model_folder(source)
+    config = read_config(folder)
+    if config.num_nextn_predict_layers and not stored_mtp(folder, config):
+        config = config.model_copy(update={"num_nextn_predict_layers": 0})
+    with torch.device("meta"):
+        model = Transformer(config)
+    load_weights(model, folder, config, dtype=dtype, device=device)
+    return model.eval()
+
+
+def load_tokenizer_of(source: str | Path) -> Tokenizer:
+    """The tokenizer saved beside a model. Raises UserError where there is none."""
+    from moonbase.checkpoint import resolve_model_folder
+    from moonbase.data import load_tokenizer
+
+    return load_tokenizer(resolve_model_folder(source))
+
+
+def cast(model: Transformer, dtype: torch.dtype) -> Transformer:
+    """Convert the parameters; buffers (the router's biases) stay fp32."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return model
+
+
+def _elements(config) -> int:
+    from moonbase.sizes import sizes
+
+    return sizes(config).parameters
+
+
+def _free_memory(device: torch.device) -> int:
+    import psutil
+
+    return psutil.virtual_memory().available

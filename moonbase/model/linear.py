@@ -1,0 +1,32 @@
+"""The two parameter holders that everything else is built of. Parameters are left uninitialised: `Transformer` fills them."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from moonbase.ops.norm import rms_norm
+
+
+class Linear(nn.Module):
+    """y = W x without bias; `weight` [out, in]."""
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(out_features, in_features))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight)
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm with gain `weight` [dims]."""
+
+    def __init__(self, dims: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.empty(dims))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x, self.weight, self.eps)

@@ -1,0 +1,89 @@
+"""Multi-head latent attention (DeepSeek-V2 §2.1, DeepSeek-V3 eq. 1-11, Kimi K2 §2.3).
+
+Keys and values of all heads are read from one small latent per token, so a cache holds kv_lora_rank + qk_rope_head_dim
+numbers per token and layer (576 for K2), whatever the number of heads. Training expands the latent into heads; decoding
+absorbs the expansion into the query and reads the latent only.
+
+Shapes: B batch, T time, S cached time, D hidden, H heads, C kv latent, Q query latent, R rope dims, N non-rope dims and
+V value dims per head, K = N + R.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from moonbase.config import ModelConfig
+from moonbase.model.linear import Linear, RMSNorm
+from moonbase.model.rope import rotate
+from moonbase.ops.attention import Documents, attention
+
+
+class LatentCache(Protocol):
+    """What decoding needs of a cache; the engine owns the real one."""
+
+    def extend(self, layer: int, latent_BTC: Tensor, key_rope_BTR: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Store the new tokens' latents; return all of them [B, S, C], their rope keys [B, S, R] and an additive mask [B, T, S]."""
+        ...
+
+
+class LatentAttention(nn.Module):
+    """MLA with a low-rank query (`q_lora_rank` set) or a plain one."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.config, self.layer = config, layer
+        hidden, heads = config.hidden_size, config.num_attention_heads
+        if config.q_lora_rank is None:
+            self.q_proj = Linear(hidden, heads * config.qk_head_dim)
+        else:
+            self.q_a_proj = Linear(hidden, config.q_lora_rank)
+            self.q_a_layernorm = RMSNorm(config.q_lora_rank, config.latent_norm_eps)
+            self.q_b_proj = Linear(config.q_lora_rank, heads * config.qk_head_dim)
+        self.kv_a_proj_with_mqa = Linear(hidden, config.kv_lora_rank + config.qk_rope_head_dim)
+        self.kv_a_layernorm = RMSNorm(config.kv_lora_rank, config.latent_norm_eps)
+        self.kv_b_proj = Linear(config.kv_lora_rank, heads * (config.qk_nope_head_dim + config.v_head_dim))
+        self.o_proj = Linear(heads * config.v_head_dim, hidden)
+
+    def forward(
+        self, x_BTD: Tensor, rotation: tuple[Tensor, Tensor], documents: Documents | None, clip_threshold: float | None
+    ) -> tuple[Tensor, Tensor]:
+        """Expanded form. Returns [B, T, D] and the largest logit of each head [H] as `ops.attention` defines it."""
+        config = self.config
+        query_nope, query_rope, latent_BTC, key_rope = self._project(x_BTD, rotation)
+        expanded = self.kv_b_proj(latent_BTC).unflatten(-1, (config.num_attention_heads, -1))
+        key_nope, value_BTHV = expanded.split([config.qk_nope_head_dim, config.v_head_dim], dim=-1)
+        query_BTHK = torch.cat([query_nope, query_rope], dim=-1)
+        key_BTHK = torch.cat([key_nope, key_rope.expand(-1, -1, config.num_attention_heads, -1)], dim=-1)
+        output_BTHV, max_logit_H = attention(query_BTHK, key_BTHK, value_BTHV, config.softmax_scale, documents, clip_threshold)
+        return self.o_proj(output_BTHV.flatten(2)), max_logit_H
+
+    def decode(self, x_BTD: Tensor, rotation: tuple[Tensor, Tensor], cache: LatentCache) -> Tensor:
+        """Absorbed form: scores and values come straight from the cached latents. Returns [B, T, D].
+
+        q̃ = W_UKᵀ q, logits = q̃·c + q_R·k_R, o = W_UV (p·c): the latent is never expanded (DeepSeek-V3.2 appendix).
+        """
+        config = self.config
+        query_nope, query_rope, latent_BTC, key_rope = self._project(x_BTD, rotation)
+        latent_BSC, key_rope_BSR, mask_BTS = cache.extend(self.layer, latent_BTC, key_rope.squeeze(2))
+        weight_HXC = self.kv_b_proj.weight.unflatten(0, (config.num_attention_heads, -1))
+        weight_key, weight_value = weight_HXC.split([config.qk_nope_head_dim, config.v_head_dim], dim=1)
+        query_BTHC = torch.einsum("bthn,hnc->bthc", query_nope, weight_key)
+        logits = torch.einsum("bthc,bsc->bhts", query_BTHC, latent_BSC) + torch.einsum("bthr,bsr->bhts", query_rope, key_rope_BSR)
+        probabilities = (logits.float() * config.softmax_scale + mask_BTS[:, None]).softmax(-1).to(x_BTD.dtype)
+        read_BTHC = torch.einsum("bhts,bsc->bthc", probabilities, latent_BSC)
+        output_BTHV = torch.einsum("bthc,hvc->bthv", read_BTHC, weight_value)
+        return self.o_proj(output_BTHV.flatten(2))
+
+    def _project(self, x_BTD: Tensor, rotation: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Query [B,T,H,N] and its rotated part [B,T,H,R], normalised latent [B,T,C], rotated shared key [B,T,1,R]."""
+        config = self.config
+        query = self.q_proj(x_BTD) if config.q_lora_rank is None else self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x_BTD)))
+        query_nope, query_rope = query.unflatten(-1, (config.num_attention_heads, -1)).split(
+            [config.qk_nope_head_dim, config.qk_rope_head_dim], dim=-1)
+        latent_BTC, key_rope = self.kv_a_proj_with_mqa(x_BTD).split([config.kv_lora_rank, config.qk_rope_head_dim], dim=-1)
+        cos, sin = rotation
+        return (query_nope, rotate(query_rope, cos, sin), self.kv_a_layernorm(latent_BTC),
+                rotate(key_rope.unsqueeze(2), cos, sin))

@@ -1,0 +1,152 @@
+"""GPU side of `ops.attention`: cuDNN's fused kernels and an exact per-head maximum that costs nothing where not needed.
+
+cuDNN is the one stock kernel with different query/key (192) and value (128) dims on Hopper. Its variable-length form is
+60 times slower and its gradients there are wrong (docs/log.md), so batches of several documents per row go through the
+flash kernel with zero-padded values. Both return the log-sum-exp.
+
+Shapes: B batch, T time, H heads, K query/key dims, V value dims per head, N = B·T tokens.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from moonbase.ops.attention import Documents
+
+
+def attention_with_logsumexp(
+    query_BTHK: Tensor, key_BTHK: Tensor, value_BTHV: Tensor, scale: float, documents: Documents | None
+) -> tuple[Tensor, Tensor]:
+    """Causal attention; output [B, T, H, V] and log-sum-exp [B, H, T] fp32 (without gradient)."""
+    if documents is None:
+        query, key, value = (x.transpose(1, 2) for x in (query_BTHK, key_BTHK, value_BTHV))
+        result = torch.ops.aten._scaled_dot_product_cudnn_attention(query, key, value, None, True, 0.0, True, scale=scale)
+        return result[0].transpose(1, 2), result[1].detach().flatten(2)
+    batch, time, heads = query_BTHK.shape[:3]
+    output, logsumexp = packed_attention(query_BTHK.flatten(0, 1), key_BTHK.flatten(0, 1), value_BTHV.flatten(0, 1),
+                                         document_boundaries(documents.ids_BT), time, scale)
+    return output.unflatten(0, (batch, time)), logsumexp.detach().unsqueeze(0)
+
+
+def document_boundaries(ids_BT: Tensor, most_per_row: int = 64) -> Tensor:
+    """Start offsets of all documents in the flattened batch, int32 [B · most_per_row + 1], padded with B·T at the end.
+
+    A fixed length keeps shapes static for compiled graphs and asks nothing of the host. Rows may share the room unevenly.
+    """
+    batch, time = ids_BT.shape
+    is_start = torch.ones(batch, time, dtype=torch.bool, device=ids_BT.device)
+    is_start[:, 1:] = ids_BT[:, 1:] != ids_BT[:, :-1]
+    offsets = torch.arange(batch * time, device=ids_BT.device)
+    starts = torch.where(is_start.flatten(), offsets, batch * time).sort().values
+    limit = min(batch * most_per_row, batch * time)
+    return torch.nn.functional.pad(starts[:limit], (0, 1), value=batch * time).to(torch.int32)
+
+
+@torch.library.custom_op("moonbase::packed_attention", mutates_args=())
+def packed_attention(
+    query_NHK: Tensor, key_NHK: Tensor, value_NHV: Tensor, boundaries: Tensor, longest: int, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Causal attention within documents laid end to end. Returns output [N, H, V] and log-sum-exp [H, N] fp32."""
+    value = _widen(value_NHV, query_NHK.shape[-1])
+    output, logsumexp, *_ = torch.ops.aten._flash_attention_forward(
+        query_NHK, key_NHK, value, boundaries, boundaries, longest, longest, 0.0, True, False, scale=scale)
+    return output[..., : value_NHV.shape[-1]].contiguous(), logsumexp
+
+
+def _widen(x_NHV: Tensor, width: int) -> Tensor:
+    """Zeros up to the query's width: the flash kernel knows one head size only."""
+    return torch.nn.functional.pad(x_NHV, (0, width - x_NHV.shape[-1]))
+
+
+@packed_attention.register_fake
+def _packed_attention_shape(query_NHK, key_NHK, value_NHV, boundaries, longest, scale):
+    tokens, heads, _ = query_NHK.shape
+    return value_NHV.new_empty(value_NHV.shape), query_NHK.new_empty((heads, tokens), dtype=torch.float32)
+
+
+@torch.library.custom_op("moonbase::packed_attention_backward", mutates_args=())
+def packed_attention_backward(
+    grad_NHV: Tensor, query_NHK: Tensor, key_NHK: Tensor, value_NHV: Tensor, output_NHV: Tensor, logsumexp_HN: Tensor,
+    boundaries: Tensor, longest: int, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of `packed_attention` for query, key and value."""
+    width = query_NHK.shape[-1]
+    random_state = torch.zeros(2, dtype=torch.uint64, device=query_NHK.device)
+    grad_query, grad_key, grad_value = torch.ops.aten._flash_attention_backward(
+        _widen(grad_NHV, width), query_NHK, key_NHK, _widen(value_NHV, width), _widen(output_NHV, width), logsumexp_HN,
+        boundaries, boundaries, longest, longest, 0.0, True, random_state, random_state, scale=scale)
+    return grad_query, grad_key, grad_value[..., : value_NHV.shape[-1]].contiguous()
+
+
+@packed_attention_backward.register_fake
+def _packed_attention_backward_shape(grad_NHV, query_NHK, key_NHK, value_NHV, output_NHV, logsumexp_HN, boundaries, longest, scale):
+    return tuple(x.new_empty(x.shape) for x in (query_NHK, key_NHK, value_NHV))
+
+
+def _save(ctx: Any, inputs: tuple, output: tuple) -> None:
+    query, key, value, boundaries, ctx.longest, ctx.scale = inputs
+    ctx.save_for_backward(query, key, value, *output, boundaries)
+
+
+def _differentiate(ctx: Any, grad: Tensor, grad_logsumexp: Tensor | None) -> tuple:
+    query, key, value, output, logsumexp, boundaries = ctx.saved_tensors
+    gradients = packed_attention_backward(grad, query, key, value, output, logsumexp, boundaries, ctx.longest, ctx.scale)
+    return *gradients, None, None, None
+
+
+packed_attention.register_autograd(_differentiate, setup_context=_save)
+
+
+@triton.jit
+def _exact_above_kernel(
+    query, key, bound, result, ids, scale, threshold, time, heads,
+    stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh,
+    HAS_IDS: tl.constexpr, DIMS: tl.constexpr, DIMS_LOW: tl.constexpr, DIMS_HIGH: tl.constexpr, BLOCK: tl.constexpr,
+):
+    batch = tl.program_id(1) // heads
+    head = tl.program_id(1) % heads
+    if tl.load(bound + head) > threshold:
+        # The head size (192) is no power of two: it is read as a low and a high part.
+        low, high = tl.arange(0, DIMS_LOW), DIMS_LOW + tl.arange(0, DIMS_HIGH)
+        rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+        q_base = query + batch.to(tl.int64) * stride_qb + head * stride_qh + rows[:, None].to(tl.int64) * stride_qt
+        q_low = tl.load(q_base + low[None, :], mask=(rows < time)[:, None], other=0.0)
+        q_high = tl.load(q_base + high[None, :], mask=(rows < time)[:, None] & (high < DIMS)[None, :], other=0.0)
+        if HAS_IDS:
+            row_ids = tl.load(ids + batch.to(tl.int64) * time + rows, mask=rows < time, other=-1)
+        largest = tl.full([BLOCK], -float("inf"), tl.float32)
+        for start in range(0, (tl.program_id(0) + 1) * BLOCK, BLOCK):
+            columns = start + tl.arange(0, BLOCK)
+            k_base = key + batch.to(tl.int64) * stride_kb + head * stride_kh + columns[None, :].to(tl.int64) * stride_kt
+            k_low = tl.load(k_base + low[:, None], mask=(columns < time)[None, :], other=0.0)
+            k_high = tl.load(k_base + high[:, None], mask=(columns < time)[None, :] & (high < DIMS)[:, None], other=0.0)
+            logits = tl.dot(q_low, k_low) + tl.dot(q_high, k_high)
+            visible = (columns[None, :] <= rows[:, None]) & (rows < time)[:, None]
+            if HAS_IDS:
+                column_ids = tl.load(ids + batch.to(tl.int64) * time + columns, mask=columns < time, other=-2)
+                visible = visible & (column_ids[None, :] == row_ids[:, None])
+            largest = tl.maximum(largest, tl.max(tl.where(visible, logits * scale, -float("inf")), 1))
+        tl.atomic_max(result + head, tl.max(largest, 0))
+
+
+def exact_above_cuda(
+    query_BTHK: Tensor, key_BTHK: Tensor, bound_H: Tensor, scale: float, threshold: float, ids_BT: Tensor | None
+) -> Tensor:
+    """See `ops.attention.exact_above`. Programs of heads within the threshold end at once."""
+    batch, time, heads, dims = query_BTHK.shape
+    block, low = 64, 1 << (dims.bit_length() - 1)
+    if low == dims:
+        low //= 2
+    above = bound_H > threshold
+    result = torch.where(above, -float("inf"), bound_H)
+    ids = ids_BT.contiguous() if ids_BT is not None else bound_H
+    _exact_above_kernel[(triton.cdiv(time, block), batch * heads)](
+        query_BTHK, key_BTHK, bound_H, result, ids, scale, threshold, time, heads,
+        *query_BTHK.stride()[:3], *key_BTHK.stride()[:3], HAS_IDS=ids_BT is not None, DIMS=dims, DIMS_LOW=low,
+        DIMS_HIGH=max(16, triton.next_power_of_2(dims - low)), BLOCK=block)
+    return result

@@ -1,0 +1,108 @@
+"""A layer of routed experts: y_t = Σ_k w_tk · E_{i_tk}(x_t),  E(x) = W_down( silu(W_gate x) ⊙ W_up x ).
+
+The fast form sorts the (token, choice) pairs by expert once, runs two grouped GEMMs and sums the choices of a token by
+gathering, never by scattered addition, so that the result does not depend on thread timing. Only the input and the
+pre-activations are kept for the backward pass; the gathered inputs and the activations are made again there.
+
+Shapes: T tokens, K choices per token, N = T·K rows, D hidden, E experts, I expert width.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from moonbase.ops.grouped_mm import grouped_mm, grouped_outer
+
+
+def experts_reference(x_TD: Tensor, indices_TK: Tensor, weights_TK: Tensor, gate_up_EFD: Tensor, down_EDI: Tensor) -> Tensor:
+    """One expert after the other, each on the tokens that chose it. `gate_up_EFD` holds gate rows, then up rows (F = 2I)."""
+    y_TD = torch.zeros_like(x_TD)
+    for expert in range(gate_up_EFD.shape[0]):
+        tokens, choices = torch.where(indices_TK == expert)
+        gate, up = (x_TD[tokens] @ gate_up_EFD[expert].T).chunk(2, dim=-1)
+        out = (F.silu(gate) * up) @ down_EDI[expert].T
+        y_TD = y_TD.index_add(0, tokens, out * weights_TK[tokens, choices, None].to(out.dtype))
+    return y_TD
+
+
+def experts(x_TD: Tensor, indices_TK: Tensor, weights_TK: Tensor, gate_up_EFD: Tensor, down_EDI: Tensor) -> Tensor:
+    """Fast twin of `experts_reference`; `weights_TK` fp32, the rest in one dtype. Differentiable in x, weights and both stacks."""
+    order, inverse, ends = sort_by_expert(indices_TK, gate_up_EFD.shape[0])
+    return _Experts.apply(x_TD, weights_TK, gate_up_EFD, down_EDI, order, inverse, ends)
+
+
+def sort_by_expert(indices_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Stable order of the N = T·K choices by expert, its inverse, and where each expert's rows end (int32 [E])."""
+    flat = indices_TK.flatten()
+    sorted_experts, order = flat.sort(stable=True)
+    inverse = torch.empty_like(order)
+    inverse[order] = torch.arange(order.shape[0], device=order.device)
+    boundaries = torch.arange(num_experts, device=flat.device, dtype=flat.dtype)
+    ends = torch.searchsorted(sorted_experts, boundaries, right=True).to(torch.int32)
+    return order, inverse, ends
+
+
+def swiglu(gate_up_NF: Tensor, weight_N1: Tensor) -> Tensor:
+    """silu(gate) · up · weight in fp32, rounded once. Returns [N, I]."""
+    if gate_up_NF.is_cuda:
+        from moonbase.ops import experts_cuda
+
+        return experts_cuda.swiglu(gate_up_NF, weight_N1)
+    gate, up = gate_up_NF.float().chunk(2, dim=-1)
+    return (F.silu(gate) * up * weight_N1).to(gate_up_NF.dtype)
+
+
+def swiglu_backward(grad_NI: Tensor, gate_up_NF: Tensor, weight_N1: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of `swiglu` for gate_up [N, F] and weight [N], and the activation [N, I] itself, made again."""
+    if gate_up_NF.is_cuda:
+        from moonbase.ops import experts_cuda
+
+        return experts_cuda.swiglu_backward(grad_NI, gate_up_NF, weight_N1)
+    gate, up = gate_up_NF.float().chunk(2, dim=-1)
+    grad = grad_NI.float()
+    sigmoid = torch.sigmoid(gate)
+    silu = gate * sigmoid
+    activation = silu * up
+    grad_weight = (grad * activation).sum(-1)
+    weighted = grad * weight_N1
+    grad_gate = weighted * up * (sigmoid + silu * (1 - sigmoid))
+    grad_gate_up = torch.cat([grad_gate, weighted * silu], dim=-1).to(gate_up_NF.dtype)
+    return grad_gate_up, grad_weight, (activation * weight_N1).to(gate_up_NF.dtype)
+
+
+class _Experts(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_TD, weights_TK, gate_up_EFD, down_EDI, order, inverse, ends):
+        num_choices = weights_TK.shape[1]
+        weight_N1 = weights_TK.flatten()[order, None]
+        gate_up_NF = grouped_mm(x_TD[order // num_choices], gate_up_EFD.transpose(1, 2), ends)
+        out_ND = grouped_mm(swiglu(gate_up_NF, weight_N1), down_EDI.transpose(1, 2), ends)
+        ctx.save_for_backward(x_TD, weight_N1, gate_up_NF, gate_up_EFD, down_EDI, order, inverse, ends)
+        return _sum_choices(out_ND, inverse, num_choices)
+
+    @staticmethod
+    def backward(ctx: Any, grad_TD):
+        x_TD, weight_N1, gate_up_NF, gate_up_EFD, down_EDI, order, inverse, ends = ctx.saved_tensors
+        num_choices = order.shape[0] // x_TD.shape[0]
+        token_of_row = order // num_choices
+        grad_ND = grad_TD[token_of_row]
+        grad_activation = grouped_mm(grad_ND, down_EDI, ends)
+        grad_gate_up_NF, grad_weight_N, activation = swiglu_backward(grad_activation, gate_up_NF, weight_N1)
+        grad_down = grouped_outer(grad_ND, activation, ends)
+        grad_gate_up = grouped_outer(grad_gate_up_NF, x_TD[token_of_row], ends)
+        grad_x = _sum_choices(grouped_mm(grad_gate_up_NF, gate_up_EFD, ends), inverse, num_choices)
+        grad_weights = grad_weight_N[inverse].view(-1, num_choices)
+        return grad_x, grad_weights, grad_gate_up, grad_down, None, None, None
+
+
+def _sum_choices(rows_ND: Tensor, inverse: Tensor, num_choices: int) -> Tensor:
+    """Bring sorted rows back into token order and add up each token's choices (in fp32 inside the sum)."""
+    if rows_ND.is_cuda:
+        from moonbase.ops import experts_cuda
+
+        return experts_cuda.sum_choices(rows_ND, inverse, num_choices)
+    return rows_ND[inverse].view(-1, num_choices, rows_ND.shape[-1]).sum(1)

@@ -1,0 +1,1 @@
+"""The training loop, its callbacks, precision and parallelism."""

@@ -1,0 +1,1 @@
+"""One concern per file; the loop knows none of them."""

@@ -1,0 +1,67 @@
+"""Checkpoints in Hugging Face layout with the optimizer's state beside the weights; the newest few are kept."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moonbase import files
+from moonbase.checkpoint import list_checkpoints, load_state, load_weights, save_state, write_weights
+from moonbase.train.run_folder import RunFolder
+from moonbase.train.trainer import Callback, Trainer
+
+
+class Checkpoints(Callback):
+    """Saves every N minutes or steps, at the end, and when asked to stop. A folder appears whole or not at all."""
+
+    def __init__(self, folder: RunFolder | None, path: Path, tokenizer_files: dict[str, Path]) -> None:
+        self.folder, self.path, self.tokenizer_files = folder, path, tokenizer_files
+        self.saved_at = time.monotonic()
+        self.saved_step = -1
+
+    def on_start(self, trainer: Trainer) -> None:
+        self.saved_at, self.saved_step = time.monotonic(), trainer.step
+
+    def on_step(self, trainer: Trainer, record: dict[str, Any]) -> None:
+        config = trainer.recipe.checkpoint
+        due = time.monotonic() - self.saved_at > config.every_minutes * 60
+        due = due or (config.every_steps is not None and record["step"] % config.every_steps == 0)
+        if trainer.world.agree(due):
+            self.save(trainer)
+
+    def on_end(self, trainer: Trainer) -> None:
+        if self.saved_step != trainer.step:
+            self.save(trainer)
+
+    def save(self, trainer: Trainer) -> Path:
+        """Write `checkpoints/step-N`, then drop the oldest beyond `keep_last`. A collective call."""
+        path = self.path / "checkpoints" / f"step-{trainer.step:06d}"
+        tensors, scalars = trainer.optimizer.named_state()
+        facts = {**trainer.state(), "optimizer": scalars}
+        if trainer.world.is_first:
+            with files.write_folder(path) as partial:
+                self._write(trainer, partial, tensors, facts)
+            for _, old in list_checkpoints(self.path)[: -trainer.recipe.checkpoint.keep_last]:
+                shutil.rmtree(old, ignore_errors=True)
+        else:
+            self._write(trainer, path, tensors, facts)
+        trainer.world.wait()
+        self.saved_at, self.saved_step = time.monotonic(), trainer.step
+        return path
+
+    def _write(self, trainer: Trainer, folder: Path, tensors: dict[str, torch.Tensor], facts: dict[str, Any]) -> None:
+        write_weights(trainer.weights(), folder, trainer.recipe.model, extra_files=self.tokenizer_files)
+        save_state(folder, tensors, facts)
+
+
+def resume(trainer: Trainer, checkpoint: Path) -> None:
+    """Continue from a checkpoint, written by any number of processes. Raises CheckpointError, nothing changed then."""
+    tensors, facts = load_state(checkpoint)
+    load_weights(trainer.weights(), checkpoint, trainer.recipe.model)
+    trainer.optimizer.load_named_state(tensors, facts["optimizer"])
+    trainer.masters.publish()
+    trainer.load_state(facts)

@@ -1,0 +1,59 @@
+"""Loss and bits per byte on held-out documents. Evaluation touches neither expert loads nor router biases."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moonbase.data.stream import Batch
+from moonbase.ops.attention import Documents
+from moonbase.ops.cross_entropy import IGNORE
+from moonbase.train.trainer import Callback, Trainer
+
+
+class Validation(Callback):
+    """Every `validate_every` steps and after the last one.
+
+    make_batches: opens the held-out batches afresh. byte_lengths [V]: how many bytes each token stands for, so that
+    losses of different tokenizers compare.
+    """
+
+    def __init__(self, make_batches: Callable[[], Iterator[Batch]], byte_lengths: Tensor) -> None:
+        self.make_batches, self.byte_lengths = make_batches, byte_lengths
+
+    def on_step(self, trainer: Trainer, record: dict[str, Any]) -> None:
+        recipe = trainer.recipe
+        if record["step"] % recipe.validate_every and record["step"] != recipe.steps:
+            return
+        loss, bits_per_byte = self.measure(trainer, recipe.validation_batches)
+        record["validation_loss"], record["validation_bits_per_byte"] = loss, bits_per_byte
+        record["expert_share"] = trainer.expert_share
+
+    @torch.no_grad()
+    def measure(self, trainer: Trainer, most_batches: int | None) -> tuple[float, float]:
+        """Mean loss per token (nats) and bits per byte over the first `most_batches` global batches, or all of them."""
+        world = trainer.world
+        sums = torch.zeros(3, dtype=torch.float64)
+        for number, batch in enumerate(self.make_batches()):
+            if most_batches is not None and number >= most_batches:
+                break
+            if number % world.size == world.rank:
+                sums += self._sums(trainer, batch)
+            elif world.size > 1:
+                # Sharded weights are gathered by all processes together, so those without a batch go through the motions.
+                self._sums(trainer, batch)
+        if world.size > 1:
+            sums = world.sum(sums.to(world.device).float()).double().cpu()
+        nats, tokens, num_bytes = sums.tolist()
+        return nats / max(tokens, 1), nats / math.log(2) / max(num_bytes, 1)
+
+    def _sums(self, trainer: Trainer, batch: Batch) -> Tensor:
+        device = trainer.world.device
+        documents = Documents.from_ids(batch.documents.to(device))
+        losses = trainer.model.loss(batch.tokens.to(device), batch.targets.to(device), documents)
+        kept = batch.targets[batch.targets != IGNORE]
+        return torch.tensor([losses.loss_sum.item(), kept.numel(), self.byte_lengths[kept].sum().item()], dtype=torch.float64)

@@ -1,0 +1,213 @@
+"""The training loop: one optimizer step after another, with small callbacks around it.
+
+A step reads one global batch, cut into micro-batches and over processes; sums losses, gradients, expert loads and logit
+maxima over all of them; lets the guard look; updates weights (MuonClip), clips attention heads (QK-Clip) and moves the
+router's biases. Everything that must survive a restart is in `state`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from moonbase.data.stream import Batch
+from moonbase.model import Transformer
+from moonbase.model.transformer import LayerStatistics
+from moonbase.ops.attention import Documents
+from moonbase.ops.cross_entropy import IGNORE
+from moonbase.optim import (
+    MuonClip,
+    attention_weights,
+    clip_gradients_,
+    grad_norm,
+    learning_rate,
+    qk_clip_,
+    reduce_load,
+    reduce_max_logits,
+    update_router_bias_,
+)
+from moonbase.recipe import Recipe
+from moonbase.sizes import train_flops_per_token
+from moonbase.train.guard import Guard
+from moonbase.train.parallel import World
+from moonbase.train.precision import Masters
+from moonbase.train.speed import peak_flops
+
+
+class Callback:
+    """What happens around steps. `record` is the step's line of metrics.jsonl; callbacks may add to it."""
+
+    def on_start(self, trainer: Trainer) -> None: ...
+
+    def on_step(self, trainer: Trainer, record: dict[str, Any]) -> None: ...
+
+    def on_end(self, trainer: Trainer) -> None: ...
+
+
+class Stream(Protocol):
+    """An endless, resumable source of this process's share of every global batch."""
+
+    def __iter__(self) -> Iterator[Batch]: ...
+
+    def __next__(self) -> Batch: ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+class Trainer:
+    """Owns a run's moving parts. `steps` is where it ends; `stop()` ends it after the current step."""
+
+    def __init__(self, recipe: Recipe, model: Transformer, masters: Masters, optimizer: MuonClip, stream: Stream,
+                 world: World, callbacks: list[Callback]) -> None:
+        self.recipe, self.model, self.masters, self.optimizer = recipe, model, masters, optimizer
+        self.stream, self.world, self.callbacks = stream, world, callbacks
+        self.guard = Guard(recipe.guard)
+        self.step = self.tokens = 0
+        self.seconds = 0.0
+        self.stop_reason: str | None = None
+        self.flops_per_token = train_flops_per_token(recipe.model, recipe.sequence_length)
+        self.peak = peak_flops(world.device)
+        share = recipe.batch_size // world.size
+        self.micro_batch_size = min(recipe.micro_batch_size or share, share)
+        self._clip_weights = attention_weights(masters.named, recipe.model)
+        self._biases = [buffer for name, buffer in model.named_buffers() if name.endswith("e_score_correction_bias")]
+
+    # --- the loop -----------------------------------------------------------------------------------------------------
+
+    def run(self) -> None:
+        """Train to the recipe's last step, or until `stop` is called."""
+        for callback in self.callbacks:
+            callback.on_start(self)
+        while self.step < self.recipe.steps and not self.world.agree(self.stop_reason is not None):
+            record = self.train_step()
+            for callback in self.callbacks:
+                callback.on_step(self, record)
+        for callback in self.callbacks:
+            callback.on_end(self)
+
+    def stop(self, reason: str) -> None:
+        """Ask the loop to end after the step in hand."""
+        self.stop_reason = reason
+
+    def train_step(self) -> dict[str, Any]:
+        """One optimizer step. Returns its metrics. Raises TrainingStopped when the guard gives up."""
+        started = time.perf_counter()
+        recipe, config = self.recipe, self.recipe.optimizer
+        batch = next(self.stream)
+        num_targets = self._count_targets(batch)
+        totals, statistics = self._accumulate(batch, num_targets)
+        masters = list(self.masters.named.values())
+        norm = grad_norm(masters)
+        loss_sum, mtp_sum, balance, norm_value = torch.stack([*self.world.sum(totals), norm]).tolist()
+        loss = loss_sum / num_targets
+        lr = learning_rate(self.step + 1, recipe.steps, config.lr, recipe.schedule)
+        max_logits = reduce_max_logits([layer.max_logit for layer in statistics])
+        load = reduce_load([layer.expert_load for layer in statistics if layer.expert_load.numel()]) if self._biases else None
+        skipped = self.guard.reason_to_skip(loss, norm_value)
+        clipped, update_rms = None, 0.0
+        if skipped is None:
+            clipped, update_rms = self._update(masters, norm, lr, max_logits, load)
+        self.masters.zero_gradients()
+        self.step += 1
+        self.tokens += recipe.tokens_per_step
+        elapsed = time.perf_counter() - started
+        self.seconds += elapsed
+        rate = recipe.tokens_per_step / elapsed
+        record: dict[str, Any] = {
+            "step": self.step, "loss": loss, "balance_loss": balance / self.world.size, "lr": lr, "grad_norm": norm_value,
+            "update_rms": update_rms, "tokens": self.tokens, "tokens_per_second": rate,
+            "mfu": rate * self.flops_per_token / (self.peak * self.world.size) if self.peak else None,
+            "max_logit": max_logits.amax(1).tolist(),
+            "clipped_heads": clipped.tolist() if clipped is not None else [0] * len(statistics),
+            "expert_load": (load.amax(1) / load.mean(1)).tolist() if load is not None else [],
+            "memory_bytes": memory_bytes(self.world.device), "seconds": self.seconds,
+        }
+        if recipe.model.num_nextn_predict_layers:
+            record["mtp_loss"] = mtp_sum / num_targets
+        if skipped is not None:
+            record["skipped"] = skipped
+        self.expert_share = (load / load.mean(1, keepdim=True)).tolist() if load is not None else []
+        return record
+
+    def _count_targets(self, batch: Batch) -> int:
+        count = torch.tensor((batch.targets != IGNORE).sum().item(), dtype=torch.float64)
+        if self.world.size > 1:
+            count = self.world.sum(count.to(self.world.device))
+        return max(1, int(count.item()))
+
+    def _accumulate(self, batch: Batch, num_targets: int) -> tuple[Tensor, list[LayerStatistics]]:
+        """Forward and backward over the micro-batches. Returns summed (loss, mtp loss, mean balance loss) and statistics."""
+        recipe, device = self.recipe, self.world.device
+        starts = range(0, batch.tokens.shape[0], self.micro_batch_size)
+        totals = torch.zeros(3, device=device)
+        merged: list[LayerStatistics] = []
+        for number, start in enumerate(starts):
+            rows = slice(start, start + self.micro_batch_size)
+            tokens, targets, ids = (x[rows].to(device, non_blocking=True) for x in (batch.tokens, batch.targets, batch.documents))
+            if self.world.size > 1:
+                self.model.set_requires_gradient_sync(number == len(starts) - 1)
+            losses = self.model.loss(tokens, targets, Documents.from_ids(ids), recipe.optimizer.qk_clip)
+            # Processes average their gradients, so each one's share of the token sum is scaled up by their number.
+            token_loss = (losses.loss_sum + recipe.mtp_loss * losses.mtp_loss_sum) * (self.world.size / num_targets)
+            balance = losses.balance_loss / len(starts)
+            (token_loss + recipe.balance.sequence_loss * balance).backward()
+            totals += torch.stack([losses.loss_sum.detach(), losses.mtp_loss_sum.detach(), balance.detach()])
+            merged = merge_statistics(merged, losses.statistics)
+        return totals, merged
+
+    def _update(self, masters: list[Tensor], norm: Tensor, lr: float, max_logits: Tensor,
+                load: Tensor | None) -> tuple[Tensor | None, float]:
+        """Weights, clipped heads, router biases. Returns the number of clipped heads per layer and the update's RMS."""
+        recipe, config = self.recipe, self.recipe.optimizer
+        if config.grad_clip is not None:
+            clip_gradients_(masters, config.grad_clip, norm)
+        self.optimizer.set_learning_rate(lr)
+        measure = config.name == "muonclip"
+        self.optimizer.step(measure_update=measure)
+        clipped = None
+        if config.qk_clip is not None:
+            clipped = qk_clip_(self._clip_weights, max_logits, config.qk_clip, recipe.model)
+        if load is not None and recipe.balance.bias_rate:
+            update_router_bias_(self._biases, load, recipe.balance.bias_rate, recipe.balance.bias_rule)
+        self.masters.publish()
+        return clipped, self.optimizer.update_rms().item() if measure else 0.0
+
+    # --- what a restart needs -----------------------------------------------------------------------------------------
+
+    def state(self) -> dict[str, Any]:
+        """JSON-able facts beside weights and optimizer tensors."""
+        return {"step": self.step, "tokens": self.tokens, "seconds": self.seconds, "stream": self.stream.state_dict(),
+                "guard": self.guard.state()}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        self.step, self.tokens, self.seconds = state["step"], state["tokens"], state["seconds"]
+        self.stream.load_state_dict(state["stream"])
+        self.guard.load_state(state["guard"])
+
+    def weights(self) -> dict[str, Tensor]:
+        """What a checkpoint holds: fp32 masters and the router's biases."""
+        return {**self.masters.named, **{name: b for name, b in self.model.named_buffers()}}
+
+
+def merge_statistics(total: list[LayerStatistics], new: list[LayerStatistics]) -> list[LayerStatistics]:
+    """Over micro-batches: the larger logit, the summed load."""
+    new = [LayerStatistics(layer.max_logit, layer.expert_load, layer.balance_loss.detach()) for layer in new]
+    if not total:
+        return new
+    return [LayerStatistics(torch.maximum(a.max_logit, b.max_logit), a.expert_load + b.expert_load, a.balance_loss + b.balance_loss)
+            for a, b in zip(total, new, strict=True)]
+
+
+def memory_bytes(device: torch.device) -> int:
+    """Peak memory so far: the GPU allocator's, or the process's resident set."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,0 +1,68 @@
+"""The proof that names, layouts and arithmetic agree: one checkpoint, two implementations, the same logits."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from moonbase.checkpoint import load_weights, read_config, save_weights
+from moonbase.model import Transformer
+from tests.checkpoint.test_writer import disk, pretrained
+from tests.checkpoint.variants import add_mtp, assert_same
+
+TOKENS = torch.randint(0, 96, (2, 48), generator=torch.Generator().manual_seed(3))
+
+
+def imported(folder: Path, mtp: bool = False) -> Transformer:
+    config = read_config(folder)
+    if not mtp:
+        config = config.model_copy(update={"num_nextn_predict_layers": 0})
+    with torch.device("meta"):
+        model = Transformer(config)
+    load_weights(model, folder, config, mtp=mtp)
+    return model.eval()
+
+
+def greedy(logits_of, prompt: torch.Tensor, count: int) -> torch.Tensor:
+    tokens = prompt
+    for _ in range(count):
+        tokens = torch.cat([tokens, logits_of(tokens)[:, -1:].argmax(-1)], dim=1)
+    return tokens
+
+
+@torch.no_grad()
+def test_logits_and_greedy_continuations(written, variant: str) -> None:
+    theirs, folder = written(variant)
+    ours = imported(folder)
+    expected, found = theirs(TOKENS).logits, ours(TOKENS)
+    assert found.dtype == torch.float32 and expected.abs().max() > 1, "logits too small to tell anything"
+    assert (found - expected).abs().max() < 1e-4
+    prompt = TOKENS[:, :8]
+    continuation = greedy(ours, prompt, 24)
+    assert torch.equal(continuation, greedy(lambda tokens: theirs(tokens).logits, prompt, 24))
+    assert torch.equal(continuation, theirs.generate(prompt, max_new_tokens=24, do_sample=False, eos_token_id=None,
+                                                     pad_token_id=0))
+
+
+@torch.no_grad()
+def test_our_model_written_and_read_by_transformers(written, variant: str, tmp_path: Path) -> None:
+    ours = imported(written(variant)[1])
+    save_weights(ours, tmp_path / "out", ours.config, max_shard_bytes=100_000)
+    theirs, unexpected = pretrained(tmp_path / "out")
+    assert not unexpected
+    assert (ours(TOKENS) - theirs(TOKENS).logits).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("variant", ["v3"], indirect=True)
+def test_model_with_mtp_round_trip(written, variant: str, tmp_path: Path) -> None:
+    source = Path(shutil.copytree(written(variant)[1], tmp_path / "source"))
+    add_mtp(source)
+    ours = imported(source, mtp=True)
+    assert len(ours.mtp) == 1
+    save_weights(ours, tmp_path / "out", ours.config)
+    assert_same(disk(tmp_path / "out"), disk(source))
+    with torch.no_grad():
+        assert torch.equal(ours(TOKENS), imported(source)(TOKENS))

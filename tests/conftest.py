@@ -1,0 +1,26 @@
+"""Shared fixtures. Real data is read from a folder outside the repository; tests that need it say so when it is absent.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of real test data: $MOONBASE_SHARED, or `shared/data` beside the checkout."""
+    folder = Path(os.environ.get("MOONBASE_SHARED", Path(__file__).resolve().parents[2] / "shared" / "data"))
+    if not folder.is_dir():
+        pytest.skip(f"real test data is absent: {folder} (set MOONBASE_SHARED)")
+    return folder
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _two_threads() -> None:
+    """Tiny shapes gain nothing from many threads, and a fixed number keeps sums in one order."""
+    import torch
+
+    torch.set_num_threads(2)

@@ -1,0 +1,188 @@
+"""The network's configuration: published files read exactly, and everything else refused by name."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from moonbase.config import ModelConfig, RopeScaling, read_json, yarn_mscale
+from moonbase.errors import UserError
+from moonbase.presets import load_preset, preset_config, preset_names
+
+
+def published(preset: str = "kimi-k2") -> dict[str, Any]:
+    """A config.json as its publisher would write it."""
+    return preset_config(preset).to_hf()
+
+
+@pytest.mark.parametrize(
+    ("preset", "scale"),
+    [("kimi-k2", 0.130861), ("deepseek-v3", 0.135234), ("kimi-k2.5", 0.144680), ("moonlight-16b", 0.072169)],
+)
+def test_softmax_scale(preset: str, scale: float) -> None:
+    assert round(preset_config(preset).softmax_scale, 6) == scale
+
+
+@pytest.mark.parametrize(("factor", "temperature"), [(1, 1.0), (32, 1.346574), (40, 1.368888), (64, 1.415888)])
+def test_yarn_temperature(factor: float, temperature: float) -> None:
+    assert yarn_mscale(factor, 1.0) == pytest.approx(temperature, abs=5e-7)
+
+
+def test_published_k25_file_equals_the_preset(shared_data: Path) -> None:
+    path = shared_data / "kimi-k25-tokenizer" / "config.json"
+    if not path.is_file():
+        pytest.skip(f"the published K2.5 configuration is absent: {path}")
+    config, preset = ModelConfig.parse(read_json(path), source=str(path)), preset_config("kimi-k2.5")
+    # Published copies disagree about the end-of-text id (163585 or 163586); the preset stops on both.
+    assert config.model_copy(update={"eos_token_id": preset.eos_token_id}) == preset
+    assert set(config.eos_token_ids) <= set(preset.eos_token_ids) == {163585, 163586}
+    assert ModelConfig.from_folder(path.parent) == config
+
+
+@pytest.mark.parametrize("preset", preset_names())
+def test_every_preset_survives_the_hugging_face_file(preset: str) -> None:
+    config = preset_config(preset)
+    again = ModelConfig.parse(json.loads(json.dumps(config.to_hf())))
+    assert again.model_copy(update={"model_type": config.model_type}) == config
+
+
+@pytest.mark.parametrize("preset", [name for name in preset_names() if name != "deepseek-v3.2"])
+def test_transformers_reads_what_is_written(preset: str) -> None:
+    from transformers import DeepseekV3Config
+
+    config = preset_config(preset)
+    theirs = DeepseekV3Config(**config.to_hf())
+    for name in ("hidden_size", "q_lora_rank", "kv_lora_rank", "n_routed_experts", "routed_scaling_factor", "n_group",
+                 "topk_group", "first_k_dense_replace", "rms_norm_eps", "num_experts_per_tok", "v_head_dim"):
+        assert getattr(theirs, name) == getattr(config, name), name
+    # And what it writes in its own newer style is the same network to us.
+    again = ModelConfig.parse(json.loads(theirs.to_json_string()))
+    assert again.softmax_scale == config.softmax_scale
+    assert again.rope_theta == config.rope_theta
+    assert again.rope_scaling == config.rope_scaling
+
+
+def test_presets_hold_the_published_values() -> None:
+    k2, k25, v3 = (preset_config(name) for name in ("kimi-k2", "kimi-k2.5", "deepseek-v3"))
+    assert (k2.rope_scaling.factor, k2.rope_scaling.beta_fast, k2.rms_norm_eps) == (32, 1, 1e-6)
+    assert (k25.rope_scaling.factor, k25.rope_scaling.beta_fast, k25.rms_norm_eps) == (64, 32, 1e-5)
+    assert (v3.rope_scaling.factor, v3.n_group, v3.topk_group, v3.first_k_dense_replace) == (40, 8, 4, 3)
+    assert preset_config("moonlight-16b").q_lora_rank is None
+    assert k2.max_position_embeddings == 131_072 and k25.max_position_embeddings == 262_144
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
+        ({"attention_bias": True}, "attention_bias=True"),
+        ({"tie_word_embeddings": True}, "tie_word_embeddings=True"),
+        ({"moe_layer_freq": 2}, "moe_layer_freq=2"),
+        ({"rope_interleave": False}, "rope_interleave=False"),
+        ({"num_key_value_heads": 8}, "num_key_value_heads=8"),
+        ({"sliding_window": 4096}, "sliding_window=4096"),
+        ({"wonderful_new_attention": 3}, "wonderful_new_attention=3"),
+        ({"model_type": "llama"}, "model_type='llama'"),
+        ({"scoring_func": "softmax"}, "scoring_func"),
+        ({"topk_method": "greedy"}, "topk_method"),
+        ({"hidden_size": "wide"}, "hidden_size"),
+        ({"hidden_size": 0}, "hidden_size"),
+        ({"hidden_size": True}, "hidden_size"),
+        ({"hidden_size": 1.5}, "hidden_size"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps"),
+        ({"n_group": 7}, "n_group=7"),
+        ({"n_group": 384, "topk_group": 384}, "at least two experts"),
+        ({"topk_group": 2}, "topk_group=2"),
+        ({"num_experts_per_tok": 385}, "num_experts_per_tok=385"),
+        ({"qk_rope_head_dim": 63}, "qk_rope_head_dim=63"),
+        ({"first_k_dense_replace": 62}, "first_k_dense_replace"),
+        ({"index_topk": 2048}, "index_topk"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling.type"),
+        ({"rope_scaling": {"type": "yarn"}}, "rope_scaling.factor"),
+        ({"rope_scaling": {"type": "yarn", "factor": 4.0, "truncate": False}}, "rope_scaling.truncate"),
+        ({"rope_scaling": "yarn"}, "rope_scaling"),
+    ],
+)
+def test_what_cannot_be_represented_is_named(change: dict[str, Any], named: str) -> None:
+    with pytest.raises(UserError) as caught:
+        ModelConfig.parse(published() | change, source="some/config.json")
+    message = str(caught.value)
+    assert message.startswith("some/config.json: ")
+    assert named in message
+    assert "\n" not in message
+
+
+def test_every_wrong_field_is_named_at_once() -> None:
+    with pytest.raises(UserError, match=r"hidden_act.*sliding_window.*no_such_field"):
+        ModelConfig.parse(published() | {"hidden_act": "gelu", "sliding_window": 5, "no_such_field": 1})
+    with pytest.raises(UserError, match=r"vocab_size.*hidden_size"):
+        ModelConfig.parse(published() | {"hidden_size": -1, "vocab_size": 0})
+
+
+def test_a_missing_field_is_named() -> None:
+    values = published()
+    del values["kv_lora_rank"]
+    with pytest.raises(UserError, match="kv_lora_rank: Field required"):
+        ModelConfig.parse(values)
+
+
+@pytest.mark.parametrize("values", [[], "text", None, 3])
+def test_not_a_mapping(values: Any) -> None:
+    with pytest.raises(UserError, match="expected a mapping"):
+        ModelConfig.parse(values)
+
+
+def test_bookkeeping_fields_are_ignored() -> None:
+    extra = {"use_cache": True, "torch_dtype": "bfloat16", "auto_map": {}, "transformers_version": "4.56.2",
+             "quantization_config": {"quant_method": "fp8"}, "pretraining_tp": 1, "ep_size": 1}
+    assert ModelConfig.parse(published() | extra) == ModelConfig.parse(published())
+
+
+def test_outer_multimodal_file_is_unwrapped() -> None:
+    outer = {"model_type": "kimi_k25", "vision_config": {"patch_size": 14}, "text_config": published("kimi-k2.5")}
+    assert ModelConfig.parse(outer) == ModelConfig.parse(published("kimi-k2.5"))
+
+
+def test_newer_spelling_of_rope() -> None:
+    values = published()
+    scaling = values.pop("rope_scaling")
+    theta = values.pop("rope_theta")
+    kind = scaling.pop("type")
+    values["rope_parameters"] = {"rope_type": kind, "rope_theta": theta, "attention_factor": None, **scaling}
+    assert ModelConfig.parse(values) == ModelConfig.parse(published())
+    values["rope_parameters"] = {"rope_type": "default", "rope_theta": 5.0}
+    plain = ModelConfig.parse(values)
+    assert plain.rope_scaling is None and plain.rope_theta == 5.0
+
+
+def test_frozen_and_closed() -> None:
+    config = preset_config("pico")
+    with pytest.raises(ValidationError):
+        config.hidden_size = 3
+    with pytest.raises(ValidationError):
+        RopeScaling(factor=2.0, no_such=1)
+
+
+@pytest.mark.parametrize(
+    ("content", "complaint"),
+    [(b'{"a": 1,\n "b": }', "not valid JSON at line 2"), (b"\xff\xfe{}", "cannot be read"), (b"", "at line 1")],
+)
+def test_broken_files_are_named(tmp_path: Path, content: bytes, complaint: str) -> None:
+    (tmp_path / "config.json").write_bytes(content)
+    with pytest.raises(UserError, match=complaint) as caught:
+        ModelConfig.from_folder(tmp_path)
+    assert str(tmp_path / "config.json") in str(caught.value)
+
+
+def test_absent_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"config\.json: no such file"):
+        ModelConfig.from_folder(tmp_path)
+
+
+def test_unknown_preset_lists_the_known() -> None:
+    with pytest.raises(UserError, match=r"no preset 'k3'.*kimi-k2.*pico"):
+        load_preset("k3")

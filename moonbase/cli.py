@@ -95,6 +95,9 @@ def train(
     from moonbase.train.run import train as run_training
 
     folder = out or default_run_folder(plan)
+    if resume and (folder / "config.yaml").is_file():
+        # The run's own recipe is the base, whatever preset it was started from.
+        plan = load_recipe(str(folder / "config.yaml"), overrides or ())
     result = _deliver(as_json, lambda: run_training(plan, folder, resume=resume, make_sampler=_sampler), _show_run)
     if result.get("status") == "stopped":
         raise typer.Exit(INTERRUPTED)

@@ -36,6 +36,7 @@ def materialise(model: nn.Module | Mapping[str, Tensor], names: set[str], dtype:
     Tensors that already fit keep their memory, so views of them (an optimizer's, say) stay valid. `keep_dtype` names
     the tensors whose dtype never changes. Tensors without memory land on `device`, or on the CPU.
     """
+    owners = _owners(model) if isinstance(model, nn.Module) else {}
     for name, old in named_tensors(model).items():
         if name not in names:
             continue
@@ -46,26 +47,26 @@ def materialise(model: nn.Module | Mapping[str, Tensor], names: set[str], dtype:
         assert not (isinstance(old, DTensor) and old.is_meta), "call model.to_empty(device=...) after sharding"
         fresh = torch.empty_like(old, dtype=wanted, device=place)
         if isinstance(model, nn.Module):
-            _replace(model, name, fresh)
+            path, _, leaf = name.rpartition(".")
+            module = owners[path]
+            if leaf in module._parameters:
+                fresh = nn.Parameter(fresh, requires_grad=module._parameters[leaf].requires_grad)
+                module._parameters[leaf] = fresh
+            else:
+                module._buffers[leaf] = fresh
         else:
             assert isinstance(model, MutableMapping), f"{name}: cannot change dtype or device in a read-only mapping"
             model[name] = fresh
 
 
-def _replace(model: nn.Module, name: str, fresh: Tensor) -> None:
+def _owners(model: nn.Module) -> dict[str, nn.Module]:
+    """Path without wrapper names -> the innermost module there, which owns the parameters."""
+    owners = {}
     for path, module in model.named_modules():
         for wrapper in _WRAPPERS:
-            path = (path + ".").replace(wrapper, "").removesuffix(".")
-        prefix, _, leaf = name.rpartition(".")
-        if path != prefix:
-            continue
-        if leaf in module._parameters:
-            module._parameters[leaf] = nn.Parameter(fresh, requires_grad=module._parameters[leaf].requires_grad)
-            return
-        if leaf in module._buffers:
-            module._buffers[leaf] = fresh
-            return
-    raise AssertionError(f"no parameter or buffer {name}")
+            path = f"{path}.".replace(wrapper, "").removesuffix(".")
+        owners[path] = module
+    return owners
 
 
 def local_part(tensor: Tensor) -> tuple[Tensor, tuple[int, ...]]:

@@ -50,6 +50,8 @@ def read_quantization(folder: str | Path) -> Quantization | None:
     """How the weights of a folder are stored; None for plain floats. Raises CheckpointError for an unknown kind."""
     path = Path(folder) / "config.json"
     values = read_json(path)
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{path}: expected a mapping of fields, found {type(values).__name__}")
     block = values.get("quantization_config")
     if block is None and isinstance(values.get("text_config"), dict):
         block = values["text_config"].get("quantization_config")
@@ -105,16 +107,15 @@ def _require(path: Path, where: str, values: dict[str, Any], allowed: dict[str, 
                                   f"(supported: {choices[0]!r})")
 
 
-def quantization_block(fmt: Format) -> dict[str, Any] | None:
-    """The `quantization_config` that the published checkpoints of this format carry."""
+def quantization_block(fmt: Format, mtp: bool = False) -> dict[str, Any] | None:
+    """The `quantization_config` that the published checkpoints of this format carry; with `mtp`, eh_proj stays plain."""
     if fmt == "hf-fp8":
         return {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic",
                 "weight_block_size": list(FP8_BLOCK)}
     if fmt == "hf-int4":
         weights = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": INT4_GROUP,
-                   "dynamic": False, "observer": "minmax", "actorder": None}
-        ignore = ["lm_head", "re:.*self_attn.*", "re:.*shared_experts.*", r"re:.*mlp\.(gate|up|gate_up|down)_proj.*",
-                  "re:.*eh_proj.*"]
+                   "dynamic": False, "observer": "minmax", "observer_kwargs": {}, "actorder": None, "block_structure": None}
+        ignore = ["lm_head", "re:.*self_attn.*", "re:.*shared_experts.*", r"re:.*mlp\.(gate|up|gate_up|down)_proj.*"]
         return {
             "quant_method": "compressed-tensors",
             "format": "pack-quantized",
@@ -122,7 +123,7 @@ def quantization_block(fmt: Format) -> dict[str, Any] | None:
             "kv_cache_scheme": None,
             "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights, "input_activations": None,
                                           "output_activations": None}},
-            "ignore": ignore,
+            "ignore": [*ignore, "re:.*eh_proj.*"] if mtp else ignore,
         }
     return None
 

@@ -163,7 +163,8 @@ def _all_tensors(folder: Path) -> dict[str, StoredTensor]:
         return read_header(single)
     if not index.exists():
         raise CheckpointError(_nothing_to_read(folder))
-    weight_map = read_json(index).get("weight_map")
+    content = read_json(index)
+    weight_map = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
         raise CheckpointError(f"{index}: weight_map is missing or malformed")
     tensors: dict[str, StoredTensor] = {}

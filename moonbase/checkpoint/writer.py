@@ -182,7 +182,7 @@ def config_file(config: ModelConfig, dtype: torch.dtype, fmt: Format) -> dict[st
     values = config.to_hf()
     # `torch_dtype` is what published files and older engines use, `dtype` is transformers 5's name.
     values["dtype"] = values["torch_dtype"] = str(dtype).removeprefix("torch.")
-    block = quantization_block(fmt)
+    block = quantization_block(fmt, mtp=config.num_nextn_predict_layers > 0)
     if block is not None:
         values["quantization_config"] = block
     return values

@@ -1,8 +1,8 @@
 """From sources to a corpus: read, drop duplicates, hold some out, learn a vocabulary, tokenise, write shards.
 
 Which documents are held out is decided by a hash of their content, so a text is on the same side wherever it stands,
-and neither training nor the tokenizer ever sees a held-out one. Only a text that is larger than the whole held-out share
-is cut and its parts decided one by one. Files are visited in the order of a hash of their names: a budget, or the first
+and neither training nor the tokenizer ever sees a held-out one. Only a text larger than the whole held-out share is cut
+and its parts decided one by one. Files are visited in the order of a hash of their names: a budget, or the first
 part of anything, is then a fair sample instead of the letter A.
 """
 
@@ -36,6 +36,7 @@ TOKENIZER_SAMPLE_BYTES = 8 << 20
 _SAMPLE_SCAN_BYTES = 64 << 20
 """How far to read for that sample."""
 _TASK_BYTES = 256 << 10
+"""Text handed to a worker at once, and the step of the progress."""
 _HASHES = 1 << 64
 
 
@@ -164,7 +165,7 @@ def _documents(
 ) -> Iterator[tuple[int, Document, int]]:
     """(source, document, number that decides its side), each content once; about `limit` bytes over all sources."""
     seen: set[bytes] = set()
-    done = 0
+    done = reported = 0
     limit = min(limit, plan.config.max_bytes or limit)
     max_documents = plan.config.max_documents or float("inf")
     total = plan.total if plan.total is None else int(min(plan.total, limit))
@@ -183,10 +184,13 @@ def _documents(
             count += 1
             taken += len(document.content)
             done += len(document.content)
-            if progress:
+            if progress and done >= reported + _TASK_BYTES:
+                reported = done
                 progress(what, done if total is None else min(done, total), total)
             if taken >= limit * share or count >= max_documents * share:
                 break
+    if progress:
+        progress(what, done, done)
 
 
 def _read_source(

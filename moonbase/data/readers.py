@@ -112,15 +112,43 @@ def _open(file: SourceFile) -> Iterator[IO[bytes]]:
         except ImportError:
             raise UserError(f"{file.path}: .zst needs the package zstandard: pip install 'moonbase[hub]'") from None
         try:
-            with open(file.path, "rb") as packed, zstandard.ZstdDecompressor().stream_reader(
-                packed, read_across_frames=True
-            ) as stream:
-                yield io.BufferedReader(stream)  # type: ignore[type-var]
+            with open(file.path, "rb") as packed:
+                yield io.BufferedReader(_ZstdStream(packed, zstandard.ZstdDecompressor()))
         except zstandard.ZstdError as error:
             raise EOFError(str(error)) from None
     else:
         with open(file.path, "rb") as stream:
             yield stream
+
+
+class _ZstdStream(io.RawIOBase):
+    """Reads frame after frame; unlike the package's own reader it says so where the last one is cut short."""
+
+    def __init__(self, packed: IO[bytes], decompressor: Any) -> None:
+        self._packed, self._decompressor = packed, decompressor
+        self._frame = decompressor.decompressobj()
+        self._fed = False
+        self._rest = self._ready = b""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._ready:
+            # Small pieces, because they may expand ten-thousandfold.
+            piece = self._rest or self._packed.read(4096)
+            if not piece:
+                if self._fed:
+                    raise EOFError("the last frame is cut short")
+                return 0
+            self._ready = self._frame.decompress(piece)
+            self._rest, self._fed = self._frame.unused_data, not self._frame.eof
+            if self._frame.eof:
+                self._frame = self._decompressor.decompressobj()
+        count = min(len(buffer), len(self._ready))
+        buffer[:count] = self._ready[:count]
+        self._ready = self._ready[count:]
+        return count
 
 
 def _blocks(stream: IO[bytes]) -> Iterator[bytes]:
@@ -165,22 +193,24 @@ def _read_text(file: SourceFile, reading: Reading, skipped: Skipped) -> Iterator
     whole = file.text_bytes <= reading.longest_whole
     with _open(file) as stream:
         blocks = _blocks(stream)
-        block = next(blocks, b"").removeprefix(codecs.BOM_UTF8)
-        position, found = 0, False
-        while block:
-            following = next(blocks, b"")
+        block: bytes | None = next(blocks, b"").removeprefix(codecs.BOM_UTF8)
+        position, found, refused = 0, False, False
+        while block is not None:
+            following = next(blocks, None)
             refusal = _refusal(block)
             if refusal:
                 skipped.add(refusal, f"{file.path} from byte {position}" if position else file.path)
                 if position == 0 and refusal == "binary":
                     return
-            elif not block.isspace():
-                yield from _documents(block.decode("utf-8"), reading, whole, first=not found, complete=not following)
+                refused = True
+            elif block.strip():
+                last = following is None
+                yield from _documents(block.decode("utf-8"), reading, whole, first=not found, complete=last)
                 found = True
-            elif not following and not found:
-                skipped.add("empty", file.path)
             position += len(block)
             block = following
+        if not found and not refused:
+            skipped.add("empty", file.path)
 
 
 def _lines(stream: IO[bytes]) -> Iterator[bytes | None]:
@@ -195,6 +225,7 @@ def _lines(stream: IO[bytes]) -> Iterator[bytes | None]:
 
 
 def _read_lines(file: SourceFile, reading: Reading, skipped: Skipped) -> Iterator[Document]:
+    number = 0
     with _open(file) as stream:
         for number, line in enumerate(_lines(stream), start=1):
             name = f"{file.path}:{number}"
@@ -214,6 +245,8 @@ def _read_lines(file: SourceFile, reading: Reading, skipped: Skipped) -> Iterato
                     skipped.add("broken line", name)
                 else:
                     yield from _record(record, reading, name, skipped)
+    if number == 0:
+        skipped.add("empty", file.path)
 
 
 def _record(record: Any, reading: Reading, name: str, skipped: Skipped) -> Iterator[Document]:
@@ -249,6 +282,8 @@ def _read_table(file: SourceFile, reading: Reading, skipped: Skipped) -> Iterato
                 for text in batch.column(0).to_pylist():
                     row += 1
                     yield from _record({text_field: text}, reading, f"{file.path}: row {row}", skipped)
+            if row == 0:
+                skipped.add("empty", file.path)
     except (pyarrow.ArrowException, UnicodeDecodeError):
         skipped.add("damaged table", file.path)
 

@@ -180,7 +180,7 @@ class Tokenizer:
         return [self.encode(text) for text in texts]
 
     def encode_rendered(self, text: str) -> list[int]:
-        """Ids of text in which special-token names are the tokens. Never for text from outside: it could forge a turn."""
+        """Ids of text in which special-token names are tokens. Never for text from outside: it could forge a turn."""
         if self._special_pattern is None:
             names = sorted(self.special_tokens, key=len, reverse=True)
             self._special_pattern = re.compile("(" + "|".join(map(re.escape, names)) + ")" if names else r"((?!))")

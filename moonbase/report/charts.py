@@ -75,9 +75,9 @@ def quiet_axes(axes: Axes, frame: Frame, steps: np.ndarray, *, log: bool = False
     from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
     low, high = (int(steps[0]), int(steps[-1])) if len(steps) else (0, 1)
-    # A run of one step still needs an axis with an extent; a run from step 1 reads better from 0.
+    # A run from step 1 reads better from 0; one of a single step needs an axis with an extent around it.
     low = 0 if low <= max(1, high * 0.02) else low
-    axes.set_xlim(low, max(high, low + 1))
+    axes.set_xlim(low, high) if len(steps) > 1 else axes.set_xlim(high - 1, high + 1)
     axes.xaxis.set_major_locator(MaxNLocator(nbins=frame.num_ticks, integer=True, steps=[1, 2, 5, 10], min_n_ticks=2))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: compact(value)))
     if log:
@@ -106,7 +106,7 @@ def line(axes: Axes, x: np.ndarray, y: np.ndarray, colour: str, *, limit: int = 
     before, after = np.concatenate([[False], finite[:-1]]), np.concatenate([finite[1:], [False]])
     lone = finite & ~before & ~after
     if lone.any():
-        axes.plot(x[lone], y[lone], color=COLOUR[colour], linestyle="none", marker="o", markersize=3.5,
+        axes.plot(x[lone], y[lone], color=COLOUR[colour], linestyle="none", marker="o", markersize=5,
                   markeredgewidth=0)
 
 

@@ -67,7 +67,8 @@ def loss_chart(metrics: Metrics) -> Chart | None:
         smoothed = smooth(np.where(known, np.nan, loss))[last]
         smoothed = smoothed if np.isfinite(smoothed) else loss[last]
         words.append(f"Training loss went from {fixed(loss[first])} at step {count(steps[first])} to {fixed(smoothed)} "
-                     f"(smoothed) at step {count(steps[last])}.")
+                     f"(smoothed) at step {count(steps[last])}." if first != last else
+                     f"Training loss was {fixed(loss[first])} at step {count(steps[first])}.")
         legend += [Key("line", "accent-soft", "training, every step"), Key("line", "accent", "training, smoothed")]
     if held_out is not None:
         last = last_finite(held_out)

@@ -113,12 +113,12 @@ def _outcome(run: RunFolder) -> str:
     if parameters is not None:
         of_these = f" ({words.compact(active)} active)" if active is not None else ""
         parts.append(f"{words.compact(parameters)} parameters{of_these}")
-    parts.append(words.plural(_last_step(run.metrics), "step"))
+    parts.append(words.plural(_last_step(run.metrics), "step") if len(run.metrics) else "no training step recorded")
     first, last = _bits(run)
     xz = number(dig(facts, "results", "xz_bits_per_byte"))
     if last is not None:
         change = f"{words.fixed(first)} → " if first is not None else ""
-        comparison = f" (xz −9: {words.fixed(xz)})" if xz is not None else ""
+        comparison = f" (xz\u00a0−9:\u00a0{words.fixed(xz)})" if xz is not None else ""
         parts.append(f"{change}{words.fixed(last)} bits per byte on held-out files{comparison}")
     return " · ".join(parts)
 
@@ -149,8 +149,8 @@ def _tiles(run: RunFolder) -> list[tuple[str, str, str]]:
     results = facts.get("results")
     xz, uniform = number(dig(results, "xz_bits_per_byte")), number(dig(results, "uniform_bits_per_byte"))
     best = number(dig(results, "best_step"))
-    beside = [f"xz −9: {words.fixed(xz)}"] if xz is not None else []
-    beside += [f"uniform: {words.fixed(uniform)}"] if uniform is not None else []
+    beside = [f"xz\u00a0−9:\u00a0{words.fixed(xz)}"] if xz is not None else []
+    beside += [f"uniform:\u00a0{words.fixed(uniform)}"] if uniform is not None else []
     beside += [f"best at step {words.count(best)}"] if best is not None and not beside else []
     add("Bits per byte", _bits(run)[1], words.fixed, ", ".join(beside) or "held-out files")
     add("Held-out loss", metrics.last("validation_loss"), words.fixed, "nats per token")

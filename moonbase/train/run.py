@@ -37,6 +37,9 @@ from moonbase.train.run_folder import RunFolder
 from moonbase.train.speed import compile_blocks, recompute_blocks
 from moonbase.train.trainer import Callback, Trainer
 
+# A run's data position and optimizer state mean nothing under another value of these.
+_FIXED_BY_A_RUN = ("name", "model", "stage", "init", "data", "sequence_length", "batch_size", "seed")
+
 MakeSampler = Callable[[Transformer, Tokenizer], Sampler]
 
 
@@ -44,8 +47,8 @@ def train(recipe: Recipe, folder: str | Path, *, resume: bool = False, console: 
           make_sampler: MakeSampler | None = None, on_ready: Callable[[Trainer], None] | None = None) -> dict[str, Any]:
     """Run a recipe in `folder` and return its results.
 
-    With `resume` the folder's own recipe goes on from its newest checkpoint (`recipe.steps` may extend it). make_sampler
-    gives the sampling callback something to sample with; on_ready sees the trainer before its first step. Raises
+    With `resume` the folder's run goes on from its newest checkpoint; `recipe` is its config.yaml, perhaps with more steps
+    or another schedule, but not with another model, data or batch. make_sampler gives the sampling callback something to sample with; on_ready sees the trainer before its first step. Raises
     UserError for what the user can mend, TrainingStopped when the guard gives up. Ctrl-C and SIGTERM save first.
     """
     console = console or Console()
@@ -81,7 +84,10 @@ def _settle(recipe: Recipe, path: Path, resume: bool, world: World) -> Recipe:
         if not saved.exists():
             raise UserError(f"{path}: no run to resume here (no config.yaml)")
         stored = load_recipe(str(saved))
-        recipe = stored.model_copy(update={"steps": max(stored.steps, recipe.steps)}) if recipe.name == stored.name else stored
+        changed = [name for name in _FIXED_BY_A_RUN if getattr(stored, name) != getattr(recipe, name)]
+        if changed:
+            raise UserError(f"{path}: a run cannot change {', '.join(changed)} when it resumes. Start a new one with --out, "
+                            "from this run's weights with stage=continue init=RUN if you like.")
     elif latest_checkpoint(path) is not None:
         raise UserError(f"{path}: already holds a run. Add --resume to go on with it, or choose another folder with --out.")
     if recipe.batch_size % world.size:
@@ -114,7 +120,7 @@ def _open_run(run: RunFolder, recipe: Recipe, corpus: Corpus, resume: bool) -> N
     facts: dict[str, Any] = {
         "name": recipe.name, "status": "running", "reason": None, "command": shlex.join(["moonbase", *sys.argv[1:]]),
         "machine": machine_facts(), "versions": package_versions(), "commit": git_commit(),
-        "parameters": size.parameters, "active_parameters": size.active_parameters, "corpus": corpus.summary(),
+        "parameters": size.parameters, "active_parameters": size.active_parameters, "corpus": corpus.summary,
     }
     if not resume:
         facts["started"] = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
@@ -134,7 +140,8 @@ def _assemble(recipe: Recipe, path: Path, run: RunFolder | None, world: World, c
     masters = Masters(model, torch.float32 if world.size > 1 else compute_dtype)
     optimizer = make_optimizer(recipe, masters)
     stream = PackedStream(corpus, "train", recipe.sequence_length, recipe.batch_size, recipe.seed, world.rank, world.size)
-    validation = Validation(lambda: validation_batches(corpus, recipe.sequence_length, recipe.micro_batch_size or recipe.batch_size),
+    rows = (recipe.micro_batch_size or max(1, recipe.batch_size // world.size)) * world.size
+    validation = Validation(lambda: validation_batches(corpus, recipe.sequence_length, rows, world.rank, world.size),
                             torch.from_numpy(tokenizer.byte_lengths(recipe.model.vocab_size).astype("int64")))
     callbacks: list[Callback] = [validation]
     tokenizer_files = {file.name: file for file in (path / "corpus" / "tokenizer").iterdir() if file.is_file()}
@@ -220,8 +227,10 @@ def _run(trainer: Trainer, checkpoints: Checkpoints, validation: Validation, run
 def next_commands(path: Path, status: str) -> list[str]:
     """What one may type next."""
     if status != "finished":
-        return [f"moonbase train {path}/config.yaml --resume --out {path}"]
-    return [f"moonbase chat {path}", f"moonbase info {path}", f"moonbase convert {path} {path}-hf --format hf"]
+        return [shlex.join(["moonbase", "train", str(path), "--resume"])]
+    exported = f"{path}-hf"
+    return [shlex.join(["moonbase", *words]) for words in (
+        ("chat", str(path)), ("info", str(path)), ("convert", str(path), exported, "--format", "hf"))]
 
 
 @contextlib.contextmanager

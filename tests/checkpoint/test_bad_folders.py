@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from random import Random
 
 import pytest
 import torch
@@ -187,6 +188,9 @@ BAD_FOLDERS: dict[str, tuple[Callable[[Path], object], str]] = {
     "in two shards": (twice, r"tensor model\.norm\.weight is in both model-00001.* and model-00002"),
     "index leaves the folder": (index_leaves_folder, r"'\.\./x\.safetensors' is not a plain file name"),
     "no index": (no_index, r"model\.safetensors\.index\.json is missing"),
+    "config is a list": (lambda f: (f / "config.json").write_text("[]"), "expected a mapping of fields"),
+    "index is a list": (then(shard, lambda f: (f / "model.safetensors.index.json").write_text("[]")),
+                        "weight_map is missing or malformed"),
     "malformed index": (malformed_index, "weight_map is missing or malformed"),
     "index and single file": (both, "holds both model.safetensors and model.safetensors.index.json"),
     "pickles": (pickles, "only pickled weights, which are never opened"),
@@ -229,3 +233,23 @@ def test_absent_folder(tmp_path: Path, folder: Path) -> None:
     config = read_config(folder)
     with pytest.raises(Exception, match="no such f"):
         load_weights(empty_state(config), tmp_path / "absent", config)
+
+
+def test_any_damage_to_a_header_is_one_clear_line(folder: Path) -> None:
+    """300 random changes of the header: refused, or (a changed shape word of equal length, say) caught by the layout."""
+    config = read_config(folder)
+    path = folder / "model.safetensors"
+    whole = path.read_bytes()
+    end = 8 + int.from_bytes(whole[:8], "little")
+    random = Random(0)
+    for _ in range(300):
+        damaged = bytearray(whole)
+        for _ in range(random.choice((1, 1, 4))):
+            damaged[random.randrange(end)] = random.randrange(256)
+        path.write_bytes(damaged)
+        state = empty_state(config)
+        try:
+            load_weights(state, folder, config)
+        except CheckpointError as error:
+            assert "\n" not in str(error)
+            assert all((tensor == SENTINEL).all() for tensor in state.values())

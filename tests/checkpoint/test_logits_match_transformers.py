@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers.modeling_layers import MtpModel
 
 from moonbase.checkpoint import load_weights, read_config, save_weights
 from moonbase.model import Transformer
+from moonbase.model.rope import rotations
 from tests.checkpoint.test_writer import disk, pretrained
 from tests.checkpoint.variants import add_mtp, assert_same
 
@@ -43,8 +45,9 @@ def test_logits_and_greedy_continuations(written, variant: str) -> None:
     prompt = TOKENS[:, :8]
     continuation = greedy(ours, prompt, 24)
     assert torch.equal(continuation, greedy(lambda tokens: theirs(tokens).logits, prompt, 24))
-    assert torch.equal(continuation, theirs.generate(prompt, max_new_tokens=24, do_sample=False, eos_token_id=None,
-                                                     pad_token_id=0))
+    generated = theirs.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=24, do_sample=False,
+                                eos_token_id=None, pad_token_id=0)
+    assert torch.equal(continuation, generated)
 
 
 @torch.no_grad()
@@ -66,3 +69,23 @@ def test_model_with_mtp_round_trip(written, variant: str, tmp_path: Path) -> Non
     assert_same(disk(tmp_path / "out"), disk(source))
     with torch.no_grad():
         assert torch.equal(ours(TOKENS), imported(source)(TOKENS))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("variant", ["v3"], indirect=True)
+def test_mtp_logits(written, variant: str, tmp_path: Path) -> None:
+    """The multi-token-prediction module against transformers' own, read from the same files."""
+    source = Path(shutil.copytree(written(variant)[1], tmp_path / "source"))
+    add_mtp(source)
+    ours = imported(source, mtp=True)
+    theirs, _ = pretrained(source)
+    # transformers finds the module by DeepSeek-V3's layer number, 61; here it is layer 4.
+    theirs._keys_to_ignore_on_load_unexpected = [r"model\.layers\.4.*"]
+    module = MtpModel.from_pretrained(theirs).eval()
+    hidden = theirs.model(TOKENS[:, :-1]).last_hidden_state
+    positions = torch.arange(hidden.shape[1])[None].expand(2, -1)
+    expected = theirs.lm_head(module.forward_layer(0, hidden, positions, None, input_ids=TOKENS[:, 1:]))
+    rotation = rotations(ours.config, torch.arange(hidden.shape[1]))
+    found, _ = ours.mtp[0](hidden, ours.model.embed_tokens(TOKENS[:, 1:]), *rotation)
+    assert expected.abs().max() > 1
+    assert (ours.lm_head(found) - expected).abs().max() < 1e-4

@@ -78,12 +78,15 @@ dist.destroy_process_group()
 @pytest.mark.parametrize("variant", ["moonlight"], indirect=True)
 def test_two_processes_equal_one(written, variant: str, tmp_path: Path) -> None:
     source = written(variant)[1]
-    environment = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        environment["MASTER_PORT"] = str(probe.getsockname()[1])
-    workers = [subprocess.Popen([sys.executable, "-c", WORKER, source, tmp_path], stderr=subprocess.PIPE, text=True,
-                                env=environment | {"RANK": str(rank)}, cwd=Path(__file__).parents[2]) for rank in (0, 1)]
+        port = str(probe.getsockname()[1])
+    environment = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2"}
+    workers = [
+        subprocess.Popen([sys.executable, "-c", WORKER, source, tmp_path], stderr=subprocess.PIPE, text=True,
+                         env=environment | {"RANK": str(rank)}, cwd=Path(__file__).parents[2])
+        for rank in (0, 1)
+    ]
     try:
         errors = [worker.communicate(timeout=120)[1] for worker in workers]
     finally:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from moonbase.checkpoint import load_weights, read_config, save_weights, write_weights
+from moonbase.checkpoint import load_weights, read_config, save_state, save_weights, write_weights
 from moonbase.checkpoint.names import checkpoint_pieces
 from moonbase.config import ModelConfig
 from moonbase.errors import UserError
@@ -169,6 +169,27 @@ def test_nothing_is_left_after_an_error(written, tmp_path: Path) -> None:
     with pytest.raises(AssertionError, match="does not fit"):
         save_weights({}, tmp_path / "out", config)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_that_cannot_grow_leaves_nothing(written, tmp_path: Path) -> None:
+    """The operating system refuses after 20 kB, as on a full disk; the checkpoint that was there before stays."""
+    resource = pytest.importorskip("resource")
+    model, source = written("k2")
+    config = read_config(source)
+    save_weights(model, tmp_path / "out", config)
+    before = fingerprint(tmp_path / "out")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+    try:
+        with pytest.raises(UserError, match="File too large"):
+            save_weights(model, tmp_path / "out", config, dtype=torch.bfloat16)
+        with pytest.raises(UserError, match="File too large"):
+            save_state(tmp_path / "out", {"a": torch.zeros(100_000)}, {})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert before.items() <= fingerprint(tmp_path / "out").items()
+    assert not (tmp_path / "out" / "trainer_state.json").exists()
 
 
 def test_int4_needs_whole_groups(written, tmp_path: Path) -> None:

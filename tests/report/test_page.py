@@ -137,7 +137,8 @@ def test_hostile_text_is_shown_and_does_nothing(make_run):
     evil = '<script>alert(1)</script>\x00\x1b[31mred\x1b[0m \u202egnp.exe\u2066 "quoted" \ud800 &amp; {{ 7*7 }} ]]>'
     huge = "x" * 1_000_000
     header = f"=== step 5 | {evil}\n".replace("\ud800", "")
-    samples = (header + f">>> {json.dumps(evil)}\n... {json.dumps(evil + huge)}\n" + f">>> {json.dumps(huge)}\n" + '... "cut by a crash')
+    samples = header + f">>> {json.dumps(evil)}\n... {json.dumps(evil + huge)}\n"
+    samples += f">>> {json.dumps(huge)}\n" + '... "cut by a crash'
     folder = make_run(samples=samples, facts={
         "name": evil, "command": evil, "reason": evil, "next_commands": [evil], "versions": {evil: evil},
         "machine": {"cpu": evil}, "results": {evil: evil},

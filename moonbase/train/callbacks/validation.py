@@ -18,7 +18,7 @@ from moonbase.train.trainer import Callback, Trainer
 class Validation(Callback):
     """Every `validate_every` steps and after the last one.
 
-    make_batches: opens the held-out batches afresh. byte_lengths [V]: how many bytes each token stands for, so that
+    make_batches: opens this process's share of the held-out batches afresh; all processes get equally many. byte_lengths [V]: how many bytes each token stands for, so that
     losses of different tokenizers compare.
     """
 
@@ -35,17 +35,13 @@ class Validation(Callback):
 
     @torch.no_grad()
     def measure(self, trainer: Trainer, most_batches: int | None) -> tuple[float, float]:
-        """Mean loss per token (nats) and bits per byte over the first `most_batches` global batches, or all of them."""
+        """Mean loss per token (nats) and bits per byte over the first `most_batches` batches, or all of them."""
         world = trainer.world
         sums = torch.zeros(3, dtype=torch.float64)
         for number, batch in enumerate(self.make_batches()):
             if most_batches is not None and number >= most_batches:
                 break
-            if number % world.size == world.rank:
-                sums += self._sums(trainer, batch)
-            elif world.size > 1:
-                # Sharded weights are gathered by all processes together, so those without a batch go through the motions.
-                self._sums(trainer, batch)
+            sums += self._sums(trainer, batch)
         if world.size > 1:
             sums = world.sum(sums.to(world.device).float()).double().cpu()
         nats, tokens, num_bytes = sums.tolist()

@@ -1,0 +1,169 @@
+"""The whole chain on this machine: real files → tokenizer → shards → training → measurement → report → a model to talk to.
+
+Needs no download: the corpus is the Python code of the running interpreter and of the packages installed beside it.
+"""
+
+from __future__ import annotations
+
+import json
+import lzma
+import shlex
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moonbase import files
+from moonbase.data import Batch, Corpus, Tokenizer, installed_python_sources
+from moonbase.engine import Engine, Sampling
+from moonbase.errors import UserError
+from moonbase.model import Transformer
+from moonbase.recipe import Recipe, load_recipe
+from moonbase.report import write_report
+from moonbase.report.console import Console, duration
+from moonbase.train.parallel import World
+from moonbase.train.precision import Masters
+from moonbase.train.run import build_model, make_optimizer, train
+from moonbase.train.speed import compile_blocks
+from moonbase.train.trainer import Trainer
+
+PROMPTS = ("def __init__(self, ", "import numpy as np\n", "class TestCase(unittest.", "for i in range(", "    return ", 'raise ValueError("')
+CORPUS_BYTES = 16_000_000
+
+
+def quickstart(preset: str = "pico", folder: str | Path = "runs/quickstart", minutes: float = 3.0) -> dict[str, Any]:
+    """Run the chain in `folder`, training for about `minutes`. Returns the results. Raises UserError.
+
+    A folder that holds an interrupted quickstart is resumed; a finished one is refused.
+    """
+    started = time.monotonic()
+    folder = Path(folder)
+    with Console() as console:
+        resume = _interrupted(folder)
+        if resume:
+            console.stage(f"{folder}: going on with the interrupted run")
+            recipe = load_recipe(str(folder / "config.yaml"))
+        else:
+            recipe = _recipe(preset)
+            console.stage(f"moonbase quickstart: {recipe.name}, about {duration(60 * minutes)} of training on this machine")
+            recipe = recipe.model_copy(update={"steps": _steps_for(recipe, minutes, console)})
+        outcome = train(recipe, folder, resume=resume, console=console, make_sampler=make_sampler)
+        if outcome["status"] != "finished":
+            _say_stopped(console, folder, outcome)
+            return outcome
+        return _finish(console, folder, outcome, time.monotonic() - started)
+
+
+def make_sampler(model: Transformer, tokenizer: Tokenizer):
+    """Greedy completions through the engine, as the sampling callback wants them."""
+    engine = Engine(model, tokenizer)
+    return lambda prompts: engine.generate(prompts, Sampling(max_tokens=48))
+
+
+def _recipe(preset: str) -> Recipe:
+    recipe = load_recipe(preset)
+    scale = 1 if not torch.cuda.is_available() else 20
+    data = recipe.data.model_copy(update={"sources": tuple(installed_python_sources()), "max_bytes": scale * CORPUS_BYTES})
+    return recipe.model_copy(update={"name": "quickstart", "data": data, "sample_prompts": PROMPTS})
+
+
+def _interrupted(folder: Path) -> bool:
+    if not (folder / "config.yaml").exists():
+        return False
+    try:
+        facts = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        facts = {}
+    if facts.get("status") == "finished":
+        raise UserError(f"{folder}: a finished quickstart is here. Look at {folder}/report.html, or add --out for a new one.")
+    return True
+
+
+class _RandomStream:
+    """Batches of random tokens: what a step costs does not depend on what the tokens say."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        shape = (recipe.batch_size, recipe.sequence_length + 1)
+        tokens = torch.randint(0, recipe.model.vocab_size, shape, generator=torch.Generator().manual_seed(0))
+        documents = torch.zeros(recipe.batch_size, recipe.sequence_length, dtype=torch.int32)
+        documents[:, recipe.sequence_length // 2:] = 1
+        self.batch = Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), documents)
+
+    def __iter__(self) -> _RandomStream:
+        return self
+
+    def __next__(self) -> Batch:
+        return self.batch
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        assert not state
+
+
+def _steps_for(recipe: Recipe, minutes: float, console: Console) -> int:
+    """How many steps fit, measured on a throw-away model; rounded, so that it reads well."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    world = World(0, 1, device)
+    model = build_model(recipe, world)
+    on_gpu = device.type == "cuda"
+    if on_gpu:
+        compile_blocks(model)
+    masters = Masters(model, torch.bfloat16 if on_gpu else torch.float32)
+    trainer = Trainer(recipe, model, masters, make_optimizer(recipe, masters), _RandomStream(recipe), world, [])
+    times = []
+    for number in range(6):
+        console("measuring this machine", number, 6)
+        began = time.perf_counter()
+        trainer.train_step()
+        times.append(time.perf_counter() - began)
+    console("measuring this machine", 6, 6)
+    step_seconds = sorted(times[2:])[2]
+    return max(20, round(60 * minutes / step_seconds / 10) * 10)
+
+
+def _finish(console: Console, folder: Path, outcome: dict[str, Any], seconds: float) -> dict[str, Any]:
+    console.stage("comparing with xz -9 on the same held-out bytes")
+    corpus = Corpus.open(folder / "corpus")
+    text = corpus.validation_text()
+    xz = 8 * len(lzma.compress(text, preset=9)) / len(text)
+    ours = outcome["validation_bits_per_byte"]
+    facts = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+    facts["results"] = {**facts.get("results", {}), "validation_bits_per_byte": ours, "xz_bits_per_byte": xz}
+    facts["seconds"] = round(seconds, 1)
+    files.write_text(folder / "run.json", json.dumps(facts, indent=1) + "\n")
+    report = write_report(folder)
+    print(f"\nheld out, never seen: {len(text):,} bytes of Python")
+    print(f"  this model   {ours:.3f} bits per byte")
+    print(f"  xz -9        {xz:.3f} bits per byte")
+    print("\nsome completions (greedy):")
+    for prompt, text in _last_samples(folder):
+        print(f"  {prompt!r} → {text!r}")
+    print(f"\nreport: {report}   ({duration(seconds)} in all)")
+    print("next:")
+    for command in next_commands(folder):
+        print(f"  {command}")
+    return {**outcome, "xz_bits_per_byte": xz, "held_out_bytes": len(corpus.validation_text()), "report": str(report), "seconds_in_all": seconds}
+
+
+def next_commands(folder: Path) -> list[str]:
+    """What one may do with the model."""
+    return [shlex.join(["moonbase", *words]) for words in (
+        ("chat", str(folder)), ("info", str(folder)), ("train", "pico", "data=YOUR/TEXTS"),
+        ("convert", str(folder), f"{folder}-hf", "--format", "hf"))]
+
+
+def _last_samples(folder: Path) -> list[tuple[str, str]]:
+    blocks = (folder / "samples.txt").read_text(encoding="utf-8").split("=== ")
+    lines = blocks[-1].splitlines()[1:]
+    values = [json.loads(line[4:]) for line in lines if line[:4] in (">>> ", "... ")]
+    return list(zip(values[::2], values[1::2], strict=True))
+
+
+def _say_stopped(console: Console, folder: Path, outcome: dict[str, Any]) -> None:
+    console.note(f"{outcome['reason']} at step {outcome['step']}; a checkpoint is saved in {folder}/checkpoints.")
+    again = ["moonbase", "quickstart"] + (["--out", str(folder)] if str(folder) != "runs/quickstart" else [])
+    print(f"to go on: {shlex.join(again)}", file=sys.stderr)

@@ -91,7 +91,7 @@ def local_part(tensor: Tensor) -> tuple[Tensor, tuple[int, ...]]:
 
 def full_tensor(tensor: Tensor) -> Tensor:
     """The whole tensor. Of a sharded one every process must ask, in the same order."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return tensor.detach().full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def is_sharded(tensors: Mapping[str, Tensor]) -> bool:

@@ -108,13 +108,14 @@ def _require(path: Path, where: str, values: dict[str, Any], allowed: dict[str, 
 
 
 def quantization_block(fmt: Format, mtp: bool = False) -> dict[str, Any] | None:
-    """The `quantization_config` that the published checkpoints of this format carry; with `mtp`, eh_proj stays plain."""
+    """The `quantization_config` of the published checkpoints in this format; with `mtp` it leaves eh_proj out too."""
     if fmt == "hf-fp8":
         return {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic",
                 "weight_block_size": list(FP8_BLOCK)}
     if fmt == "hf-int4":
         weights = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": INT4_GROUP,
-                   "dynamic": False, "observer": "minmax", "observer_kwargs": {}, "actorder": None, "block_structure": None}
+                   "dynamic": False, "observer": "minmax", "observer_kwargs": {}, "actorder": None,
+                   "block_structure": None}
         ignore = ["lm_head", "re:.*self_attn.*", "re:.*shared_experts.*", r"re:.*mlp\.(gate|up|gate_up|down)_proj.*"]
         return {
             "quant_method": "compressed-tensors",

@@ -236,7 +236,7 @@ def test_absent_folder(tmp_path: Path, folder: Path) -> None:
 
 
 def test_any_damage_to_a_header_is_one_clear_line(folder: Path) -> None:
-    """300 random changes of the header: refused, or (a changed shape word of equal length, say) caught by the layout."""
+    """300 random changes of the header: what is not refused is a change that means the same (a space, say)."""
     config = read_config(folder)
     path = folder / "model.safetensors"
     whole = path.read_bytes()
@@ -253,3 +253,5 @@ def test_any_damage_to_a_header_is_one_clear_line(folder: Path) -> None:
         except CheckpointError as error:
             assert "\n" not in str(error)
             assert all((tensor == SENTINEL).all() for tensor in state.values())
+            continue
+        assert not any((tensor == SENTINEL).all() for tensor in state.values())

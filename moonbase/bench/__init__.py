@@ -1,0 +1,32 @@
+"""Measurements beside peers: each bench runs both sides in one process on one machine and prints one table.
+
+Every row has shape, unit, ours, peer, peer_name, ratio (ours over the peer, larger is better) and roof_share (share of what
+the hardware was measured to do in the same run). A peer that is not installed is named as absent, never skipped silently.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from moonbase.errors import UserError
+
+_BENCHES = ("train", "optimizer")
+_PEERS = {"train": ("transformers",), "optimizer": ("torch",)}
+
+
+def run(name: str, preset: str = "pico", peer: str | None = None) -> dict[str, Any]:
+    """Run the bench `name`. Returns name, machine, commit, versions and rows. Raises UserError for unknown names."""
+    if name not in _BENCHES:
+        raise UserError(f"no bench {name!r}. Benches: {', '.join(_BENCHES)}")
+    if peer is not None and peer not in _PEERS[name]:
+        raise UserError(f"bench {name} knows no peer {peer!r}. Peers: {', '.join(_PEERS[name])}")
+    from moonbase.report.machine import git_commit, machine_facts, package_versions
+
+    facts = machine_facts()
+    if name == "train":
+        from moonbase.bench.train import measure
+    else:
+        from moonbase.bench.optimizer import measure
+    rows = measure(preset, peer)
+    return {"name": f"{name} {preset}", "machine": facts["gpu"] or f"{facts['cpu']}, {facts['cores']} cores",
+            "commit": git_commit(), "versions": package_versions(), "rows": rows}

@@ -1,0 +1,148 @@
+"""Training throughput and peak memory, moonbase with MuonClip beside transformers with AdamW: same shape, same batch.
+
+On a CPU both train in fp32 in turns, and the peer gets the fastest of its expert implementations. On a GPU both train in
+bf16 (ours with fp32 masters), compiled, one after the other so that peak memory is each one's own; both sum sixteen
+micro-batches per optimizer step.
+"""
+
+from __future__ import annotations
+
+import gc
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from moonbase.bench.timing import alternating_seconds, matmul_ceiling, seconds
+from moonbase.data import Batch
+from moonbase.errors import UserError
+from moonbase.recipe import Recipe, load_recipe
+from moonbase.sizes import train_flops_per_token
+from moonbase.train.parallel import World
+from moonbase.train.precision import Masters
+from moonbase.train.run import build_model, make_optimizer
+from moonbase.train.speed import compile_blocks
+from moonbase.train.trainer import Trainer
+
+EXPERT_IMPLEMENTATIONS = ("grouped_mm", "batched_mm", "eager")
+_GPU_MICRO_BATCHES = 16
+
+
+class _OneBatch:
+    """The same rows again and again; every row is one document, so that both sides attend to the same pairs."""
+
+    def __init__(self, batch: Batch) -> None:
+        self.batch = batch
+
+    def __iter__(self) -> _OneBatch:
+        return self
+
+    def __next__(self) -> Batch:
+        return self.batch
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        assert not state
+
+
+def measure(preset: str, peer: str | None) -> list[dict[str, Any]]:
+    """Rows for throughput and, on a GPU, peak memory."""
+    on_gpu = torch.cuda.is_available()
+    if on_gpu:
+        micro, time = 16, 2048
+        overrides = [f"sequence_length={time}", f"batch_size={micro * _GPU_MICRO_BATCHES}", f"micro_batch_size={micro}"]
+    else:
+        micro, time = 8, 512
+        overrides = [f"sequence_length={time}", f"batch_size={micro}"]
+    recipe = load_recipe(preset, [*overrides, "guard.spike_factor=null"])
+    tokens = torch.randint(0, recipe.model.vocab_size, (recipe.batch_size, time + 1), generator=torch.Generator().manual_seed(0))
+    shape = f"{preset} {recipe.batch_size // micro}x{micro}x{time}" if on_gpu else f"{preset} {micro}x{time}"
+    flops = train_flops_per_token(recipe.model, time)
+    ceiling = matmul_ceiling()
+    if on_gpu:
+        ours, our_memory = _on_gpu(lambda: _our_step(recipe, tokens), rounds=4)
+        theirs = their_memory = None
+        if peer:
+            theirs, their_memory = _on_gpu(lambda: _peer_step(recipe, tokens, micro, "grouped_mm", compiled=True), rounds=2)
+        name = "transformers, grouped_mm, compiled" if peer else None
+        rows = [_row(shape, "tokens/s", tokens.shape[0] * time / ours, theirs and tokens.shape[0] * time / theirs, name)]
+        rows[0]["roof_share"] = rows[0]["ours"] * flops / ceiling
+        memory = _row(shape, "GiB peak", our_memory / 2**30, their_memory and their_memory / 2**30, name)
+        memory["ratio"] = their_memory / our_memory if their_memory else None
+        return [*rows, memory]
+    works: dict[str, Callable[[], object]] = {"ours": _our_step(recipe, tokens)}
+    if peer:
+        works |= {name: _peer_step(recipe, tokens, micro, name, compiled=False) for name in EXPERT_IMPLEMENTATIONS}
+    times = alternating_seconds(works, rounds=7, warmup=2)
+    rate = {name: tokens.shape[0] * time / value for name, value in times.items()}
+    rows = []
+    for name in [name for name in works if name != "ours"] or [None]:
+        row = _row(shape, "tokens/s", rate["ours"], rate.get(name), f"transformers, {name}" if name else None)
+        row["roof_share"] = rate["ours"] * flops / ceiling
+        rows.append(row)
+    return sorted(rows, key=lambda row: row["ratio"] or 0)
+
+
+def _row(shape: str, unit: str, ours: float, peer: float | None, peer_name: str | None) -> dict[str, Any]:
+    return {"shape": shape, "unit": unit, "ours": ours, "peer": peer, "peer_name": peer_name,
+            "ratio": ours / peer if peer else None, "roof_share": None}
+
+
+def _on_gpu(make: Callable[[], Callable[[], object]], rounds: int) -> tuple[float, int]:
+    """Median seconds of a step and its peak memory; everything is freed afterwards."""
+    work = make()
+    work()
+    torch.cuda.reset_peak_memory_stats()
+    elapsed = seconds(work, rounds=rounds, warmup=1)
+    memory = torch.cuda.max_memory_allocated()
+    del work
+    gc.collect()
+    torch._dynamo.reset()
+    torch.cuda.empty_cache()
+    return elapsed, memory
+
+
+def _our_step(recipe: Recipe, tokens: torch.Tensor) -> Callable[[], object]:
+    """A whole optimizer step as `moonbase train` makes it, QK-Clip, router biases and metrics included."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    world = World(0, 1, device)
+    model = build_model(recipe, world)
+    on_gpu = device.type == "cuda"
+    if on_gpu:
+        compile_blocks(model)
+    masters = Masters(model, torch.bfloat16 if on_gpu else torch.float32)
+    batch = Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), torch.zeros(len(tokens), tokens.shape[1] - 1, dtype=torch.int32))
+    trainer = Trainer(recipe, model, masters, make_optimizer(recipe, masters), _OneBatch(batch), world, [])
+    return trainer.train_step
+
+
+def _peer_step(recipe: Recipe, tokens: torch.Tensor, micro: int, experts: str, compiled: bool) -> Callable[[], object]:
+    """The same network in transformers with fused AdamW, its own loss, gradient clipping left out in its favour."""
+    try:
+        from transformers import AutoModelForCausalLM, DeepseekV3Config
+    except ImportError:
+        raise UserError("peer transformers is not installed here: pip install transformers") from None
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    values = recipe.model.to_hf()
+    values.pop("model_type")
+    with device, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = AutoModelForCausalLM.from_config(DeepseekV3Config(**values), dtype=dtype, attn_implementation="sdpa",
+                                                 experts_implementation=experts)
+    model.train()
+    model.config.use_cache = False
+    run = torch.compile(model) if compiled else model
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.1, fused=True)
+    parts = [part.to(device) for part in tokens[:, :-1].split(micro)]
+
+    def step() -> None:
+        for part in parts:
+            (run(input_ids=part, labels=part).loss / len(parts)).backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step

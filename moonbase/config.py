@@ -202,6 +202,8 @@ class ModelConfig(Frozen):
     def to_hf(self) -> dict[str, Any]:
         """The `config.json` that transformers reads without remote code."""
         values = self.model_dump(exclude_none=True)
+        # Absent ids would become transformers' own defaults 0 and 1.
+        values |= {name: getattr(self, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
         # transformers knows the architecture under DeepSeek's name; Kimi K2 is the same network.
         values["model_type"] = "deepseek_v3" if self.model_type == "kimi_k2" else self.model_type
         version = "V32" if self.model_type == "deepseek_v32" else "V3"

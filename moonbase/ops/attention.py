@@ -32,18 +32,20 @@ class Documents:
     segments: tuple[tuple[int, int, int], ...] = ()
 
     @staticmethod
-    def from_ids(ids_BT: Tensor | None) -> Documents | None:
-        """Prepare the form that the device's kernel wants. A batch of single-document rows gives None: plain causal."""
-        if ids_BT is None:
+    def from_ids(ids_BT: Tensor | None, device: torch.device | None = None) -> Documents | None:
+        """Prepare what the kernels of `device` want (default: where the ids are). Rows of one document each give None:
+        plain causal attention, which every kernel does fastest. Give ids that are still on the CPU: looking at ids on a
+        GPU would wait for it."""
+        if ids_BT is None or not bool((ids_BT[:, 1:] != ids_BT[:, :-1]).any()):
             return None
-        if ids_BT.device.type != "cpu":
-            return Documents(ids_BT)
+        device = device or ids_BT.device
+        if device.type != "cpu":
+            return Documents(ids_BT.to(device, non_blocking=True))
         segments = []
         for row, ids in enumerate(ids_BT):
             cuts = (torch.nonzero(ids[1:] != ids[:-1]).flatten() + 1).tolist()
-            edges = [0, *cuts, ids.shape[0]]
-            segments += [(row, start, stop) for start, stop in itertools.pairwise(edges)]
-        return None if len(segments) == ids_BT.shape[0] else Documents(ids_BT, tuple(segments))
+            segments += [(row, start, stop) for start, stop in itertools.pairwise([0, *cuts, ids.shape[0]])]
+        return Documents(ids_BT, tuple(segments))
 
 
 def attention_reference(

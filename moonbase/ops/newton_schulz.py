@@ -72,8 +72,8 @@ def orthogonalize_reference(matrix: Tensor, steps: int = 5, coefficients: Coeffi
 # How many steps the Gram form may run before X is rebuilt and squared afresh. Rounding A = X Xᵀ to relative precision u
 # leaves eigenvalue errors of u, negative ones too, which every step multiplies by its squared slope at zero. Measured
 # against fp64 on matrices whose singular values span five decades, 5 steps, relative error in the Frobenius norm:
-#   fp32: plain 1e-5, Gram in runs of 5 6e-4, of 3 2e-5;   bf16: plain 1e-1, Gram in runs of 5 diverges, of 3 0.2, of 2
-# 1e-1.
+#   fp32: plain 1e-5, Gram in runs of 5 6e-4, of 3 2e-5
+#   bf16: plain 1e-1, Gram in runs of 5 diverges, of 3 2e-1, of 2 1e-1
 GRAM_STEPS = {torch.float64: 5, torch.float32: 3, torch.bfloat16: 2}
 
 
@@ -87,8 +87,7 @@ def compute_dtype(device: torch.device | str) -> torch.dtype:
 
 
 def default_workspace_bytes(device: torch.device | str) -> int:
-    """Scratch memory of one chunk: enough to fill a GPU; on a CPU little enough to stay near the core (1.5× at pico's
-    shapes)."""
+    """Scratch memory of one chunk: enough to fill a GPU; little enough on a CPU to stay in its caches (1.5× faster)."""
     return 4 << 20 if torch.device(device).type == "cpu" else 1 << 30
 
 

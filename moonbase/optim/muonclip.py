@@ -121,7 +121,7 @@ class MuonClip(torch.optim.Optimizer):
         self.ns_dtype, self.momentum_dtype, self.workspace_bytes = ns_dtype, momentum_dtype, workspace_bytes
         self.adam_lr_ratio = adam_lr_ratio
         self._squares: dict[RowShard | None, Tensor] = {}
-        self._measured_elements = 0
+        self._measured_elements, self._measured = 0, False
         defaults = {
             "lr": lr, "kind": "muon", "splits": 1, "weight_decay": weight_decay, "momentum": momentum,
             "nesterov": nesterov, "update_rms": update_rms, "ns_steps": ns_steps, "ns_coefficients": ns_coefficients,
@@ -167,7 +167,7 @@ class MuonClip(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._squares, self._measured_elements = {}, 0
+        self._squares, self._measured_elements, self._measured = {}, 0, measure_update
         batches: dict[_Shape, list[_Stack]] = {}
         for group in self.param_groups:
             if group["kind"] == "adamw":
@@ -181,6 +181,9 @@ class MuonClip(torch.optim.Optimizer):
                     self._measured_elements += parameter.numel()
         first_owner = 0
         for shape, stacks in batches.items():
+            if measure_update and shape.shard not in self._squares:
+                # Even where no matrix is here (fewer experts than processes): update_rms is a collective call.
+                self._squares[shape.shard] = torch.zeros((), dtype=torch.float32, device=shape.device)
             if shape.cut:
                 self._cut_matrices(shape, stacks, measure_update, first_owner)
                 first_owner += len(stacks)  # continue in turn, or the first processes would own all the remainders
@@ -192,17 +195,17 @@ class MuonClip(torch.optim.Optimizer):
     def update_rms(self) -> Tensor:
         """RMS over all Muon matrices of the last step's update before the learning rate and decay: a 0-d fp32 tensor.
 
-        About `update_rms` of the options where gradients have full rank. Needs `step(measure_update=True)`. With
-        sharded parameters this is a collective call: every process must make it.
+        About `update_rms` of the options where gradients have full rank; 0 where nothing got a Muon update. Needs
+        `step(measure_update=True)`. With sharded parameters this is a collective call: every process must make it.
         """
-        assert self._squares, "update_rms() needs a preceding step(measure_update=True) with gradients"
-        total = None
+        assert self._measured, "update_rms() needs a preceding step(measure_update=True)"
+        total = torch.zeros((), dtype=torch.float32, device=self.param_groups[0]["params"][0].device)
         for shard, square in self._squares.items():
             if shard is not None:
                 dist.all_reduce(square, group=shard.group)
-            total = square if total is None else total + square
+            total = total + square
         self._squares = {None: total}  # asking twice must not sum over the processes twice
-        return (total / self._measured_elements).sqrt()
+        return (total / max(1, self._measured_elements)).sqrt()
 
     # --- Muon ---------------------------------------------------------------------------------------------------------
 
@@ -277,8 +280,7 @@ class MuonClip(torch.optim.Optimizer):
                 self._measure(exchange.buffer, shape)
 
     def _measure(self, updates: Tensor, shape: _Shape) -> None:
-        square = (torch.linalg.vector_norm(updates, dtype=torch.float32) * shape.scale) ** 2
-        self._squares[shape.shard] = self._squares.get(shape.shard, 0.0) + square
+        self._squares[shape.shard] += (torch.linalg.vector_norm(updates, dtype=torch.float32) * shape.scale) ** 2
 
     # --- AdamW --------------------------------------------------------------------------------------------------------
 
@@ -309,8 +311,7 @@ class MuonClip(torch.optim.Optimizer):
     # --- state --------------------------------------------------------------------------------------------------------
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As `torch.optim.Optimizer.load_state_dict`; a momentum of another dtype than its parameter's keeps its
-        own."""
+        """As `torch.optim.Optimizer.load_state_dict`, which would give the momentum its parameter's dtype."""
         super().load_state_dict(state_dict)
         if self.momentum_dtype is not None:
             for state in self.state.values():

@@ -149,10 +149,11 @@ class Trainer:
         merged: list[LayerStatistics] = []
         for number, start in enumerate(starts):
             rows = slice(start, start + self.micro_batch_size)
-            tokens, targets, ids = (x[rows].to(device, non_blocking=True) for x in (batch.tokens, batch.targets, batch.documents))
+            tokens, targets = (x[rows].to(device, non_blocking=True) for x in (batch.tokens, batch.targets))
+            documents = Documents.from_ids(batch.documents[rows], device)
             if self.world.size > 1:
                 self.model.set_requires_gradient_sync(number == len(starts) - 1)
-            losses = self.model.loss(tokens, targets, Documents.from_ids(ids), recipe.optimizer.qk_clip)
+            losses = self.model.loss(tokens, targets, documents, recipe.optimizer.qk_clip)
             # Processes average their gradients, so each one's share of the token sum is scaled up by their number.
             token_loss = (losses.loss_sum + recipe.mtp_loss * losses.mtp_loss_sum) * (self.world.size / num_targets)
             balance = losses.balance_loss / len(starts)

@@ -229,6 +229,17 @@ def test_update_rms_is_about_a_fifth_for_any_full_rank_shape(shape: tuple[int, .
     assert 0.15 < true < 0.23
 
 
+def test_update_rms_without_matrices_and_without_measuring() -> None:
+    [gain] = parameters((5,))
+    optimizer = MuonClip([{"params": [gain], "kind": "adamw"}])
+    give_gradients([gain], 0)
+    optimizer.step(measure_update=True)
+    assert optimizer.update_rms() == 0
+    optimizer.step()
+    with pytest.raises(AssertionError, match="measure_update"):
+        optimizer.update_rms()
+
+
 def test_gradient_norm_and_clipping_equal_torch() -> None:
     ours, theirs = parameters((4, 6), (3, 2, 5), (7,), dtype=torch.float32), parameters((4, 6), (3, 2, 5), (7,),
                                                                                         dtype=torch.float32)

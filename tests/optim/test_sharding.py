@@ -108,6 +108,19 @@ def check_layout_is_that_of_fully_shard(mesh: DeviceMesh) -> None:
         torch.testing.assert_close(ours.full_tensor(), theirs.data, atol=1e-5, rtol=1e-5)
 
 
+def check_fewer_experts_than_processes(mesh: DeviceMesh) -> None:
+    stack = torch.randn(1, 6, 4)
+    sharded, plain = nn.Parameter(distribute_tensor(stack, mesh, [Shard(0)])), nn.Parameter(stack.clone())
+    sharded.grad, plain.grad = distribute_tensor(stack.sin(), mesh, [Shard(0)]), stack.sin()
+    measured = []
+    for parameter in (sharded, plain):
+        optimizer = MuonClip([parameter], lr=0.1)
+        optimizer.step(measure_update=True)
+        measured.append(optimizer.update_rms())
+    torch.testing.assert_close(measured[0], measured[1])
+    torch.testing.assert_close(sharded.full_tensor(), plain.data)
+
+
 def check_clip(mesh: DeviceMesh) -> None:
     config = ModelConfig(vocab_size=32, hidden_size=16, intermediate_size=8, moe_intermediate_size=6,
                          num_hidden_layers=1, num_attention_heads=3, q_lora_rank=4, kv_lora_rank=4, qk_nope_head_dim=5,
@@ -138,6 +151,7 @@ def worker(rank: int, world_size: int, folder: str) -> None:
     mesh = init_device_mesh("cpu", (world_size,))
     check_update(mesh, [Shard(0)])
     check_layout_is_that_of_fully_shard(mesh)
+    check_fewer_experts_than_processes(mesh)
     check_clip(mesh)
     if world_size == 2:
         replicated = init_device_mesh("cpu", (1, 2), mesh_dim_names=("replicate", "shard"))

@@ -49,7 +49,7 @@ class Validation(Callback):
 
     def _sums(self, trainer: Trainer, batch: Batch) -> Tensor:
         device = trainer.world.device
-        documents = Documents.from_ids(batch.documents.to(device))
+        documents = Documents.from_ids(batch.documents, device)
         losses = trainer.model.loss(batch.tokens.to(device), batch.targets.to(device), documents)
         kept = batch.targets[batch.targets != IGNORE]
         return torch.tensor([losses.loss_sum.item(), kept.numel(), self.byte_lengths[kept].sum().item()], dtype=torch.float64)

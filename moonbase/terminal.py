@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 
 from rich.console import Console
@@ -18,8 +19,8 @@ def chat(model: str) -> None:
     """A prompt loop on standard input. Ends at /quit, Ctrl-D or the end of the input."""
     console = Console(highlight=False)
     console.print(f"loading {escape(model)} …", style="dim")
-    network, tokenizer = load(model), load_tokenizer_of(model)
-    engine = Engine(network, tokenizer, stop_ids=[tokenizer.eos_id])
+    tokenizer = load_tokenizer_of(model)
+    engine = Engine(load(model), tokenizer, stop_ids=tokenizer.eos_ids)
     console.print(f"[bold]{escape(model)}[/bold] is a base model: it continues what you write.  [dim]{escape(HELP)}[/dim]")
     settings = {"temperature": 0.8, "tokens": 128}
     turn = 0
@@ -33,12 +34,13 @@ def chat(model: str) -> None:
         turn += 1
         try:
             sampling = Sampling(max_tokens=int(settings["tokens"]), temperature=settings["temperature"], top_p=0.95, seed=turn)
-            console.print(text, style="bold", end="", markup=False)
+            # `out` breaks no lines and turns no `:name:` of a program into a picture.
+            console.out(text, style="bold", end="")
             for piece in engine.stream(text, sampling):
-                console.print(piece, end="", markup=False)
+                console.out(piece, end="")
             console.print()
         except UserError as error:
-            console.print(str(error), style="red", markup=False)
+            console.out(str(error), style="red")
         except KeyboardInterrupt:
             console.print(" (stopped)", style="dim")
 
@@ -70,7 +72,7 @@ def _command(text: str, settings: dict[str, float], console: Console) -> bool:
             number = float(value)
         except ValueError:
             number = -1.0
-        if number < 0 or (name == "tokens" and number < 1):
+        if not (1 if name == "tokens" else 0) <= number < math.inf:
             console.print(f"/{name} wants a number, for example /{name} {settings[name]:g}", style="red", markup=False)
         else:
             settings[name] = number

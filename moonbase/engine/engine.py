@@ -61,7 +61,9 @@ class Engine:
         finished = [False] * len(prompts)
         for tokens in self._tokens(prompts, sampling):
             for number, token in enumerate(tokens):
-                finished[number] = finished[number] or token in self.stop_ids
+                # A shorter prompt may go on where the longest has filled the context.
+                full = len(prompts[number]) + len(results[number]) >= self.model.config.max_position_embeddings
+                finished[number] = finished[number] or full or token in self.stop_ids
                 if not finished[number]:
                     results[number].append(token)
             if all(finished):
@@ -71,28 +73,32 @@ class Engine:
     def stream(self, prompt: str, sampling: Sampling = Sampling()) -> Iterator[str]:  # noqa: B008
         """Pieces of text as they come; a character whose bytes are incomplete waits for the rest."""
         ids: list[int] = []
-        shown = ""
+        text = shown = ""
         for (token,) in self._tokens([self.tokenizer.encode(prompt)], sampling):
             if token in self.stop_ids:
                 break
             ids.append(token)
             text = self.tokenizer.decode(ids)
-            if text.endswith("\ufffd") and len(ids) < sampling.max_tokens:
-                continue
+            if not text.endswith("\ufffd"):
+                yield text[len(shown):]
+                shown = text
+        if text != shown:
             yield text[len(shown):]
-            shown = text
 
     @torch.no_grad()
     def _tokens(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> Iterator[list[int]]:
         """One list of next tokens (one per prompt) after the other, `max_tokens` times."""
+        if not prompts:
+            return
         parameter = next(self.model.parameters())
-        device, longest = parameter.device, max(len(prompt) for prompt in prompts)
-        if any(len(prompt) == 0 for prompt in prompts):
+        lengths = [len(prompt) for prompt in prompts]
+        device, longest, shortest = parameter.device, max(lengths), min(lengths)
+        if shortest == 0:
             raise UserError("an empty prompt has nothing to continue; give at least one character")
         limit = self.model.config.max_position_embeddings
         if longest >= limit:
             raise UserError(f"the prompt has {longest} tokens; the model's context is {limit}")
-        steps = min(sampling.max_tokens, limit - longest)
+        steps = min(sampling.max_tokens, limit - shortest)
         cache = LatentCache(self.model.config, len(prompts), longest + steps, parameter.dtype, device)
         cache.skip = torch.tensor([longest - len(prompt) for prompt in prompts], device=device)
         padded = [[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts]
@@ -111,7 +117,8 @@ def choose(logits_BV: Tensor, sampling: Sampling, generator: torch.Generator) ->
     """The next token of each sequence, int64 [B]."""
     if sampling.temperature == 0:
         return logits_BV.argmax(-1)
-    probabilities = (logits_BV / sampling.temperature).softmax(-1)
+    # The largest becomes 0 first, so that a tiny temperature cannot overflow.
+    probabilities = ((logits_BV - logits_BV.amax(-1, keepdim=True)) / max(sampling.temperature, 1e-6)).softmax(-1)
     if sampling.top_p < 1:
         ordered, order = probabilities.sort(-1, descending=True)
         # A token stays if the probability before it has not yet reached top_p; the most likely one always does.

@@ -102,5 +102,5 @@ class MixtureOfExperts(nn.Module):
         load_BE = torch.zeros(batch, num_experts, device=chosen.device).scatter_add_(
             1, chosen, torch.ones_like(chosen, dtype=torch.float32))
         fraction = load_BE * (num_experts / (self.config.num_experts_per_tok * time))
-        share = (scores_BTE / scores_BTE.sum(-1, keepdim=True)).mean(1)
+        share = (scores_BTE / (scores_BTE.sum(-1, keepdim=True) + 1e-20)).mean(1)
         return load_BE, (fraction * share).sum(-1).mean()

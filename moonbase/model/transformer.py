@@ -166,11 +166,7 @@ class Transformer(nn.Module):
         loss_sum = cross_entropy(hidden.flatten(0, 1), self.lm_head.weight, targets_BT.flatten())
         mtp_loss_sum = loss_sum.new_zeros(())
         for module in self.mtp:
-            # Token i+1 is fed in, token i+2 is the target; a document's last tokens have none. Where the next token is
-            # unknown the embedding of the last known one stands in, and its row carries no loss.
-            tokens_BT = torch.where(targets_BT == IGNORE, tokens_BT, targets_BT)
-            targets_BT = torch.cat([targets_BT[:, 1:], torch.full_like(targets_BT[:, :1], IGNORE)], dim=1).where(
-                targets_BT != IGNORE, IGNORE)
+            tokens_BT, targets_BT = _one_further(tokens_BT, targets_BT, documents)
             hidden, layer_statistics = module(hidden, self.model.embed_tokens(tokens_BT), *rotation, documents, clip_threshold)
             statistics.append(layer_statistics)
             mtp_loss_sum = mtp_loss_sum + cross_entropy(hidden.flatten(0, 1), self.lm_head.weight, targets_BT.flatten())
@@ -205,3 +201,20 @@ class Transformer(nn.Module):
             x_BTD, layer_statistics = block(x_BTD, *rotation, documents, clip_threshold)
             statistics.append(layer_statistics)
         return self.model.norm(x_BTD), rotation, statistics
+
+
+def _one_further(tokens_BT: Tensor, targets_BT: Tensor, documents: Documents | None) -> tuple[Tensor, Tensor]:
+    """Inputs and targets of the next depth of multi-token prediction: everything one token on, within the document.
+
+    A position without a target hands its next token on all the same (masked prompts stay readable to later positions),
+    but has no target at this depth either. The target after a document's last token may be known, where the document
+    was cut; the one after that belongs to another document.
+    """
+    following = torch.cat([tokens_BT[:, 1:], tokens_BT[:, -1:]], dim=1)
+    further = torch.cat([targets_BT[:, 1:], torch.full_like(targets_BT[:, :1], IGNORE)], dim=1)
+    known = targets_BT != IGNORE
+    may_look_on = known
+    if documents is not None:
+        same = documents.ids_BT[:, 1:] == documents.ids_BT[:, :-1]
+        may_look_on = known & torch.nn.functional.pad(same, (0, 1))
+    return torch.where(known, targets_BT, following), further.where(may_look_on, IGNORE)

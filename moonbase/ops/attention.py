@@ -26,10 +26,12 @@ class Documents:
 
     `ids_BT` int32: the number of the document that a token belongs to, non-decreasing along a row.
     `segments` (row, start, stop) of every document: what the CPU form loops over.
+    `room`: at least as many documents as the batch has; what the GPU form makes space for.
     """
 
     ids_BT: Tensor
     segments: tuple[tuple[int, int, int], ...] = ()
+    room: int = 0
 
     @staticmethod
     def from_ids(ids_BT: Tensor | None, device: torch.device | None = None) -> Documents | None:
@@ -40,7 +42,10 @@ class Documents:
             return None
         device = device or ids_BT.device
         if device.type != "cpu":
-            return Documents(ids_BT.to(device, non_blocking=True))
+            # A power of two: compiled graphs, whose shapes are fixed, then meet few different ones.
+            count = ids_BT.shape[0] + int((ids_BT[:, 1:] != ids_BT[:, :-1]).sum())
+            room = max(64 * ids_BT.shape[0], 1 << (count - 1).bit_length())
+            return Documents(ids_BT.to(device, non_blocking=True), room=room)
         segments = []
         for row, ids in enumerate(ids_BT):
             cuts = (torch.nonzero(ids[1:] != ids[:-1]).flatten() + 1).tolist()

@@ -29,21 +29,21 @@ def attention_with_logsumexp(
         return result[0].transpose(1, 2), result[1].detach().flatten(2)
     batch, time, heads = query_BTHK.shape[:3]
     output, logsumexp = packed_attention(query_BTHK.flatten(0, 1), key_BTHK.flatten(0, 1), value_BTHV.flatten(0, 1),
-                                         document_boundaries(documents.ids_BT), time, scale)
+                                         document_boundaries(documents.ids_BT, documents.room), time, scale)
     return output.unflatten(0, (batch, time)), logsumexp.detach().unsqueeze(0)
 
 
-def document_boundaries(ids_BT: Tensor, most_per_row: int = 64) -> Tensor:
-    """Start offsets of all documents in the flattened batch, int32 [B · most_per_row + 1], padded with B·T at the end.
+def document_boundaries(ids_BT: Tensor, room: int) -> Tensor:
+    """Start offsets of all documents in the flattened batch, int32 [room + 1], padded with B·T at the end.
 
-    A fixed length keeps shapes static for compiled graphs and asks nothing of the host. Rows may share the room unevenly.
+    A fixed length keeps shapes static for compiled graphs and asks nothing of the device; `Documents.room` has space for all.
     """
     batch, time = ids_BT.shape
     is_start = torch.ones(batch, time, dtype=torch.bool, device=ids_BT.device)
     is_start[:, 1:] = ids_BT[:, 1:] != ids_BT[:, :-1]
     offsets = torch.arange(batch * time, device=ids_BT.device)
     starts = torch.where(is_start.flatten(), offsets, batch * time).sort().values
-    limit = min(batch * most_per_row, batch * time)
+    limit = min(room, batch * time)
     return torch.nn.functional.pad(starts[:limit], (0, 1), value=batch * time).to(torch.int32)
 
 

@@ -26,6 +26,9 @@ def cross_entropy(hidden_ND: Tensor, head_VD: Tensor, targets_N: Tensor, chunk_s
     """Fast twin of `cross_entropy_reference`. `chunk_size` tokens at a time; None aims at 256 MB of fp32 logits."""
     if chunk_size is None:
         chunk_size = max(256, (64 << 20) // head_VD.shape[0])
+    if not torch.is_grad_enabled():
+        # An autograd.Function is asked for gradients by what requires them, grad mode or not.
+        hidden_ND, head_VD = hidden_ND.detach(), head_VD.detach()
     return _ChunkedCrossEntropy.apply(hidden_ND, head_VD, targets_N, chunk_size)
 
 

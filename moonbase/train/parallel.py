@@ -6,14 +6,22 @@ The model knows nothing of this. Expert, tensor and pipeline parallelism will be
 
 from __future__ import annotations
 
+import datetime
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from moonbase.errors import UserError
+
+_PATIENCE = datetime.timedelta(days=7)
+"""How long the others wait for the first process: making a corpus takes longer than any step."""
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -23,6 +31,8 @@ class World:
     rank: int
     size: int
     device: torch.device
+    patient: dist.ProcessGroup | None = None
+    """A gloo group that waits for hours; None for one process."""
 
     @property
     def is_first(self) -> bool:
@@ -42,9 +52,28 @@ class World:
         dist.all_reduce(answer, op=dist.ReduceOp.MAX)
         return bool(answer.item())
 
-    def wait(self) -> None:
-        if self.size > 1:
-            dist.barrier()
+    def on_first(self, work: Callable[[], T]) -> T | None:
+        """Run `work` on the first process while all others wait; returns its result there, None elsewhere.
+
+        Where it fails the first process raises, and the others leave with its exit code and without words: one
+        complaint is enough. A collective call.
+        """
+        if self.size == 1:
+            return work()
+        result: T | None = None
+        failure: Exception | None = None
+        if self.is_first:
+            try:
+                result = work()
+            except Exception as error:
+                failure = error
+        told = [None if failure is None else getattr(failure, "exit_code", 1)]
+        dist.broadcast_object_list(told, src=0, group=self.patient)
+        if failure is not None:
+            raise failure
+        if told[0] is not None:
+            raise SystemExit(told[0])
+        return result
 
 
 def start_world() -> World:
@@ -52,8 +81,12 @@ def start_world() -> World:
     has_gpu = torch.cuda.is_available()
     size = int(os.environ.get("WORLD_SIZE", "1"))
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if size > 1 and missing and not dist.is_initialized():
+        raise UserError(f"WORLD_SIZE={size}, but {', '.join(missing)} is not set. Start several processes with torchrun.")
     if has_gpu and local_rank >= torch.cuda.device_count():
-        raise UserError(f"torchrun: process {local_rank} has no GPU of its own; this machine has {torch.cuda.device_count()}")
+        raise UserError(f"torchrun: process {local_rank} has no GPU of its own; "
+                        f"this machine has {torch.cuda.device_count()}")
     device = torch.device("cuda", local_rank) if has_gpu else torch.device("cpu")
     if has_gpu:
         torch.cuda.set_device(device)
@@ -62,7 +95,9 @@ def start_world() -> World:
             dist.init_process_group("nccl", device_id=device)
         else:
             dist.init_process_group("gloo")
-    return World(int(os.environ.get("RANK", "0")) if size > 1 else 0, size, device)
+    if size == 1:
+        return World(0, 1, device)
+    return World(dist.get_rank(), size, device, dist.new_group(backend="gloo", timeout=_PATIENCE))
 
 
 def stop_world(world: World) -> None:

@@ -47,9 +47,9 @@ def _adder(master: Tensor):
     def add(parameter: Tensor) -> None:
         assert parameter.grad is not None
         if master.grad is None:
-            master.grad = parameter.grad.float()
-        else:
-            master.grad += parameter.grad
+            # Added to zeros like every later one: a resumed run then has the same signs of zero.
+            master.grad = torch.zeros_like(master)
+        master.grad += parameter.grad
         parameter.grad = None
 
     return add

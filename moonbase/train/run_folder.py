@@ -1,81 +1,114 @@
-"""A run is a folder: config.yaml, metrics.jsonl, samples.txt, run.json, checkpoints/, report.html. Nothing else is a database."""
+"""A run is a folder: config.yaml, metrics.jsonl, samples.txt, run.json, checkpoints/, report.html. Nothing else is a
+database."""
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
+import math
 import os
+import re
 from pathlib import Path
 from typing import Any
 
 from moonbase import files
 from moonbase.errors import UserError
 
+_BLOCK = re.compile(r"=== step (\d+)")
+
 
 class RunFolder:
-    """One process at a time owns a run folder; the lock is the kernel's and ends with the process."""
+    """One process at a time owns a run folder; the lock is the kernel's and ends with the process.
+
+    Raises UserError where the folder cannot be made, cannot be written, or belongs to a process that runs. Where the
+    file system knows no locks (some network file systems), nobody is kept out.
+    """
 
     def __init__(self, path: str | Path) -> None:
         self.path = files.make_folder(path)
+        self._metrics: int | None = None
+        self._lock = -1
         try:
-            self._lock = open(self.path / ".lock", "a+", encoding="utf-8")  # noqa: SIM115 - held for the run's life
-        except OSError as error:
-            raise files.explain_os_error(error, self.path) from None
+            self._lock = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            self._take()
+            os.ftruncate(self._lock, 0)
+            os.write(self._lock, str(os.getpid()).encode())
+            files.remove_partial(self.path)
+            if (self.path / "checkpoints").is_dir():
+                files.remove_partial(self.path / "checkpoints")
+        except BaseException as error:
+            self.close()
+            if isinstance(error, OSError):
+                raise files.explain_os_error(error, self.path) from None
+            raise
+
+    def _take(self) -> None:
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            self._lock.seek(0)
-            owner = self._lock.read().strip() or "unknown"
-            self._lock.close()
+        except BlockingIOError:
+            owner = os.read(self._lock, 32).decode("ascii", "replace").strip() or "unknown"
             raise UserError(f"{self.path}: in use by another moonbase process (pid {owner}). "
                             "Wait for it, stop it, or choose another folder with --out.") from None
-        self._lock.truncate(0)
-        self._lock.write(str(os.getpid()))
-        self._lock.flush()
-        files.remove_partial(self.path)
-        if (self.path / "checkpoints").is_dir():
-            files.remove_partial(self.path / "checkpoints")
-        self._metrics = None
-
-    @property
-    def checkpoints(self) -> Path:
-        return self.path / "checkpoints"
+        except OSError:
+            return  # the file system knows no locks
 
     def write_config(self, text: str) -> None:
         files.write_text(self.path / "config.yaml", text)
 
-    def update_facts(self, **facts: Any) -> dict[str, Any]:
-        """Merge into run.json and return the whole of it."""
+    def update_facts(self, *, afresh: bool = False, **facts: Any) -> dict[str, Any]:
+        """Merge into run.json, or with `afresh` replace it, and return the whole of it."""
         path = self.path / "run.json"
-        try:
-            known = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            known = {}
-        known.update(facts)
+        known: Any = {}
+        if not afresh:
+            with contextlib.suppress(OSError, ValueError):
+                known = json.loads(path.read_text(encoding="utf-8"))
+        known = {**(known if isinstance(known, dict) else {}), **facts}
         files.write_text(path, json.dumps(known, indent=1, default=str) + "\n")
         return known
 
-    def rewind_metrics(self, step: int) -> None:
-        """Drop metrics after `step`: a resumed run writes them again. A line cut short by a crash goes too."""
-        path = self.path / "metrics.jsonl"
-        if not path.exists():
-            return
+    def rewind(self, step: int) -> None:
+        """Drop metrics and samples after `step`: what goes on from there writes them again. A line of metrics that a
+        crash cut short goes too."""
         kept = []
-        for line in path.read_text(encoding="utf-8").splitlines():
+        for line in self._lines("metrics.jsonl"):
             try:
                 if json.loads(line)["step"] <= step:
                     kept.append(line + "\n")
             except (ValueError, KeyError, TypeError):
                 continue
-        files.write_text(path, "".join(kept))
+        self._replace("metrics.jsonl", kept)
+        kept, keep = [], True
+        for line in self._lines("samples.txt"):
+            if block := _BLOCK.match(line):
+                keep = int(block[1]) <= step
+            if keep:
+                kept.append(line + "\n")
+        self._replace("samples.txt", kept)
+
+    def _lines(self, name: str) -> list[str]:
+        try:
+            text = (self.path / name).read_text(encoding="utf-8", errors="replace")
+        except FileNotFoundError:
+            return []
+        except OSError as error:
+            raise files.explain_os_error(error, self.path / name) from None
+        return text.split("\n")[: -1 if text.endswith("\n") else None]
+
+    def _replace(self, name: str, lines: list[str]) -> None:
+        if (self.path / name).exists():
+            files.write_text(self.path / name, "".join(lines))
 
     def append_metrics(self, record: dict[str, Any]) -> None:
-        """One JSON object, one line, flushed at once."""
+        """One JSON object, one line, handed to the system at once. Numbers that are not finite, which JSON does not
+        know, become null."""
+        line = (json.dumps(_finite(record), allow_nan=False) + "\n").encode()
         try:
             if self._metrics is None:
-                self._metrics = open(self.path / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115 - one handle per run
-            self._metrics.write(json.dumps(record) + "\n")
-            self._metrics.flush()
+                flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
+                self._metrics = os.open(self.path / "metrics.jsonl", flags, 0o644)
+            while line:
+                line = line[os.write(self._metrics, line):]
         except OSError as error:
             raise files.explain_os_error(error, self.path / "metrics.jsonl") from None
 
@@ -86,8 +119,26 @@ class RunFolder:
         except OSError as error:
             raise files.explain_os_error(error, self.path / "samples.txt") from None
 
+    def flush(self) -> None:
+        """Metrics reach the disk: no checkpoint may outlive the lines that led to it."""
+        if self._metrics is not None:
+            try:
+                os.fsync(self._metrics)
+            except OSError as error:
+                raise files.explain_os_error(error, self.path / "metrics.jsonl") from None
+
     def close(self) -> None:
         """Release the folder for other processes."""
-        if self._metrics is not None:
-            self._metrics.close()
-        self._lock.close()
+        for descriptor in (self._metrics, self._lock):
+            if descriptor is not None and descriptor >= 0:
+                with contextlib.suppress(OSError):
+                    os.close(descriptor)
+        self._metrics, self._lock = None, -1
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _finite(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

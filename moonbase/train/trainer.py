@@ -45,7 +45,11 @@ class Callback:
 
     def on_step(self, trainer: Trainer, record: dict[str, Any]) -> None: ...
 
-    def on_end(self, trainer: Trainer) -> None: ...
+    def on_end(self, trainer: Trainer) -> None:
+        """The last step is done, or the run was asked to stop."""
+
+    def on_close(self) -> None:
+        """However the run ended, by an error too."""
 
 
 class Stream(Protocol):
@@ -82,14 +86,18 @@ class Trainer:
 
     def run(self) -> None:
         """Train to the recipe's last step, or until `stop` is called."""
-        for callback in self.callbacks:
-            callback.on_start(self)
-        while self.step < self.recipe.steps and not self.world.agree(self.stop_reason is not None):
-            record = self.train_step()
+        try:
             for callback in self.callbacks:
-                callback.on_step(self, record)
-        for callback in self.callbacks:
-            callback.on_end(self)
+                callback.on_start(self)
+            while self.step < self.recipe.steps and not self.world.agree(self.stop_reason is not None):
+                record = self.train_step()
+                for callback in self.callbacks:
+                    callback.on_step(self, record)
+            for callback in self.callbacks:
+                callback.on_end(self)
+        finally:
+            for callback in self.callbacks:
+                callback.on_close()
 
     def stop(self, reason: str) -> None:
         """Ask the loop to end after the step in hand."""
@@ -108,7 +116,8 @@ class Trainer:
         loss = loss_sum / num_targets
         lr = learning_rate(self.step + 1, recipe.steps, config.lr, recipe.schedule)
         max_logits = reduce_max_logits([layer.max_logit for layer in statistics])
-        load = reduce_load([layer.expert_load for layer in statistics if layer.expert_load.numel()]) if self._biases else None
+        loads = [layer.expert_load for layer in statistics if layer.expert_load.numel()]
+        load = reduce_load(loads) if loads else None
         skipped = self.guard.reason_to_skip(loss, norm_value)
         clipped, update_rms = None, 0.0
         if skipped is None:
@@ -120,8 +129,8 @@ class Trainer:
         self.seconds += elapsed
         rate = recipe.tokens_per_step / elapsed
         record: dict[str, Any] = {
-            "step": self.step, "loss": loss, "balance_loss": balance / self.world.size, "lr": lr, "grad_norm": norm_value,
-            "update_rms": update_rms, "tokens": self.tokens, "tokens_per_second": rate,
+            "step": self.step, "loss": loss, "balance_loss": balance / self.world.size, "lr": lr,
+            "grad_norm": norm_value, "update_rms": update_rms, "tokens": self.tokens, "tokens_per_second": rate,
             "mfu": rate * self.flops_per_token / (self.peak * self.world.size) if self.peak else None,
             "max_logit": max_logits.amax(1).tolist(),
             "clipped_heads": clipped.tolist() if clipped is not None else [0] * len(statistics),
@@ -142,7 +151,8 @@ class Trainer:
         return max(1, int(count.item()))
 
     def _accumulate(self, batch: Batch, num_targets: int) -> tuple[Tensor, list[LayerStatistics]]:
-        """Forward and backward over the micro-batches. Returns summed (loss, mtp loss, mean balance loss) and statistics."""
+        """Forward and backward over the micro-batches. Returns (loss sum, mtp loss sum, mean balance loss) and
+        statistics."""
         recipe, device = self.recipe, self.world.device
         starts = range(0, batch.tokens.shape[0], self.micro_batch_size)
         totals = torch.zeros(3, device=device)
@@ -156,7 +166,8 @@ class Trainer:
             losses = self.model.loss(tokens, targets, documents, recipe.optimizer.qk_clip)
             # Processes average their gradients, so each one's share of the token sum is scaled up by their number.
             token_loss = (losses.loss_sum + recipe.mtp_loss * losses.mtp_loss_sum) * (self.world.size / num_targets)
-            balance = losses.balance_loss / len(starts)
+            # A mean over sequences; the last micro-batch may be a shorter one.
+            balance = losses.balance_loss * (tokens.shape[0] / batch.tokens.shape[0])
             (token_loss + recipe.balance.sequence_loss * balance).backward()
             totals += torch.stack([losses.loss_sum.detach(), losses.mtp_loss_sum.detach(), balance.detach()])
             merged = merge_statistics(merged, losses.statistics)
@@ -201,8 +212,8 @@ def merge_statistics(total: list[LayerStatistics], new: list[LayerStatistics]) -
     new = [LayerStatistics(layer.max_logit, layer.expert_load, layer.balance_loss.detach()) for layer in new]
     if not total:
         return new
-    return [LayerStatistics(torch.maximum(a.max_logit, b.max_logit), a.expert_load + b.expert_load, a.balance_loss + b.balance_loss)
-            for a, b in zip(total, new, strict=True)]
+    return [LayerStatistics(torch.maximum(a.max_logit, b.max_logit), a.expert_load + b.expert_load,
+                            a.balance_loss + b.balance_loss) for a, b in zip(total, new, strict=True)]
 
 
 def memory_bytes(device: torch.device) -> int:
@@ -210,5 +221,7 @@ def memory_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     import resource
+    import sys
 
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    largest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return largest if sys.platform == "darwin" else largest * 1024

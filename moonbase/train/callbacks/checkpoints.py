@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import shutil
 import time
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from moonbase import files
 from moonbase.checkpoint import list_checkpoints, load_state, load_weights, save_state, write_weights
@@ -39,23 +39,32 @@ class Checkpoints(Callback):
 
     def save(self, trainer: Trainer) -> Path:
         """Write `checkpoints/step-N`, then drop the oldest beyond `keep_last`. A collective call."""
-        path = self.path / "checkpoints" / f"step-{trainer.step:06d}"
+        path, world = self.path / "checkpoints" / f"step-{trainer.step:06d}", trainer.world
         tensors, scalars = trainer.optimizer.named_state()
         facts = {**trainer.state(), "optimizer": scalars}
-        if trainer.world.is_first:
-            with files.write_folder(path) as partial:
-                self._write(trainer, partial, tensors, facts)
-            for _, old in list_checkpoints(self.path)[: -trainer.recipe.checkpoint.keep_last]:
-                shutil.rmtree(old, ignore_errors=True)
-        else:
-            self._write(trainer, path, tensors, facts)
-        trainer.world.wait()
+        with contextlib.ExitStack() as stack:
+            # The first process alone writes, the others help to gather; each part says so to all if it fails.
+            partial = world.on_first(lambda: self._begin(stack, path)) or path
+            write_weights(trainer.weights(), partial, trainer.recipe.model, extra_files=self.tokenizer_files)
+            save_state(partial, tensors, facts)
+            world.on_first(stack.close)
+        if world.is_first:
+            self._drop_old(trainer.recipe.checkpoint.keep_last)
         self.saved_at, self.saved_step = time.monotonic(), trainer.step
         return path
 
-    def _write(self, trainer: Trainer, folder: Path, tensors: dict[str, torch.Tensor], facts: dict[str, Any]) -> None:
-        write_weights(trainer.weights(), folder, trainer.recipe.model, extra_files=self.tokenizer_files)
-        save_state(folder, tensors, facts)
+    def _begin(self, stack: contextlib.ExitStack, path: Path) -> Path:
+        if self.folder is not None:
+            self.folder.flush()
+        return stack.enter_context(files.write_folder(path))
+
+    def _drop_old(self, keep_last: int) -> None:
+        for _, old in list_checkpoints(self.path)[:-keep_last]:
+            # Renamed first: a kill while files go must not leave half a checkpoint under its name.
+            with contextlib.suppress(OSError):
+                doomed = files.partial_sibling(old)
+                os.rename(old, doomed)
+                shutil.rmtree(doomed, ignore_errors=True)
 
 
 def resume(trainer: Trainer, checkpoint: Path) -> None:

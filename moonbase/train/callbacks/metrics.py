@@ -26,8 +26,14 @@ class TensorBoardWriter(Callback):
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
-            raise UserError("tensorboard=true needs the package tensorboard: pip install 'moonbase[tensorboard]'") from None
-        self.writer = SummaryWriter(str(folder.path / "tensorboard"))
+            raise UserError("tensorboard=true needs the package tensorboard: "
+                            "pip install 'moonbase[tensorboard]'") from None
+        self.folder, self.make_writer = str(folder.path / "tensorboard"), SummaryWriter
+        self.writer: Any = None
+
+    def on_start(self, trainer: Trainer) -> None:
+        # What an earlier life wrote beyond the point of return disappears from the curves.
+        self.writer = self.make_writer(self.folder, purge_step=trainer.step + 1)
 
     def on_step(self, trainer: Trainer, record: dict[str, Any]) -> None:
         for name, value in record.items():
@@ -36,5 +42,6 @@ class TensorBoardWriter(Callback):
             elif name in ("max_logit", "expert_load", "clipped_heads") and value:
                 self.writer.add_scalar(f"{name}/largest", max(value), record["step"])
 
-    def on_end(self, trainer: Trainer) -> None:
-        self.writer.close()
+    def on_close(self) -> None:
+        if self.writer is not None:
+            self.writer.close()

@@ -18,8 +18,8 @@ from moonbase.train.trainer import Callback, Trainer
 class Validation(Callback):
     """Every `validate_every` steps and after the last one.
 
-    make_batches: opens this process's share of the held-out batches afresh; all processes get equally many. byte_lengths [V]: how many bytes each token stands for, so that
-    losses of different tokenizers compare.
+    make_batches: opens this process's share of the held-out batches afresh; all processes get equally many.
+    byte_lengths [V]: how many bytes each token stands for, so that losses of different tokenizers compare.
     """
 
     def __init__(self, make_batches: Callable[[], Iterator[Batch]], byte_lengths: Tensor) -> None:
@@ -43,7 +43,7 @@ class Validation(Callback):
                 break
             sums += self._sums(trainer, batch)
         if world.size > 1:
-            sums = world.sum(sums.to(world.device).float()).double().cpu()
+            sums = world.sum(sums.to(world.device)).cpu()
         nats, tokens, num_bytes = sums.tolist()
         return nats / max(tokens, 1), nats / math.log(2) / max(num_bytes, 1)
 
@@ -52,4 +52,5 @@ class Validation(Callback):
         documents = Documents.from_ids(batch.documents, device)
         losses = trainer.model.loss(batch.tokens.to(device), batch.targets.to(device), documents)
         kept = batch.targets[batch.targets != IGNORE]
-        return torch.tensor([losses.loss_sum.item(), kept.numel(), self.byte_lengths[kept].sum().item()], dtype=torch.float64)
+        sums = [losses.loss_sum.item(), kept.numel(), self.byte_lengths[kept].sum().item()]
+        return torch.tensor(sums, dtype=torch.float64)

@@ -15,7 +15,9 @@ if TYPE_CHECKING:
     from moonbase.model import Transformer
 
 
-def load(source: str | Path, *, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> Transformer:
+def load(
+    source: str | Path, *, device: str | torch.device | None = None, dtype: torch.dtype | None = None
+) -> Transformer:
     """A model in evaluation mode.
 
     source: run folder (its newest checkpoint), checkpoint folder (ours or Hugging Face layout; bf16, fp8 and INT4 are
@@ -32,7 +34,8 @@ def load(source: str | Path, *, device: str | torch.device | None = None, dtype:
     if str(source).startswith("preset:"):
         config = preset_config(str(source).removeprefix("preset:"))
         if config.index_topk is None and 4 * _elements(config) > _free_memory(device):
-            raise UserError(f"{source}: {4 * _elements(config) / 1e9:,.0f} GB of random weights do not fit into this machine's memory")
+            raise UserError(f"{source}: {4 * _elements(config) / 1e9:,.0f} GB of random weights do not fit into this "
+                            "machine's memory")
         model = Transformer(config).initialize()
         return cast(model, dtype).to(device).eval()
     folder = resolve_model_folder(source)

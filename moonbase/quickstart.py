@@ -1,4 +1,4 @@
-"""The whole chain on this machine: real files → tokenizer → shards → training → measurement → report → a model to talk to.
+"""The whole chain on this machine: real files → tokenizer → shards → training → measurement → report → a model.
 
 Needs no download: the corpus is the Python code of the running interpreter and of the packages installed beside it.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import lzma
 import shlex
+import statistics
 import sys
 import time
 from pathlib import Path
@@ -29,14 +30,18 @@ from moonbase.train.run import build_model, make_optimizer, train
 from moonbase.train.speed import compile_blocks
 from moonbase.train.trainer import Trainer
 
-PROMPTS = ("def __init__(self, ", "import numpy as np\n", "class TestCase(unittest.", "for i in range(", "    return ", 'raise ValueError("')
+PROMPTS = ("def __init__(self, ", "import numpy as np\n", "class TestCase(unittest.", "for i in range(", "    return ",
+           'raise ValueError("')
 CORPUS_BYTES = 16_000_000
+_NAME = "quickstart"
+_MEASURED_SECONDS = 3.0
 
 
 def quickstart(preset: str = "pico", folder: str | Path = "runs/quickstart", minutes: float = 3.0) -> dict[str, Any]:
     """Run the chain in `folder`, training for about `minutes`. Returns the results. Raises UserError.
 
-    A folder that holds an interrupted quickstart is resumed; a finished one is refused.
+    A folder that holds an interrupted quickstart of the same preset is resumed; a finished one is refused. Ctrl-C in
+    training ends it at a saved checkpoint with status "stopped".
     """
     started = time.monotonic()
     folder = Path(folder)
@@ -44,14 +49,14 @@ def quickstart(preset: str = "pico", folder: str | Path = "runs/quickstart", min
         resume = _interrupted(folder)
         if resume:
             console.stage(f"{folder}: going on with the interrupted run")
-            recipe = load_recipe(str(folder / "config.yaml"))
+            recipe = _resumed(preset, folder)
         else:
             recipe = _recipe(preset)
-            console.stage(f"moonbase quickstart: {recipe.name}, about {duration(60 * minutes)} of training on this machine")
+            console.stage(f"moonbase quickstart: {preset}, about {duration(60 * minutes)} of training on this machine")
             recipe = recipe.model_copy(update={"steps": _steps_for(recipe, minutes, console)})
         outcome = train(recipe, folder, resume=resume, console=console, make_sampler=make_sampler)
         if outcome["status"] != "finished":
-            _say_stopped(console, folder, outcome)
+            _say_stopped(console, folder, outcome, preset)
             return outcome
         return _finish(console, folder, outcome, time.monotonic() - started)
 
@@ -65,8 +70,9 @@ def make_sampler(model: Transformer, tokenizer: Tokenizer):
 def _recipe(preset: str) -> Recipe:
     recipe = load_recipe(preset)
     scale = 1 if not torch.cuda.is_available() else 20
-    data = recipe.data.model_copy(update={"sources": tuple(installed_python_sources()), "max_bytes": scale * CORPUS_BYTES})
-    return recipe.model_copy(update={"name": "quickstart", "data": data, "sample_prompts": PROMPTS})
+    sources = tuple(installed_python_sources())
+    data = recipe.data.model_copy(update={"sources": sources, "max_bytes": scale * CORPUS_BYTES})
+    return recipe.model_copy(update={"name": _NAME, "data": data, "sample_prompts": PROMPTS})
 
 
 def _interrupted(folder: Path) -> bool:
@@ -76,9 +82,21 @@ def _interrupted(folder: Path) -> bool:
         facts = json.loads((folder / "run.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         facts = {}
-    if facts.get("status") == "finished":
-        raise UserError(f"{folder}: a finished quickstart is here. Look at {folder}/report.html, or add --out for a new one.")
+    if isinstance(facts, dict) and facts.get("status") == "finished":
+        raise UserError(f"{folder}: a finished quickstart is here. Look at {folder}/report.html, "
+                        "or add --out for a new one.")
     return True
+
+
+def _resumed(preset: str, folder: Path) -> Recipe:
+    """The recipe of the interrupted run. Raises UserError where that is no quickstart of this preset."""
+    recipe, wanted = load_recipe(str(folder / "config.yaml")), load_recipe(preset).model
+    special = ("bos_token_id", "eos_token_id", "pad_token_id")  # taken from the tokenizer
+    different = [name for name, value in recipe.model if name not in special and value != getattr(wanted, name)]
+    if recipe.name != _NAME or different:
+        raise UserError(f"{folder}: an interrupted run is here that is no quickstart of {preset}. Go on with it "
+                        f"(moonbase train {shlex.quote(str(folder))} --resume), or choose another folder with --out.")
+    return recipe
 
 
 class _RandomStream:
@@ -105,7 +123,8 @@ class _RandomStream:
 
 
 def _steps_for(recipe: Recipe, minutes: float, console: Console) -> int:
-    """How many steps fit, measured on a throw-away model; rounded, so that it reads well."""
+    """How many steps fit, measured on a throw-away model; rounded, so that it reads well. The median over a few
+    seconds: a busy moment must not decide the length of the run."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     world = World(0, 1, device)
     model = build_model(recipe, world)
@@ -114,29 +133,29 @@ def _steps_for(recipe: Recipe, minutes: float, console: Console) -> int:
         compile_blocks(model)
     masters = Masters(model, torch.bfloat16 if on_gpu else torch.float32)
     trainer = Trainer(recipe, model, masters, make_optimizer(recipe, masters), _RandomStream(recipe), world, [])
-    times = []
-    for number in range(6):
-        console("measuring this machine", number, 6)
+    times: list[float] = []
+    for _ in range(2):
+        trainer.train_step()
+    while len(times) < 4 or sum(times) < _MEASURED_SECONDS:
+        console("measuring this machine", len(times))
         began = time.perf_counter()
         trainer.train_step()
         times.append(time.perf_counter() - began)
-    console("measuring this machine", 6, 6)
-    step_seconds = sorted(times[2:])[2]
-    return max(20, round(60 * minutes / step_seconds / 10) * 10)
+    return max(20, round(60 * minutes / statistics.median(times) / 10) * 10)
 
 
 def _finish(console: Console, folder: Path, outcome: dict[str, Any], seconds: float) -> dict[str, Any]:
     console.stage("comparing with xz -9 on the same held-out bytes")
     corpus = Corpus.open(folder / "corpus")
-    text = corpus.validation_text()
-    xz = 8 * len(lzma.compress(text, preset=9)) / len(text)
+    held_out = corpus.validation_text()
+    xz = 8 * len(lzma.compress(held_out, preset=9)) / len(held_out)
     ours = outcome["validation_bits_per_byte"]
     facts = json.loads((folder / "run.json").read_text(encoding="utf-8"))
     facts["results"] = {**facts.get("results", {}), "validation_bits_per_byte": ours, "xz_bits_per_byte": xz}
     facts["seconds"] = round(seconds, 1)
     files.write_text(folder / "run.json", json.dumps(facts, indent=1) + "\n")
     report = write_report(folder)
-    print(f"\nheld out, never seen: {len(text):,} bytes of Python")
+    print(f"\nheld out, never seen: {len(held_out):,} bytes of Python")
     print(f"  this model   {ours:.3f} bits per byte")
     print(f"  xz -9        {xz:.3f} bits per byte")
     print("\nsome completions (greedy):")
@@ -146,7 +165,8 @@ def _finish(console: Console, folder: Path, outcome: dict[str, Any], seconds: fl
     print("next:")
     for command in next_commands(folder):
         print(f"  {command}")
-    return {**outcome, "xz_bits_per_byte": xz, "held_out_bytes": len(corpus.validation_text()), "report": str(report), "seconds_in_all": seconds}
+    return {**outcome, "xz_bits_per_byte": xz, "held_out_bytes": len(held_out), "report": str(report),
+            "seconds_in_all": seconds}
 
 
 def next_commands(folder: Path) -> list[str]:
@@ -163,7 +183,9 @@ def _last_samples(folder: Path) -> list[tuple[str, str]]:
     return list(zip(values[::2], values[1::2], strict=True))
 
 
-def _say_stopped(console: Console, folder: Path, outcome: dict[str, Any]) -> None:
+def _say_stopped(console: Console, folder: Path, outcome: dict[str, Any], preset: str) -> None:
     console.note(f"{outcome['reason']} at step {outcome['step']}; a checkpoint is saved in {folder}/checkpoints.")
-    again = ["moonbase", "quickstart"] + (["--out", str(folder)] if str(folder) != "runs/quickstart" else [])
+    again = ["moonbase", "quickstart"]
+    again += ["--preset", preset] if preset != "pico" else []
+    again += ["--out", str(folder)] if folder != Path("runs/quickstart") else []
     print(f"to go on: {shlex.join(again)}", file=sys.stderr)

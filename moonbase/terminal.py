@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import sys
 
 from rich.console import Console
@@ -14,6 +15,8 @@ from moonbase.loading import load, load_tokenizer_of
 
 HELP = "/temperature X   /tokens N   /help   /quit   (end a line with \\ to go on in the next)"
 
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+
 
 def chat(model: str) -> None:
     """A prompt loop on standard input. Ends at /quit, Ctrl-D or the end of the input."""
@@ -21,7 +24,8 @@ def chat(model: str) -> None:
     console.print(f"loading {escape(model)} …", style="dim")
     tokenizer = load_tokenizer_of(model)
     engine = Engine(load(model), tokenizer, stop_ids=tokenizer.eos_ids)
-    console.print(f"[bold]{escape(model)}[/bold] is a base model: it continues what you write.  [dim]{escape(HELP)}[/dim]")
+    console.print(f"[bold]{escape(model)}[/bold] is a base model: it continues what you write.  "
+                  f"[dim]{escape(HELP)}[/dim]")
     settings = {"temperature": 0.8, "tokens": 128}
     turn = 0
     while (text := _read(console)) is not None:
@@ -33,11 +37,14 @@ def chat(model: str) -> None:
             continue
         turn += 1
         try:
-            sampling = Sampling(max_tokens=int(settings["tokens"]), temperature=settings["temperature"], top_p=0.95, seed=turn)
+            sampling = Sampling(max_tokens=int(settings["tokens"]), temperature=settings["temperature"], top_p=0.95,
+                                seed=turn)
             # `out` breaks no lines and turns no `:name:` of a program into a picture.
             console.out(text, style="bold", end="")
             for piece in engine.stream(text, sampling):
-                console.out(piece, end="")
+                # As it is, tabs too, but without what would drive the terminal.
+                console.file.write(_CONTROL.sub("", piece))
+                console.file.flush()
             console.print()
         except UserError as error:
             console.out(str(error), style="red")

@@ -8,6 +8,9 @@ from pathlib import Path
 
 import pytest
 
+# Before torch loads OpenMP: test processes share the cores, and threads that spin while they wait starve one another.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
@@ -19,8 +22,8 @@ def shared_data() -> Path:
 
 
 @pytest.fixture(autouse=True, scope="session")
-def _two_threads() -> None:
+def _one_thread() -> None:
     """Tiny shapes gain nothing from many threads, and a fixed number keeps sums in one order."""
     import torch
 
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)

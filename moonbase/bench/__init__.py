@@ -1,7 +1,8 @@
 """Measurements beside peers: each bench runs both sides in one process on one machine and prints one table.
 
-Every row has shape, unit, ours, peer, peer_name, ratio (ours over the peer, larger is better) and roof_share (share of what
-the hardware was measured to do in the same run). A peer that is not installed is named as absent, never skipped silently.
+Every row has shape, unit, ours, peer, peer_name, ratio (ours over the peer, larger is better) and roof_share (share of
+what the hardware was measured to do in the same run). A peer that is not installed is named as absent, never skipped
+silently.
 """
 
 from __future__ import annotations

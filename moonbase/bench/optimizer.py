@@ -1,4 +1,4 @@
-"""What a MuonClip step costs beside the training step it belongs to, and beside torch's own Muon on the same matrices."""
+"""What a MuonClip step and a QK-Clip cost, beside torch's own Muon on the same matrices."""
 
 from __future__ import annotations
 
@@ -30,17 +30,19 @@ def measure(preset: str, peer: str | None) -> list[dict[str, Any]]:
     optimizer.state.clear()
     theirs = _torch_muon(masters) if peer else None
     rows = [{"shape": f"{preset}, all matrices", "unit": "steps/s", "ours": 1 / ours, "peer": theirs and 1 / theirs,
-             "peer_name": "torch.optim.Muon + AdamW" if peer else None, "ratio": theirs / ours if theirs else None, "roof_share": None}]
+             "peer_name": "torch.optim.Muon + AdamW" if peer else None, "ratio": theirs / ours if theirs else None,
+             "roof_share": None}]
     weights = attention_weights(masters.named, recipe.model)
     largest = torch.full((len(weights), recipe.model.num_attention_heads), 120.0, device=device)
     clip = seconds(lambda: qk_clip_(weights, largest, 100.0, recipe.model), rounds=20, warmup=3)
-    rows.append({"shape": f"{preset}, QK-Clip of every head", "unit": "steps/s", "ours": 1 / clip, "peer": None, "peer_name": None,
-                 "ratio": None, "roof_share": None})
+    rows.append({"shape": f"{preset}, QK-Clip of every head", "unit": "steps/s", "ours": 1 / clip, "peer": None,
+                 "peer_name": None, "ratio": None, "roof_share": None})
     return rows
 
 
 def _torch_muon(masters: Masters) -> float:
-    """torch.optim.Muon takes single matrices only, so every expert is a parameter of its own; the rest gets fused AdamW."""
+    """torch.optim.Muon takes single matrices only, so every expert is a parameter of its own; the rest gets fused
+    AdamW."""
     matrices, rest = [], []
     for name, master in masters.named.items():
         if master.ndim < 2 or name.endswith(("embed_tokens.weight", "lm_head.weight")):

@@ -1,7 +1,7 @@
 """Training throughput and peak memory, moonbase with MuonClip beside transformers with AdamW: same shape, same batch.
 
-On a CPU both train in fp32 in turns, and the peer gets the fastest of its expert implementations. On a GPU both train in
-bf16 (ours with fp32 masters), compiled, one after the other so that peak memory is each one's own; both sum sixteen
+On a CPU both train in fp32 in turns, and the peer gets the fastest of its expert implementations. On a GPU both train
+in bf16 (ours with fp32 masters), compiled, one after the other so that peak memory is each one's own; both sum sixteen
 micro-batches per optimizer step.
 """
 
@@ -58,7 +58,8 @@ def measure(preset: str, peer: str | None) -> list[dict[str, Any]]:
         micro, time = 8, 512
         overrides = [f"sequence_length={time}", f"batch_size={micro}"]
     recipe = load_recipe(preset, [*overrides, "guard.spike_factor=null"])
-    tokens = torch.randint(0, recipe.model.vocab_size, (recipe.batch_size, time + 1), generator=torch.Generator().manual_seed(0))
+    tokens = torch.randint(0, recipe.model.vocab_size, (recipe.batch_size, time + 1),
+                           generator=torch.Generator().manual_seed(0))
     shape = f"{preset} {recipe.batch_size // micro}x{micro}x{time}" if on_gpu else f"{preset} {micro}x{time}"
     flops = train_flops_per_token(recipe.model, time)
     ceiling = matmul_ceiling()
@@ -66,9 +67,11 @@ def measure(preset: str, peer: str | None) -> list[dict[str, Any]]:
         ours, our_memory = _on_gpu(lambda: _our_step(recipe, tokens), rounds=4)
         theirs = their_memory = None
         if peer:
-            theirs, their_memory = _on_gpu(lambda: _peer_step(recipe, tokens, micro, "grouped_mm", compiled=True), rounds=2)
+            theirs, their_memory = _on_gpu(
+                lambda: _peer_step(recipe, tokens, micro, "grouped_mm", compiled=True), rounds=2)
         name = "transformers, grouped_mm, compiled" if peer else None
-        rows = [_row(shape, "tokens/s", tokens.shape[0] * time / ours, theirs and tokens.shape[0] * time / theirs, name)]
+        num_tokens = tokens.shape[0] * time
+        rows = [_row(shape, "tokens/s", num_tokens / ours, theirs and num_tokens / theirs, name)]
         rows[0]["roof_share"] = rows[0]["ours"] * flops / ceiling
         memory = _row(shape, "GiB peak", our_memory / 2**30, their_memory and their_memory / 2**30, name)
         memory["ratio"] = their_memory / our_memory if their_memory else None
@@ -114,7 +117,8 @@ def _our_step(recipe: Recipe, tokens: torch.Tensor) -> Callable[[], object]:
     if on_gpu:
         compile_blocks(model)
     masters = Masters(model, torch.bfloat16 if on_gpu else torch.float32)
-    batch = Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), torch.zeros(len(tokens), tokens.shape[1] - 1, dtype=torch.int32))
+    documents = torch.zeros(len(tokens), tokens.shape[1] - 1, dtype=torch.int32)
+    batch = Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), documents)
     trainer = Trainer(recipe, model, masters, make_optimizer(recipe, masters), _OneBatch(batch), world, [])
     return trainer.train_step
 

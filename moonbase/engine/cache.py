@@ -16,11 +16,13 @@ from moonbase.config import ModelConfig
 class LatentCache:
     """One contiguous buffer per layer for a batch of sequences that start together.
 
-    `lengths` [B] tokens are already there; prompts of different lengths are right-aligned by `skip` [B] leading slots that no
-    query may see.
+    `length` slots are filled; prompts of different lengths are right-aligned by `skip` [B] leading slots that no query
+    may see.
     """
 
-    def __init__(self, config: ModelConfig, batch: int, capacity: int, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, config: ModelConfig, batch: int, capacity: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
         width = config.kv_lora_rank + config.qk_rope_head_dim
         self.rank = config.kv_lora_rank
         self.store = torch.zeros(config.num_hidden_layers, batch, capacity, width, dtype=dtype, device=device)

@@ -50,13 +50,13 @@ class Engine:
         self.model, self.tokenizer = model, tokenizer
         self.stop_ids = frozenset(stop_ids) | frozenset(model.config.eos_token_ids)
 
-    def generate(self, prompts: Sequence[str], sampling: Sampling = Sampling()) -> list[str]:  # noqa: B008 - frozen
+    def generate(self, prompts: Sequence[str], sampling: Sampling = Sampling()) -> list[str]:
         """Continuations of `prompts`, text each."""
         encoded = [self.tokenizer.encode(prompt) for prompt in prompts]
         return [self.tokenizer.decode(ids) for ids in self.generate_ids(encoded, sampling)]
 
-    def generate_ids(self, prompts: Sequence[Sequence[int]], sampling: Sampling = Sampling()) -> list[list[int]]:  # noqa: B008
-        """Continuations as token ids. Raises UserError for an empty prompt or one that leaves no room in the context."""
+    def generate_ids(self, prompts: Sequence[Sequence[int]], sampling: Sampling = Sampling()) -> list[list[int]]:
+        """Continuations as token ids. Raises UserError for an empty prompt or one that fills the context."""
         results: list[list[int]] = [[] for _ in prompts]
         finished = [False] * len(prompts)
         for tokens in self._tokens(prompts, sampling):
@@ -70,7 +70,7 @@ class Engine:
                 break
         return results
 
-    def stream(self, prompt: str, sampling: Sampling = Sampling()) -> Iterator[str]:  # noqa: B008
+    def stream(self, prompt: str, sampling: Sampling = Sampling()) -> Iterator[str]:
         """Pieces of text as they come; a character whose bytes are incomplete waits for the rest."""
         ids: list[int] = []
         text = shown = ""

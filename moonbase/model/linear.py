@@ -1,4 +1,4 @@
-"""The two parameter holders that everything else is built of. Parameters are left uninitialised: `Transformer` fills them."""
+"""The two parameter holders that everything else is built of. `Transformer` fills the parameters."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ class LatentCache(Protocol):
     """What decoding needs of a cache; the engine owns the real one."""
 
     def extend(self, layer: int, latent_BTC: Tensor, key_rope_BTR: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Store the new tokens' latents; return all of them [B, S, C], their rope keys [B, S, R] and an additive mask [B, T, S]."""
+        """Store the new tokens' latents; return all latents [B, S, C], rope keys [B, S, R], additive mask [B, T, S]."""
         ...
 
 
@@ -57,7 +57,8 @@ class LatentAttention(nn.Module):
         key_nope, value_BTHV = expanded.split([config.qk_nope_head_dim, config.v_head_dim], dim=-1)
         query_BTHK = torch.cat([query_nope, query_rope], dim=-1)
         key_BTHK = torch.cat([key_nope, key_rope.expand(-1, -1, config.num_attention_heads, -1)], dim=-1)
-        output_BTHV, max_logit_H = attention(query_BTHK, key_BTHK, value_BTHV, config.softmax_scale, documents, clip_threshold)
+        output_BTHV, max_logit_H = attention(
+            query_BTHK, key_BTHK, value_BTHV, config.softmax_scale, documents, clip_threshold)
         return self.o_proj(output_BTHV.flatten(2)), max_logit_H
 
     def decode(self, x_BTD: Tensor, rotation: tuple[Tensor, Tensor], cache: LatentCache) -> Tensor:
@@ -71,7 +72,8 @@ class LatentAttention(nn.Module):
         weight_HXC = self.kv_b_proj.weight.unflatten(0, (config.num_attention_heads, -1))
         weight_key, weight_value = weight_HXC.split([config.qk_nope_head_dim, config.v_head_dim], dim=1)
         query_BTHC = torch.einsum("bthn,hnc->bthc", query_nope, weight_key)
-        logits = torch.einsum("bthc,bsc->bhts", query_BTHC, latent_BSC) + torch.einsum("bthr,bsr->bhts", query_rope, key_rope_BSR)
+        logits = torch.einsum("bthc,bsc->bhts", query_BTHC, latent_BSC)
+        logits = logits + torch.einsum("bthr,bsr->bhts", query_rope, key_rope_BSR)
         probabilities = (logits.float() * config.softmax_scale + mask_BTS[:, None]).softmax(-1).to(x_BTD.dtype)
         read_BTHC = torch.einsum("bhts,bsc->bthc", probabilities, latent_BSC)
         output_BTHV = torch.einsum("bthc,hvc->bthv", read_BTHC, weight_value)
@@ -80,10 +82,14 @@ class LatentAttention(nn.Module):
     def _project(self, x_BTD: Tensor, rotation: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Query [B,T,H,N] and its rotated part [B,T,H,R], normalised latent [B,T,C], rotated shared key [B,T,1,R]."""
         config = self.config
-        query = self.q_proj(x_BTD) if config.q_lora_rank is None else self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x_BTD)))
+        if config.q_lora_rank is None:
+            query = self.q_proj(x_BTD)
+        else:
+            query = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x_BTD)))
         query_nope, query_rope = query.unflatten(-1, (config.num_attention_heads, -1)).split(
             [config.qk_nope_head_dim, config.qk_rope_head_dim], dim=-1)
-        latent_BTC, key_rope = self.kv_a_proj_with_mqa(x_BTD).split([config.kv_lora_rank, config.qk_rope_head_dim], dim=-1)
+        latent_BTC, key_rope = self.kv_a_proj_with_mqa(x_BTD).split(
+            [config.kv_lora_rank, config.qk_rope_head_dim], dim=-1)
         cos, sin = rotation
         return (query_nope, rotate(query_rope, cos, sin), self.kv_a_layernorm(latent_BTC),
                 rotate(key_rope.unsqueeze(2), cos, sin))

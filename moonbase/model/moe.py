@@ -1,7 +1,8 @@
 """The feed-forward parts: a dense SwiGLU, and a sparse mixture of experts with sigmoid routing (DeepSeek-V3 §2.1.2).
 
-The router's selection-only bias `e_score_correction_bias` is a buffer: gradients never touch it, the optimizer room moves
-it by the load. The load leaves through the return value, so that neither recomputation nor evaluation can count it twice.
+The router's selection-only bias `e_score_correction_bias` is a buffer: gradients never touch it, the optimizer room
+moves it by the load. The load leaves through the return value, so that neither recomputation nor evaluation can count it
+twice.
 
 Shapes: B batch, T time, D hidden, E experts, K chosen experts, G groups.
 """
@@ -57,7 +58,7 @@ class Router(nn.Module):
             grouped = biased.unflatten(-1, (config.n_group, -1))
             best = grouped.topk(2, dim=-1).values.sum(-1).topk(config.topk_group, dim=-1).indices
             kept = torch.zeros_like(grouped[..., 0], dtype=torch.bool).scatter_(-1, best, True)
-            # -inf as in DeepSeek's inference code; masking with 0 would admit an expert whose group lost when biases are negative.
+            # -inf as in DeepSeek's inference code: 0 would beat every expert whose biased score is negative.
             biased = grouped.masked_fill(~kept.unsqueeze(-1), -torch.inf).flatten(-2)
         return biased.topk(config.num_experts_per_tok, dim=-1, sorted=False).indices
 
@@ -84,10 +85,11 @@ class MixtureOfExperts(nn.Module):
         self.gate = Router(config)
         self.experts = Experts(config)
         if config.n_shared_experts:
-            self.shared_experts = FeedForward(config.hidden_size, config.n_shared_experts * config.moe_intermediate_size)
+            width = config.n_shared_experts * config.moe_intermediate_size
+            self.shared_experts = FeedForward(config.hidden_size, width)
 
     def forward(self, x_BTD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Returns [B, T, D], the number of tokens per expert [E] fp32 and the sequence-wise balance loss (unweighted)."""
+        """Returns [B, T, D], the tokens per expert [E] fp32 and the sequence-wise balance loss, unweighted."""
         scores, indices, weights = self.gate(x_BTD)
         routed = self.experts(x_BTD.flatten(0, 1), indices.flatten(0, 1), weights.flatten(0, 1)).view_as(x_BTD)
         load_BE, balance_loss = self._balance(scores, indices)

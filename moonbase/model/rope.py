@@ -14,10 +14,11 @@ from moonbase.config import ModelConfig, RopeScaling, yarn_mscale
 
 
 def yarn_range(dims: int, theta: float, scaling: RopeScaling) -> tuple[float, float]:
-    """Between which frequency numbers YaRN blends: below `low` frequencies stay, above `high` they are divided by the factor."""
+    """Between which pairs YaRN blends: frequencies below `low` stay, those above `high` are divided by the factor."""
 
     def corrected(rotations: float) -> float:
-        return dims * math.log(scaling.original_max_position_embeddings / (2 * math.pi * rotations)) / (2 * math.log(theta))
+        wavelength = scaling.original_max_position_embeddings / (2 * math.pi * rotations)
+        return dims * math.log(wavelength) / (2 * math.log(theta))
 
     low = max(math.floor(corrected(scaling.beta_fast)), 0)
     high = min(math.ceil(corrected(scaling.beta_slow)), dims - 1)
@@ -48,8 +49,8 @@ def rotations(config: ModelConfig, positions: Tensor) -> tuple[Tensor, Tensor]:
 def rotate(x_BTHR: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> Tensor:
     """Rotate adjacent pairs (2k, 2k+1). `cos`, `sin` [T, R/2] or [B, T, R/2]; computed in fp32, returned in x's dtype.
 
-    The pairs come out half-split (all first members, then all second): a fixed permutation of query and key alike, which
-    no dot product sees, and cheaper than weaving them back.
+    The pairs come out half-split (all first members, then all second): a fixed permutation of query and key alike,
+    which no dot product sees, and cheaper than weaving them back.
     """
     cos, sin = cos_TR.unsqueeze(-2), sin_TR.unsqueeze(-2)
     pairs = x_BTHR.float().unflatten(-1, (-1, 2))

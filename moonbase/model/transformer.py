@@ -1,8 +1,8 @@
 """The whole decoder: embeddings, MLA + (dense | sparse) blocks, head, and multi-token prediction (DeepSeek-V3 §2.2).
 
-The module trains, samples, serves and is evaluated. It knows nothing of distribution, precision, quantisation, logging or
-files; all of these wrap it from outside. What training wants to know of a forward pass (expert load, largest logits, balance
-loss) leaves as return values.
+The module trains, samples, serves and is evaluated. It knows nothing of distribution, precision, quantisation, logging
+or files; all of these wrap it from outside. What training wants to know of a forward pass (expert load, largest logits,
+balance loss) leaves as return values.
 
 Shapes: B batch, T time, D hidden, V vocabulary, L layers, H heads, E experts.
 """
@@ -71,15 +71,16 @@ class Block(nn.Module):
         self.mlp = FeedForward(config.hidden_size, config.intermediate_size) if dense else MixtureOfExperts(config)
 
     def forward(
-        self, x_BTD: Tensor, cos: Tensor, sin: Tensor, documents: Documents | None = None, clip_threshold: float | None = None
+        self, x_BTD: Tensor, cos: Tensor, sin: Tensor, documents: Documents | None = None,
+        clip_threshold: float | None = None,
     ) -> tuple[Tensor, LayerStatistics]:
         """Training and prefill form. Returns the new hidden states and what happened inside."""
         attended, max_logit = self.self_attn(self.input_layernorm(x_BTD), (cos, sin), documents, clip_threshold)
         x_BTD = x_BTD + attended
         normalised = self.post_attention_layernorm(x_BTD)
         if isinstance(self.mlp, FeedForward):
-            nothing = x_BTD.new_zeros((), dtype=torch.float32)
-            return x_BTD + self.mlp(normalised), LayerStatistics(max_logit, x_BTD.new_empty(0, dtype=torch.float32), nothing)
+            no_load, no_loss = (x_BTD.new_zeros(shape, dtype=torch.float32) for shape in (0, ()))
+            return x_BTD + self.mlp(normalised), LayerStatistics(max_logit, no_load, no_loss)
         fed, load, balance_loss = self.mlp(normalised)
         return x_BTD + fed, LayerStatistics(max_logit, load, balance_loss)
 
@@ -91,8 +92,9 @@ class Block(nn.Module):
 
 
 class MTPModule(nn.Module):
-    """One step of multi-token prediction: h' = M [norm(Emb(t_{i+k})); norm(h)], then a sparse block (DeepSeek-V3 eq. 21-23).
+    """One step of multi-token prediction: h' = M [norm(Emb(t_{i+k})); norm(h)], then a sparse block.
 
+    DeepSeek-V3 eq. 21-23.
     The halves of `eh_proj` are [embedding; hidden], as the engines that run the published weights feed it.
     """
 
@@ -108,7 +110,7 @@ class MTPModule(nn.Module):
         self, hidden_BTD: Tensor, embedded_BTD: Tensor, cos: Tensor, sin: Tensor, documents: Documents | None = None,
         clip_threshold: float | None = None,
     ) -> tuple[Tensor, LayerStatistics]:
-        """`hidden_BTD`: what the previous depth fed its head; `embedded_BTD`: embeddings of the tokens one further on."""
+        """`hidden_BTD`: what the previous depth fed its head; `embedded_BTD`: embeddings one token further on."""
         joined = torch.cat([self.enorm(embedded_BTD), self.hnorm(hidden_BTD)], dim=-1)
         out, statistics = self.layer(self.eh_proj(joined), cos, sin, documents, clip_threshold)
         return self.norm(out), statistics
@@ -120,7 +122,9 @@ class Decoder(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Block(config, i, dense=i < config.first_k_dense_replace) for i in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(
+            Block(config, layer, dense=layer < config.first_k_dense_replace)
+            for layer in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
 
@@ -134,7 +138,8 @@ class Transformer(nn.Module):
         self.config = config
         self.model = Decoder(config)
         self.lm_head = Linear(config.hidden_size, config.vocab_size)
-        self.mtp = nn.ModuleList(MTPModule(config, config.num_hidden_layers + i) for i in range(config.num_nextn_predict_layers))
+        self.mtp = nn.ModuleList(
+            MTPModule(config, config.num_hidden_layers + depth) for depth in range(config.num_nextn_predict_layers))
 
     @torch.no_grad()
     def initialize(self, seed: int = 0) -> Transformer:
@@ -159,7 +164,8 @@ class Transformer(nn.Module):
         return self.lm_head(hidden).float()
 
     def loss(
-        self, tokens_BT: Tensor, targets_BT: Tensor, documents: Documents | None = None, clip_threshold: float | None = None
+        self, tokens_BT: Tensor, targets_BT: Tensor, documents: Documents | None = None,
+        clip_threshold: float | None = None,
     ) -> Losses:
         """Training pass. `targets_BT` int64 holds the next token or -100; the logits are never all there at once."""
         hidden, rotation, statistics = self._hidden(tokens_BT, documents, clip_threshold)
@@ -167,7 +173,8 @@ class Transformer(nn.Module):
         mtp_loss_sum = loss_sum.new_zeros(())
         for module in self.mtp:
             tokens_BT, targets_BT = _one_further(tokens_BT, targets_BT, documents)
-            hidden, layer_statistics = module(hidden, self.model.embed_tokens(tokens_BT), *rotation, documents, clip_threshold)
+            embedded = self.model.embed_tokens(tokens_BT)
+            hidden, layer_statistics = module(hidden, embedded, *rotation, documents, clip_threshold)
             statistics.append(layer_statistics)
             mtp_loss_sum = mtp_loss_sum + cross_entropy(hidden.flatten(0, 1), self.lm_head.weight, targets_BT.flatten())
         balance_loss = torch.stack([layer.balance_loss for layer in statistics]).sum()

@@ -84,6 +84,9 @@ def attention(
         from moonbase.ops.attention_cuda import attention_with_logsumexp
 
         output, logsumexp = attention_with_logsumexp(query_BTHK, key_BTHK, value_BTHV, scale, documents)
+    elif query_BTHK.device.type != "cpu":
+        # fp32 on a GPU is for comparisons: no fused kernel has it, and the reference knows the exact maximum anyway.
+        return attention_reference(query_BTHK, key_BTHK, value_BTHV, scale, documents)
     else:
         output, logsumexp = _attention_cpu(query_BTHK, key_BTHK, value_BTHV, scale, documents)
     bound = logsumexp.detach().float().amax((0, 2))

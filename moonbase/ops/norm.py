@@ -35,7 +35,7 @@ class _RMSNorm(torch.autograd.Function):
     def backward(ctx: Any, grad):
         normalised, gain, scale = ctx.saved_tensors
         product = grad * normalised
-        grad_gain = product.flatten(0, -2).sum(0)
+        grad_gain = product.reshape(-1, product.shape[-1]).sum(0)
         shared = (product @ gain).div_(-normalised.shape[-1]).unsqueeze(-1)
         grad_x = (grad * gain).addcmul_(normalised, shared).mul_(scale)
         return grad_x, grad_gain, None

@@ -1,4 +1,4 @@
-"""Live progress on standard error: one moving line per stage in a terminal, a plain line every few seconds elsewhere."""
+"""Live progress on standard error: a moving line per stage in a terminal, a plain line every few seconds elsewhere."""
 
 from __future__ import annotations
 
@@ -32,7 +32,8 @@ class Console:
     def __enter__(self) -> Console:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
+                 trace: TracebackType | None) -> None:
         self.close()
 
     def __call__(self, what: str, done: int, total: int | None = None, details: str = "") -> None:
@@ -101,7 +102,7 @@ class Console:
 
 def duration(seconds: float) -> str:
     """12s, 3m05s, 2h07m."""
-    seconds = int(round(seconds))
+    seconds = round(seconds)
     if seconds < 60:
         return f"{seconds}s"
     if seconds < 3600:

@@ -11,7 +11,8 @@ from moonbase.recipe import GuardConfig
 
 
 class Guard:
-    """Looks at loss and gradient norm before the update. A skipped step changes nothing but the position in the data."""
+    """Looks at loss and gradient norm before the update. A skipped step changes nothing but the position in the
+    data."""
 
     WINDOW = 64
     WARMUP = 16

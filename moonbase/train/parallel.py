@@ -83,7 +83,8 @@ def start_world() -> World:
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
     if size > 1 and missing and not dist.is_initialized():
-        raise UserError(f"WORLD_SIZE={size}, but {', '.join(missing)} is not set. Start several processes with torchrun.")
+        raise UserError(f"WORLD_SIZE={size}, but {', '.join(missing)} is not set. "
+                        "Start several processes with torchrun.")
     if has_gpu and local_rank >= torch.cuda.device_count():
         raise UserError(f"torchrun: process {local_rank} has no GPU of its own; "
                         f"this machine has {torch.cuda.device_count()}")
@@ -109,7 +110,8 @@ def stop_world(world: World) -> None:
 def shard(model: nn.Module, world: World, compute_dtype: torch.dtype) -> None:
     """FSDP2: every block, and the rest as one more group, sharded over all processes by rows (experts: whole ones).
 
-    Parameters stay fp32 shards (they are the masters); blocks gather them in `compute_dtype` and reduce gradients in fp32.
+    Parameters stay fp32 shards (they are the masters); blocks gather them in `compute_dtype` and reduce gradients in
+    fp32.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method

@@ -1,8 +1,9 @@
 """bf16 compute with fp32 masters, from outside the model.
 
-On a GPU the model's parameters are bf16 copies of fp32 masters. Every gradient is added to its master's fp32 gradient as
-soon as it exists and then freed, so that many micro-batches add up without rounding and at most a few bf16 gradients are
-alive at once. On a CPU, and under FSDP2 (which keeps its own fp32 shards), the parameters are their own masters.
+In bf16 (the default on a GPU) the model's parameters are copies of fp32 masters. Every gradient is added to its
+master's fp32 gradient as soon as it exists and then freed, so that many micro-batches add up without rounding and at
+most a few bf16 gradients are alive at once. In fp32 (the default on a CPU), and under FSDP2 (which keeps its own fp32
+shards), the parameters are their own masters.
 """
 
 from __future__ import annotations

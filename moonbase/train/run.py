@@ -1,4 +1,4 @@
-"""One training run from a recipe: corpus, model, optimizer, callbacks, loop; everything it produces lies in one folder."""
+"""One training run from a recipe: corpus, model, optimizer, callbacks, loop; all that it makes lies in one folder."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import os
 import shlex
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,7 +16,6 @@ from typing import Any
 
 import torch
 
-from moonbase import files
 from moonbase.checkpoint import latest_checkpoint, load_weights, read_config, resolve_model_folder
 from moonbase.data import Corpus, PackedStream, Tokenizer, load_tokenizer, prepare_corpus, validation_batches
 from moonbase.errors import TrainingStopped, UserError
@@ -39,6 +39,8 @@ from moonbase.train.trainer import Callback, Trainer
 
 # A run's data position and optimizer state mean nothing under another value of these.
 _FIXED_BY_A_RUN = ("name", "model", "stage", "init", "data", "sequence_length", "batch_size", "seed")
+_SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+_SAME_SIGNAL_SECONDS = 1.0
 
 MakeSampler = Callable[[Transformer, Tokenizer], Sampler]
 
@@ -47,29 +49,38 @@ def train(recipe: Recipe, folder: str | Path, *, resume: bool = False, console: 
           make_sampler: MakeSampler | None = None, on_ready: Callable[[Trainer], None] | None = None) -> dict[str, Any]:
     """Run a recipe in `folder` and return its results.
 
-    With `resume` the folder's run goes on from its newest checkpoint; `recipe` is its config.yaml, perhaps with more steps
-    or another schedule, but not with another model, data or batch. make_sampler gives the sampling callback something to sample with; on_ready sees the trainer before its first step. Raises
-    UserError for what the user can mend, TrainingStopped when the guard gives up. Ctrl-C and SIGTERM save first.
+    With `resume` the folder's run goes on from its newest checkpoint; `recipe` is its config.yaml, perhaps with more
+    steps or another schedule, but not with another model, data or batch. make_sampler gives the sampling callback
+    something to sample with; on_ready sees the trainer before its first step. Raises UserError for what the user can
+    mend, TrainingStopped when the guard gives up. Ctrl-C and SIGTERM save first. Of several processes only the first
+    explains an error that all have; the others raise SystemExit.
     """
     console = console or Console()
     world = start_world()
     if not world.is_first:
         console = Console(quiet=True)
+    path = Path(folder)
     run: RunFolder | None = None
     try:
-        path = files.make_folder(folder)
-        run = RunFolder(path) if world.is_first else None
-        world.wait()
-        recipe = _settle(recipe, path, resume, world)
-        corpus, tokenizer, recipe = _corpus(recipe, path, world, console)
-        if run is not None:
-            _open_run(run, recipe, corpus, resume)
-        trainer, checkpoints, validation = _assemble(recipe, path, run, world, console, corpus, tokenizer, make_sampler)
-        if resume:
-            _continue(trainer, path, run, console)
-        if on_ready is not None:
-            on_ready(trainer)
-        return _run(trainer, checkpoints, validation, run, path, console)
+        run = world.on_first(lambda: _enter(recipe, path, resume, world))
+        corpus, tokenizer, recipe = _corpus(recipe, path, resume, world, console)
+        world.on_first(lambda: _open_run(run, recipe, corpus, resume))
+        with _recording(run, console) as facts:
+            trainer, validation = _assemble(recipe, path, run, world, console, corpus, tokenizer, make_sampler)
+            if resume:
+                _continue(trainer, path, console)
+            if run is not None:
+                run.rewind(trainer.step)
+            if on_ready is not None:
+                on_ready(trainer)
+            _run(trainer, validation, console, facts)
+        return {"folder": str(path), "status": facts["status"], "reason": facts["reason"], "step": trainer.step,
+                "tokens": trainer.tokens, "seconds": trainer.seconds, **facts["results"],
+                "next_commands": facts["next_commands"]}
+    except TrainingStopped as error:
+        if world.is_first:
+            raise
+        raise SystemExit(error.exit_code) from None
     finally:
         console.close()
         if run is not None:
@@ -77,60 +88,90 @@ def train(recipe: Recipe, folder: str | Path, *, resume: bool = False, console: 
         stop_world(world)
 
 
-def _settle(recipe: Recipe, path: Path, resume: bool, world: World) -> Recipe:
-    """The recipe that this run follows. Raises UserError for a folder that is taken or cannot be resumed."""
-    saved = path / "config.yaml"
-    if resume:
-        if not saved.exists():
-            raise UserError(f"{path}: no run to resume here (no config.yaml)")
-        stored = load_recipe(str(saved))
-        changed = [name for name in _FIXED_BY_A_RUN if getattr(stored, name) != getattr(recipe, name)]
-        if changed:
-            raise UserError(f"{path}: a run cannot change {', '.join(changed)} when it resumes. Start a new one with --out, "
-                            "from this run's weights with stage=continue init=RUN if you like.")
-    elif latest_checkpoint(path) is not None:
-        raise UserError(f"{path}: already holds a run. Add --resume to go on with it, or choose another folder with --out.")
+def _enter(recipe: Recipe, path: Path, resume: bool, world: World) -> RunFolder:
+    """Take possession of the run folder. Raises UserError for one that is taken or that the recipe cannot go on in."""
     if recipe.batch_size % world.size:
         raise UserError(f"batch_size={recipe.batch_size} cannot be shared evenly by {world.size} processes")
-    return recipe
+    if resume and not (path / "config.yaml").is_file():
+        raise UserError(f"{path}: no run to resume here (no config.yaml)")
+    run = RunFolder(path)
+    try:
+        if resume:
+            _check_unchanged(load_recipe(str(path / "config.yaml")), recipe, path)
+        elif latest_checkpoint(path) is not None:
+            raise UserError(f"{path}: already holds a run. "
+                            "Add --resume to go on with it, or choose another folder with --out.")
+    except BaseException:
+        run.close()
+        raise
+    return run
 
 
-def _corpus(recipe: Recipe, path: Path, world: World, console: Console) -> tuple[Corpus, Tokenizer, Recipe]:
+def _check_unchanged(stored: Recipe, recipe: Recipe, path: Path) -> None:
+    def fixed(recipe: Recipe, name: str) -> Any:
+        value = getattr(recipe, name)
+        if name == "model":  # the special ids were taken from the tokenizer
+            return value.model_copy(update=dict.fromkeys(_SPECIAL_IDS))
+        return value.model_copy(update={"workers": None}) if name == "data" else value
+
+    changed = [name for name in _FIXED_BY_A_RUN if fixed(stored, name) != fixed(recipe, name)]
+    if changed:
+        raise UserError(f"{path}: a run cannot change {', '.join(changed)} when it resumes. Start a new one with "
+                        "--out, from this run's weights with stage=continue init=RUN if you like.")
+
+
+def _corpus(recipe: Recipe, path: Path, resume: bool, world: World,
+            console: Console) -> tuple[Corpus, Tokenizer, Recipe]:
     """Build or reopen the corpus (first process), open it (all), and fit the model's special ids to the tokenizer."""
+    folder = path / "corpus"
+    world.on_first(lambda: _prepare(recipe, folder, resume, console))
+    corpus = Corpus.open(folder)
+    tokenizer = corpus.tokenizer
+    special = dict(zip(_SPECIAL_IDS, (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id), strict=True))
+    return corpus, tokenizer, recipe.model_copy(update={"model": recipe.model.model_copy(update=special)})
+
+
+def _prepare(recipe: Recipe, folder: Path, resume: bool, console: Console) -> None:
     if not recipe.data.sources:
         raise UserError("data: nothing to train on. Name a folder or file, for example data=my/texts")
+    if resume:
+        # The run's own corpus, whatever has become of the files that it was made of.
+        with contextlib.suppress(UserError):
+            Corpus.open(folder)
+            return
     tokenizer = load_tokenizer(recipe.data.tokenizer) if recipe.data.tokenizer else None
     if tokenizer is None and recipe.init is not None:
         tokenizer = load_tokenizer(resolve_model_folder(recipe.init))
     if tokenizer is not None and tokenizer.vocab_size > recipe.model.vocab_size:
-        raise UserError(f"data.tokenizer: {tokenizer.vocab_size} entries, but model.vocab_size={recipe.model.vocab_size}")
-    folder = path / "corpus"
-    if world.is_first:
-        prepare_corpus(recipe.data, tokenizer, recipe.model.vocab_size, folder, recipe.seed, progress=console)
-    world.wait()
-    corpus = Corpus.open(folder)
-    tokenizer = corpus.tokenizer
-    special = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
-    return corpus, tokenizer, recipe.model_copy(update={"model": recipe.model.model_copy(update=special)})
+        raise UserError(f"data.tokenizer: {tokenizer.vocab_size} entries, "
+                        f"but model.vocab_size={recipe.model.vocab_size}")
+    prepare_corpus(recipe.data, tokenizer, recipe.model.vocab_size, folder, recipe.seed, progress=console)
 
 
-def _open_run(run: RunFolder, recipe: Recipe, corpus: Corpus, resume: bool) -> None:
+def _open_run(run: RunFolder | None, recipe: Recipe, corpus: Corpus, resume: bool) -> None:
+    assert run is not None
     run.write_config(recipe.to_yaml())
     size = sizes(recipe.model, recipe.sequence_length)
     facts: dict[str, Any] = {
-        "name": recipe.name, "status": "running", "reason": None, "command": shlex.join(["moonbase", *sys.argv[1:]]),
-        "machine": machine_facts(), "versions": package_versions(), "commit": git_commit(),
-        "parameters": size.parameters, "active_parameters": size.active_parameters, "corpus": corpus.summary,
+        "name": recipe.name, "status": "running", "reason": None, "finished": None, "results": {},
+        "command": shlex.join(["moonbase", *sys.argv[1:]]), "machine": machine_facts(), "versions": package_versions(),
+        "commit": git_commit(), "parameters": size.parameters, "active_parameters": size.active_parameters,
+        "corpus": corpus.summary, "next_commands": next_commands(run.path, "running"),
     }
     if not resume:
-        facts["started"] = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    run.update_facts(**facts)
+        facts["started"] = _now()
+    run.update_facts(afresh=not resume, **facts)
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
 def _assemble(recipe: Recipe, path: Path, run: RunFolder | None, world: World, console: Console, corpus: Corpus,
-              tokenizer: Tokenizer, make_sampler: MakeSampler | None) -> tuple[Trainer, Checkpoints, Validation]:
+              tokenizer: Tokenizer, make_sampler: MakeSampler | None) -> tuple[Trainer, Validation]:
     on_gpu = world.device.type == "cuda"
-    compute_dtype = torch.bfloat16 if recipe.precision == "bf16" or (recipe.precision == "auto" and on_gpu) else torch.float32
+    in_bf16 = recipe.precision == "bf16" or (recipe.precision == "auto" and on_gpu)
+    compute_dtype = torch.bfloat16 if in_bf16 else torch.float32
     model = build_model(recipe, world)
     recompute_blocks(model, recipe.recompute)
     if recipe.compile == "blocks" or (recipe.compile == "auto" and on_gpu):
@@ -139,21 +180,21 @@ def _assemble(recipe: Recipe, path: Path, run: RunFolder | None, world: World, c
         shard(model, world, compute_dtype)
     masters = Masters(model, torch.float32 if world.size > 1 else compute_dtype)
     optimizer = make_optimizer(recipe, masters)
-    stream = PackedStream(corpus, "train", recipe.sequence_length, recipe.batch_size, recipe.seed, world.rank, world.size)
+    stream = PackedStream(corpus, "train", recipe.sequence_length, recipe.batch_size, recipe.seed, world.rank,
+                          world.size)
     rows = (recipe.micro_batch_size or max(1, recipe.batch_size // world.size)) * world.size
     validation = Validation(lambda: validation_batches(corpus, recipe.sequence_length, rows, world.rank, world.size),
                             torch.from_numpy(tokenizer.byte_lengths(recipe.model.vocab_size).astype("int64")))
     callbacks: list[Callback] = [validation]
     tokenizer_files = {file.name: file for file in (path / "corpus" / "tokenizer").iterdir() if file.is_file()}
-    checkpoints = Checkpoints(run, path, tokenizer_files)
     if run is not None:
         if make_sampler is not None:
-            callbacks.append(Sampling(run, lambda trainer: make_sampler(trainer.model, tokenizer)))
+            callbacks.append(Sampling(run, lambda trainer: make_sampler(trainer.model, tokenizer), console.note))
         callbacks.append(MetricsWriter(run))
         if recipe.tensorboard:
             callbacks.append(TensorBoardWriter(run))
-    callbacks += [Progress(console), checkpoints]
-    return Trainer(recipe, model, masters, optimizer, stream, world, callbacks), checkpoints, validation
+    callbacks += [Progress(console), Checkpoints(run, path, tokenizer_files)]
+    return Trainer(recipe, model, masters, optimizer, stream, world, callbacks), validation
 
 
 def build_model(recipe: Recipe, world: World) -> Transformer:
@@ -181,47 +222,52 @@ def make_optimizer(recipe: Recipe, masters: Masters) -> MuonClip:
         adam_lr_ratio=config.adam_lr_ratio)
 
 
-def _continue(trainer: Trainer, path: Path, run: RunFolder | None, console: Console) -> None:
+def _continue(trainer: Trainer, path: Path, console: Console) -> None:
     checkpoint = latest_checkpoint(path)
     if checkpoint is None:
         console.note(f"{path}: no checkpoint yet, starting from the first step")
     else:
         resume(trainer, checkpoint)
         console.note(f"resuming {path} at step {trainer.step}")
-    if run is not None:
-        run.rewind_metrics(trainer.step)
 
 
-def _run(trainer: Trainer, checkpoints: Checkpoints, validation: Validation, run: RunFolder | None, path: Path,
-         console: Console) -> dict[str, Any]:
-    status, reason = "failed", None
+def _run(trainer: Trainer, validation: Validation, console: Console, facts: dict[str, Any]) -> None:
+    """The loop and what is measured after it; fills the facts' status, reason and results."""
+    with stopping_on_signals(trainer, console):
+        trainer.run()
+    if trainer.step < trainer.recipe.steps:
+        facts |= {"status": "stopped", "reason": trainer.stop_reason}
+        return
+    console.stage("measuring the held-out documents")
+    loss, bits = validation.measure(trainer, None)
+    facts |= {"status": "finished", "results": {"validation_loss": loss, "validation_bits_per_byte": bits}}
+
+
+@contextlib.contextmanager
+def _recording(run: RunFolder | None, console: Console) -> Iterator[dict[str, Any]]:
+    """Yield the facts of how a run ends; they reach run.json and the report however it does."""
+    facts: dict[str, Any] = {"status": "failed", "reason": None, "results": {}, "next_commands": []}
     started = time.monotonic()
-    results: dict[str, Any] = {}
-    try:
-        with stopping_on_signals(trainer, console):
-            trainer.run()
-            finished = trainer.step >= trainer.recipe.steps
-            status, reason = ("finished", None) if finished else ("stopped", trainer.stop_reason)
-            if finished:
-                console.stage("measuring the held-out documents")
-                loss, bits = validation.measure(trainer, None)
-                results = {"validation_loss": loss, "validation_bits_per_byte": bits}
-    except TrainingStopped as error:
-        reason = str(error)
-        raise
-    except (OSError, UserError, RuntimeError) as error:
-        reason = str(error)
-        raise
-    finally:
+
+    def record() -> None:
+        facts["seconds"], facts["finished"] = round(time.monotonic() - started, 1), _now()
         if run is not None:
-            with contextlib.suppress(UserError):  # the first trouble is the one to report
-                facts = run.update_facts(
-                    status=status, reason=reason, seconds=round(time.monotonic() - started, 1), results=results,
-                    finished=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), next_commands=next_commands(path, status))
-                write_report(run.path)
-                results = {**results, "next_commands": facts["next_commands"]}
-    return {"folder": str(path), "status": status, "reason": reason, "step": trainer.step, "tokens": trainer.tokens,
-            "seconds": trainer.seconds, **results}
+            facts["next_commands"] = next_commands(run.path, facts["status"])
+            run.update_facts(**facts)
+            write_report(run.path)
+
+    try:
+        yield facts
+    except BaseException as error:
+        if isinstance(error, KeyboardInterrupt):
+            facts["status"] = "stopped"
+        facts["reason"] = "interrupted" if facts["status"] == "stopped" else str(error) or type(error).__name__
+        try:
+            record()
+        except Exception as second:  # the first trouble is the one to raise
+            console.note(f"the end of the run could not be recorded: {second}")
+        raise
+    record()
 
 
 def next_commands(path: Path, status: str) -> list[str]:
@@ -235,13 +281,25 @@ def next_commands(path: Path, status: str) -> list[str]:
 
 @contextlib.contextmanager
 def stopping_on_signals(trainer: Trainer, console: Console) -> Iterator[None]:
-    """Ctrl-C and SIGTERM end the run after the step in hand, with a checkpoint; a second Ctrl-C ends it at once."""
+    """Ctrl-C and SIGTERM end the run after the step in hand, with a checkpoint; a second Ctrl-C ends it at once.
+
+    torchrun repeats the terminal's Ctrl-C to its processes: what follows within a second is the same request. Outside
+    the main thread, where Python allows no handlers, signals keep their meaning.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    first: float | None = None
 
     def stop(number: int, _: Any) -> None:
-        if trainer.stop_reason is not None and number == signal.SIGINT:
+        nonlocal first
+        if first is None:
+            first = time.monotonic()
+            trainer.stop(f"stopped by {signal.Signals(number).name}")
+            with contextlib.suppress(RuntimeError):  # the signal may have come in the middle of a print
+                console.note("stopping after this step; the checkpoint comes first (Ctrl-C again stops at once)")
+        elif number == signal.SIGINT and time.monotonic() - first > _SAME_SIGNAL_SECONDS:
             raise KeyboardInterrupt
-        trainer.stop(f"stopped by {signal.Signals(number).name}")
-        console.note("stopping after this step; the checkpoint comes first (Ctrl-C again stops at once)")
 
     previous = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

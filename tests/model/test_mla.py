@@ -34,7 +34,8 @@ def hidden(batch: int, time: int, seed: int = 1, dims: int = 32) -> torch.Tensor
 
 def decoded(attention: LatentAttention, x: torch.Tensor, steps: list[int]) -> torch.Tensor:
     """The absorbed form, fed `steps` tokens at a time."""
-    cache = LatentCache(attention.config.model_copy(update={"num_hidden_layers": 1}), x.shape[0], x.shape[1], x.dtype, x.device)
+    config = attention.config.model_copy(update={"num_hidden_layers": 1})
+    cache = LatentCache(config, x.shape[0], x.shape[1], x.dtype, x.device)
     parts = []
     for part in x.split(steps, dim=1):
         positions = torch.arange(cache.length, cache.length + part.shape[1])
@@ -45,8 +46,8 @@ def decoded(attention: LatentAttention, x: torch.Tensor, steps: list[int]) -> to
 
 @torch.no_grad()
 @given(
-    variant=st.sampled_from(sorted(VARIANTS)), heads=st.integers(1, 4), latent=st.integers(1, 12), nope=st.integers(1, 9),
-    rope=st.sampled_from([2, 4, 10]), value=st.integers(1, 9), prompt=st.integers(1, 8), seed=st.integers(0, 99),
+    variant=st.sampled_from(sorted(VARIANTS)), heads=st.integers(1, 4), latent=st.integers(1, 12),
+    nope=st.integers(1, 9), rope=st.sampled_from([2, 4, 10]), value=st.integers(1, 9), prompt=st.integers(1, 8), seed=st.integers(0, 99),
 )
 @settings(max_examples=40, deadline=None)
 def test_absorbed_equals_expanded_at_every_position(variant, heads, latent, nope, rope, value, prompt, seed) -> None:
@@ -92,7 +93,8 @@ def test_packed_documents_equal_each_alone() -> None:
     for row in range(3):
         for number in ids[row].unique():
             here = torch.nonzero(ids[row] == number).flatten()
-            alone, _ = attention(x[row : row + 1, here], rotations(attention.config, torch.arange(len(here))), None, None)
+            turn = rotations(attention.config, torch.arange(len(here)))
+            alone, _ = attention(x[row : row + 1, here], turn, None, None)
             torch.testing.assert_close(packed[row, here], alone[0], rtol=1e-4, atol=1e-5)
 
 
@@ -109,12 +111,13 @@ def test_no_token_sees_what_comes_later() -> None:
 
 @torch.no_grad()
 def test_largest_logit_is_that_of_the_plain_formula() -> None:
-    """-inf asks for exact values; here they are computed by hand from the weights (facts: logit = s (q_C·k_C + q_R·k_R))."""
+    """-inf asks for exact values; here they are made by hand from the weights: logit = s (q_C·k_C + q_R·k_R)."""
     attention, x = layer(rope_scaling=yarn(32)), hidden(2, 9)
     config, turn = attention.config, rotations(attention.config, torch.arange(9))
     query_nope, query_rope, latent, key_rope = attention._project(x, turn)
     weights = attention.kv_b_proj.weight.unflatten(0, (config.num_attention_heads, -1))[:, : config.qk_nope_head_dim]
     key_nope = torch.einsum("bsc,hnc->bshn", latent, weights)
-    logits = torch.einsum("bthn,bshn->bhts", query_nope, key_nope) + torch.einsum("bthr,bsr->bhts", query_rope, key_rope[:, :, 0])
+    logits = torch.einsum("bthn,bshn->bhts", query_nope, key_nope)
+    logits += torch.einsum("bthr,bsr->bhts", query_rope, key_rope[:, :, 0])
     expected = (logits * config.softmax_scale).masked_fill(torch.ones(9, 9).triu(1).bool(), -math.inf).amax((0, 2, 3))
     torch.testing.assert_close(attention(x, turn, None, -math.inf)[1], expected, rtol=1e-4, atol=1e-5)

@@ -127,11 +127,12 @@ def test_balance_loss_equals_the_published_sums_and_moves_the_router_only() -> N
     for row in range(3):
         for expert in range(8):
             fraction = 8 / (3 * 7) * sum(expert in indices[row, token].tolist() for token in range(7))
-            share = sum(float(scores[row, token, expert] / scores[row, token].sum()) for token in range(7)) / 7
+            share = sum((scores[row, token, expert] / scores[row, token].sum()).item() for token in range(7)) / 7
             expected += fraction * share / 3
     assert loss.item() == pytest.approx(expected, rel=1e-5)
     loss.backward()
-    moved = {name for name, parameter in mixture.named_parameters() if parameter.grad is not None and parameter.grad.any()}
+    gradients = {name: parameter.grad for name, parameter in mixture.named_parameters()}
+    moved = {name for name, gradient in gradients.items() if gradient is not None and gradient.any()}
     assert moved == {"gate.weight"}
     # The fractions count; only the shares have a slope.
     weight = mixture.gate.weight.detach().clone().requires_grad_()
@@ -161,8 +162,9 @@ def test_scores_that_vanish_leave_everything_finite() -> None:
 
 @pytest.mark.parametrize(("experts", "top", "published"), [(64, 6, 2.446), (384, 8, 2.827)])
 def test_scaling_factor_derivation(experts: int, top: int, published: float) -> None:
-    """Moonlight appendix C: normal logits, sigmoid, the best K normalised; the factor brings their norm to 1 on average."""
-    config = tiny_config(n_routed_experts=experts, num_experts_per_tok=top, routed_scaling_factor=1.0, hidden_size=experts)
+    """Moonlight appendix C: normal logits, sigmoid, the best K normalised; the factor brings their norm to 1."""
+    config = tiny_config(n_routed_experts=experts, num_experts_per_tok=top, routed_scaling_factor=1.0,
+                         hidden_size=experts)
     router = Router(config)
     with torch.no_grad():
         router.weight.copy_(torch.eye(experts))

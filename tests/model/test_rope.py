@@ -12,7 +12,9 @@ from tests.model.tiny import hf_config, tiny_config, yarn
 PUBLISHED = ("kimi-k2", "kimi-k2.5", "deepseek-v3")
 
 
-@pytest.mark.parametrize(("preset", "expected"), [("kimi-k2", (19, 20)), ("kimi-k2.5", (8, 20)), ("deepseek-v3", (10, 23))])
+@pytest.mark.parametrize(
+    ("preset", "expected"), [("kimi-k2", (19, 20)), ("kimi-k2.5", (8, 20)), ("deepseek-v3", (10, 23))]
+)
 def test_yarn_range_golden(preset: str, expected: tuple[int, int]) -> None:
     config = preset_config(preset)
     assert config.rope_scaling is not None
@@ -27,7 +29,9 @@ def test_softmax_scale_golden(preset: str, scale: float) -> None:
     assert preset_config(preset).softmax_scale == pytest.approx(scale, abs=6e-7)
 
 
-@pytest.mark.parametrize("preset", [*PUBLISHED, "deepseek-v3.2", "moonlight-16b", "factor 1", "mscales differ", "one step"])
+@pytest.mark.parametrize(
+    "preset", [*PUBLISHED, "deepseek-v3.2", "moonlight-16b", "factor 1", "mscales differ", "one step"]
+)
 def test_frequencies_and_multiplier_equal_transformers(preset: str) -> None:
     from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3RotaryEmbedding
 
@@ -35,7 +39,7 @@ def test_frequencies_and_multiplier_equal_transformers(preset: str) -> None:
         "factor 1": dict(rope_scaling=yarn(1)),
         "mscales differ": dict(rope_scaling=yarn(8) | dict(mscale=0.7, mscale_all_dim=1.3)),
         # low and high fall together: the ramp becomes a step.
-        "one step": dict(rope_scaling=yarn(8, beta_fast=1.0) | dict(original_max_position_embeddings=7), rope_theta=3.0),
+        "one step": dict(rope_scaling=yarn(8, 1.0) | dict(original_max_position_embeddings=7), rope_theta=3.0),
     }
     config = tiny_config(**special[preset]) if preset in special else preset_config(preset)
     theirs = DeepseekV3RotaryEmbedding(hf_config(config))

@@ -16,14 +16,15 @@ from tests.model.tiny import random_documents, tiny_config, tiny_model, yarn
 
 
 def batch(seed: int = 0, rows: int = 3, time: int = 19, packed: bool = True, masked: bool = True):
-    """Tokens, targets and documents as the data room makes them; two documents were cut, so their last target is known."""
+    """Tokens, targets and documents as the data room makes them. Some documents were cut: their last target is known."""
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.randint(0, 61, (rows, time), generator=generator)
     ids = random_documents(generator, rows, time) if packed else torch.zeros(rows, time, dtype=torch.int32)
     targets = torch.cat([tokens[:, 1:], torch.full((rows, 1), -100)], dim=1)
     last = torch.cat([ids[:, 1:] != ids[:, :-1], torch.ones(rows, 1, dtype=torch.bool)], dim=1)
     cut = last & (torch.rand(rows, time, generator=generator) < 0.5)
-    targets = torch.where(last, torch.where(cut, torch.randint(0, 61, (rows, time), generator=generator), -100), targets)
+    beyond = torch.randint(0, 61, (rows, time), generator=generator)
+    targets = torch.where(last, torch.where(cut, beyond, -100), targets)
     if masked:
         targets[torch.rand(rows, time, generator=generator) < 0.2] = -100
     return tokens, targets, ids
@@ -102,7 +103,7 @@ def test_all_targets_ignored_is_no_loss_and_no_gradient() -> None:
 
 
 def mtp_by_hand(model: Transformer, tokens: torch.Tensor, targets: torch.Tensor, ids: torch.Tensor) -> float:
-    """Document after document, with the module's parts: position i of depth k reads the token i+k and is asked for i+k+1.
+    """Document after document, with the module's parts: position i at depth k reads token i+k, is asked for i+k+1.
 
     A document's text is its tokens, and where it was cut the one known token after them. A position counts where all
     targets up to its own are wanted.

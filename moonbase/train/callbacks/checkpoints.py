@@ -46,7 +46,8 @@ class Checkpoints(Callback):
             # The first process alone writes, the others help to gather; each part says so to all if it fails.
             partial = world.on_first(lambda: self._begin(stack, path)) or path
             write_weights(trainer.weights(), partial, trainer.recipe.model, extra_files=self.tokenizer_files)
-            save_state(partial, tensors, facts)
+            if tensors or world.is_first:  # before the first update there is no state, and nothing to gather
+                save_state(partial, tensors, facts)
             world.on_first(stack.close)
         if world.is_first:
             self._drop_old(trainer.recipe.checkpoint.keep_last)

@@ -1,0 +1,102 @@
+"""The Triton kernels against plain PyTorch. `test_cuda_kernels` runs this file in a process of its own: in Triton's
+interpreter on any machine that has triton, and on the GPU where there is one."""
+
+from __future__ import annotations
+
+import math
+import os
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from moonbase.ops import attention_cuda, cross_entropy_cuda, experts_cuda
+from moonbase.ops.attention import Documents, attention_reference
+from moonbase.ops.experts import swiglu, swiglu_backward
+
+DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
+# A GPU multiplies fp32 matrices in TF32; bf16 values are exact in both, sums of their products nearly so.
+EXACT = torch.bfloat16 if DEVICE == "cuda" else torch.float32
+
+
+def normal(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("vocab", [1, 37, 64, 9001])
+@pytest.mark.parametrize("size", [1.0, 1e4])
+def test_loss_and_gradient(vocab: int, size: float) -> None:
+    logits = (normal(6, vocab + 3) * size)[:, :vocab]  # rows further apart than they are long
+    targets = torch.tensor([0, -100, vocab - 1, vocab // 2, -100, 0])
+    whole = logits.clone().requires_grad_()
+    expected = F.cross_entropy(whole, targets, ignore_index=-100, reduction="sum")
+    expected.backward()
+    there = logits.to(DEVICE)
+    loss = cross_entropy_cuda.loss_and_gradient_(there, targets.to(DEVICE))
+    torch.testing.assert_close(loss.cpu(), expected.detach(), rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(there.cpu(), whole.grad, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(("tokens", "choices", "dims"), [(1, 1, 1), (5, 3, 20), (4, 8, 1300)])
+def test_sum_choices(tokens: int, choices: int, dims: int) -> None:
+    rows = normal(tokens * choices, dims)
+    inverse = torch.randperm(tokens * choices, generator=torch.Generator().manual_seed(1))
+    found = experts_cuda.sum_choices(rows.to(DEVICE), inverse.to(DEVICE), choices)
+    torch.testing.assert_close(found.cpu(), rows[inverse].view(tokens, choices, dims).sum(1))
+
+
+@pytest.mark.parametrize(("rows", "width"), [(1, 1), (7, 20), (3, 1500)])
+def test_swiglu_and_its_backward(rows: int, width: int) -> None:
+    gate_up, weight, grad = normal(rows, 2 * width), normal(rows, 1, seed=1), normal(rows, width, seed=2)
+    there = [x.to(DEVICE) for x in (grad, gate_up, weight)]
+    torch.testing.assert_close(experts_cuda.swiglu(*there[1:]).cpu(), swiglu(gate_up, weight))
+    found = experts_cuda.swiglu_backward(*there)
+    for one, other in zip(found, swiglu_backward(grad, gate_up, weight), strict=True):
+        torch.testing.assert_close(one.cpu(), other, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("time", "dims"), [(1, 32), (63, 24), (65, 20), (130, 192), (64, 64)])
+@pytest.mark.parametrize("packed", [False, True], ids=["one document", "packed"])
+def test_exact_above(time: int, dims: int, packed: bool) -> None:
+    query, key = (normal(2, time, 3, dims, seed=seed).to(EXACT) for seed in (1, 2))
+    ids = (normal(2, time) > 1).cumsum(1).to(torch.int32) if packed else None
+    documents = None if ids is None else Documents(ids)
+    _, exact = attention_reference(query, key, key, 0.3, documents)
+    there = None if ids is None else ids.to(DEVICE)
+    bound = exact + 1.0
+    for threshold in (-math.inf, bound.median().item(), math.inf):
+        found = attention_cuda.exact_above_cuda(
+            query.to(DEVICE), key.to(DEVICE), bound.to(DEVICE), 0.3, threshold, there)
+        torch.testing.assert_close(found.cpu(), torch.where(bound > threshold, exact, bound), rtol=1e-4, atol=1e-4)
+
+
+def test_document_boundaries() -> None:
+    for time, chance in ((5, 0.0), (200, 1.0), (200, 0.5), (200, 0.02)):
+        ids = (torch.rand(3, time, generator=torch.Generator().manual_seed(0)) < chance).cumsum(1).to(torch.int32)
+        ids[1] = 0
+        starts = [row * time + i for row in range(3) for i in range(time) if i == 0 or ids[row, i] != ids[row, i - 1]]
+        documents = Documents.from_ids(ids, torch.device("meta"))
+        room = 192 if documents is None else documents.room
+        found = attention_cuda.document_boundaries(ids.to(DEVICE), room).tolist()
+        assert found[: len(starts)] == starts
+        assert set(found[len(starts) :]) == {3 * time}
+
+
+@pytest.mark.skipif(DEVICE != "cuda", reason="the fused kernels behind it exist on a GPU only")
+@pytest.mark.parametrize("chance", [0.0, 0.01, 0.7], ids=["one document", "packed", "more documents than usual"])
+def test_fused_attention_forward_and_backward(chance: float) -> None:
+    from moonbase.ops.attention import attention
+
+    tensors = [normal(2, 256, 4, dims, seed=seed).cuda().bfloat16().requires_grad_()
+               for seed, dims in enumerate((192, 192, 128))]
+    ids = (torch.rand(2, 256, generator=torch.Generator().manual_seed(0)) < chance).cumsum(1).to(torch.int32)
+    documents = Documents.from_ids(ids, torch.device("cuda"))
+    output, largest = attention(*tensors, 0.0722, documents, -math.inf)
+    wide = [x.detach().float().requires_grad_() for x in tensors]
+    expected, exact = attention_reference(*wide, 0.0722, documents)
+    direction = normal(*output.shape, seed=9).cuda()
+    torch.testing.assert_close(output.float(), expected, rtol=3e-2, atol=3e-2)
+    torch.testing.assert_close(largest, exact, rtol=1e-3, atol=1e-3)
+    found = torch.autograd.grad((output.float() * direction).sum(), tensors)
+    for one, other in zip(found, torch.autograd.grad((expected * direction).sum(), wide), strict=True):
+        torch.testing.assert_close(one.float(), other, rtol=5e-2, atol=1e-1)

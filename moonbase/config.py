@@ -45,7 +45,8 @@ class RopeScaling(Frozen):
     beta_fast: float = Field(default=32.0, gt=0)
     beta_slow: float = Field(default=1.0, gt=0)
     mscale: float = Field(default=1.0, ge=0)
-    mscale_all_dim: float = Field(default=1.0, ge=0)
+    mscale_all_dim: float = Field(default=0.0, ge=0)
+    """Absent means 0, as in DeepSeek's code: no change of the softmax scale."""
 
     @model_validator(mode="before")
     @classmethod
@@ -290,5 +291,6 @@ _IRRELEVANT = frozenset(
     output_scores prefix problem_type remove_invalid_values repetition_penalty return_dict return_dict_in_generate
     sep_token_id suppress_tokens task_specific_params temperature tf_legacy_loss tie_encoder_decoder tokenizer_class
     top_k top_p typical_p use_bfloat16 torchscript is_llama_config head_dim qk_head_dim moonbase_version
-    _attn_implementation attn_implementation experts_implementation output_router_logits router_aux_loss_coef layer_types mlp_layer_types""".split()
+    _attn_implementation attn_implementation experts_implementation output_router_logits router_aux_loss_coef
+    layer_types mlp_layer_types""".split()
 )

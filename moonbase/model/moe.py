@@ -1,8 +1,8 @@
 """The feed-forward parts: a dense SwiGLU, and a sparse mixture of experts with sigmoid routing (DeepSeek-V3 §2.1.2).
 
 The router's selection-only bias `e_score_correction_bias` is a buffer: gradients never touch it, the optimizer room
-moves it by the load. The load leaves through the return value, so that neither recomputation nor evaluation can count it
-twice.
+moves it by the load. The load leaves through the return value, so that neither recomputation nor evaluation can count
+it twice.
 
 Shapes: B batch, T time, D hidden, E experts, K chosen experts, G groups.
 """

@@ -1,9 +1,9 @@
 """Causal attention inside documents that also reports how large the logits of every head became.
 
-QK-Clip (Kimi K2 §2.1) needs the largest logit of each head. No fused attention kernel returns it, but all of them return
-the log-sum-exp of every row, and  max_j s_ij <= log Σ_j exp(s_ij).  So a head whose log-sum-exp never exceeds τ cannot
-need a clip, whatever its exact maximum is; only the others get an exact maximum, by one extra QKᵀ over those heads alone.
-The bound is tight: it exceeds the maximum by at most log T.
+QK-Clip (Kimi K2 §2.1) needs the largest logit of each head. No fused attention kernel returns it, but all of them
+return the log-sum-exp of every row, and  max_j s_ij <= log Σ_j exp(s_ij). So a head whose log-sum-exp never exceeds τ
+cannot need a clip, whatever its exact maximum is; only the others get an exact maximum, by one extra QKᵀ over those
+heads alone. The bound is tight: it exceeds the maximum by at most log T.
 
 Shapes: B batch, T time, H heads, K query/key dims per head, V value dims per head.
 """
@@ -122,7 +122,7 @@ class _PackedAttention(torch.autograd.Function):
     def forward(ctx: Any, query, key, value, scale, segments):
         # [B, T, H, ·] storage, so that what follows reads heads of a token side by side.
         output = query.new_empty(query.shape[0], query.shape[2], query.shape[1], query.shape[3]).transpose(1, 2)
-        logsumexp = query.new_empty(query.shape[:3])
+        logsumexp = query.new_empty(query.shape[:3], dtype=torch.promote_types(query.dtype, torch.float32))
         for row, start, stop in segments:
             part = (slice(row, row + 1), slice(None), slice(start, stop))
             output[part], logsumexp[part] = _flash(query[part], key[part], value[part], 0.0, True, scale=scale)

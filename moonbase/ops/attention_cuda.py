@@ -25,9 +25,10 @@ def attention_with_logsumexp(
     """Causal attention; output [B, T, H, V] and log-sum-exp [B, H, T] fp32 (without gradient)."""
     if documents is None:
         query, key, value = (x.transpose(1, 2) for x in (query_BTHK, key_BTHK, value_BTHV))
-        result = torch.ops.aten._scaled_dot_product_cudnn_attention(query, key, value, None, True, 0.0, True, scale=scale)
-        return result[0].transpose(1, 2), result[1].detach().flatten(2)
-    batch, time, heads = query_BTHK.shape[:3]
+        output, logsumexp, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(
+            query, key, value, None, True, 0.0, True, scale=scale)
+        return output.transpose(1, 2), logsumexp.detach().flatten(2)
+    batch, time = query_BTHK.shape[:2]
     output, logsumexp = packed_attention(query_BTHK.flatten(0, 1), key_BTHK.flatten(0, 1), value_BTHV.flatten(0, 1),
                                          document_boundaries(documents.ids_BT, documents.room), time, scale)
     return output.unflatten(0, (batch, time)), logsumexp.detach().unsqueeze(0)
@@ -36,7 +37,8 @@ def attention_with_logsumexp(
 def document_boundaries(ids_BT: Tensor, room: int) -> Tensor:
     """Start offsets of all documents in the flattened batch, int32 [room + 1], padded with B·T at the end.
 
-    A fixed length keeps shapes static for compiled graphs and asks nothing of the device; `Documents.room` has space for all.
+    A fixed length keeps shapes static for compiled graphs and asks nothing of the device; `Documents.room` has space
+    for all.
     """
     batch, time = ids_BT.shape
     is_start = torch.ones(batch, time, dtype=torch.bool, device=ids_BT.device)
@@ -84,7 +86,9 @@ def packed_attention_backward(
 
 
 @packed_attention_backward.register_fake
-def _packed_attention_backward_shape(grad_NHV, query_NHK, key_NHK, value_NHV, output_NHV, logsumexp_HN, boundaries, longest, scale):
+def _packed_attention_backward_shape(
+    grad_NHV, query_NHK, key_NHK, value_NHV, output_NHV, logsumexp_HN, boundaries, longest, scale
+):
     return tuple(x.new_empty(x.shape) for x in (query_NHK, key_NHK, value_NHV))
 
 
@@ -95,7 +99,8 @@ def _save(ctx: Any, inputs: tuple, output: tuple) -> None:
 
 def _differentiate(ctx: Any, grad: Tensor, grad_logsumexp: Tensor | None) -> tuple:
     query, key, value, output, logsumexp, boundaries = ctx.saved_tensors
-    gradients = packed_attention_backward(grad, query, key, value, output, logsumexp, boundaries, ctx.longest, ctx.scale)
+    gradients = packed_attention_backward(
+        grad, query, key, value, output, logsumexp, boundaries, ctx.longest, ctx.scale)
     return *gradients, None, None, None
 
 

@@ -18,8 +18,10 @@ from torch import Tensor
 from moonbase.ops.grouped_mm import grouped_mm, grouped_outer
 
 
-def experts_reference(x_TD: Tensor, indices_TK: Tensor, weights_TK: Tensor, gate_up_EFD: Tensor, down_EDI: Tensor) -> Tensor:
-    """One expert after the other, each on the tokens that chose it. `gate_up_EFD` holds gate rows, then up rows (F = 2I)."""
+def experts_reference(
+    x_TD: Tensor, indices_TK: Tensor, weights_TK: Tensor, gate_up_EFD: Tensor, down_EDI: Tensor
+) -> Tensor:
+    """One expert after the other, each on the tokens that chose it. `gate_up_EFD`: gate rows, then up rows (F = 2I)."""
     y_TD = torch.zeros_like(x_TD)
     for expert in range(gate_up_EFD.shape[0]):
         tokens, choices = torch.where(indices_TK == expert)
@@ -30,7 +32,8 @@ def experts_reference(x_TD: Tensor, indices_TK: Tensor, weights_TK: Tensor, gate
 
 
 def experts(x_TD: Tensor, indices_TK: Tensor, weights_TK: Tensor, gate_up_EFD: Tensor, down_EDI: Tensor) -> Tensor:
-    """Fast twin of `experts_reference`; `weights_TK` fp32, the rest in one dtype. Differentiable in x, weights and both stacks."""
+    """Fast twin of `experts_reference`; `weights_TK` fp32, the rest in one dtype. Differentiable in all but the indices.
+    """
     order, inverse, ends = sort_by_expert(indices_TK, gate_up_EFD.shape[0])
     return _Experts.apply(x_TD, weights_TK, gate_up_EFD, down_EDI, order, inverse, ends)
 

@@ -5,6 +5,8 @@ Shapes: N rows sorted by expert, E experts, K inner and M outer dims. `ends_E` i
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -12,14 +14,13 @@ from torch import Tensor
 
 def grouped_mm_reference(x_NK: Tensor, weight_EKM: Tensor, ends_E: Tensor) -> Tensor:
     """Row n of expert e becomes x_n · W_e. Returns [N, M]."""
-    starts = [0, *ends_E.tolist()]
-    return torch.cat([x_NK[start:end] @ weight for start, end, weight in zip(starts, starts[1:], weight_EKM, strict=False)])
+    rows = pairwise([0, *ends_E.tolist()])
+    return torch.cat([x_NK[start:end] @ weight for (start, end), weight in zip(rows, weight_EKM, strict=True)])
 
 
 def grouped_outer_reference(x_NK: Tensor, y_NM: Tensor, ends_E: Tensor) -> Tensor:
     """Per expert the sum of outer products of its rows, Xₑᵀ Yₑ: the weight gradient. Returns [E, K, M]."""
-    starts = [0, *ends_E.tolist()]
-    return torch.stack([x_NK[start:end].T @ y_NM[start:end] for start, end in zip(starts, starts[1:], strict=False)])
+    return torch.stack([x_NK[start:end].T @ y_NM[start:end] for start, end in pairwise([0, *ends_E.tolist()])])
 
 
 def _on_tensor_cores(x: Tensor) -> bool:

@@ -1,4 +1,4 @@
-"""Root-mean-square normalisation (Zhang & Sennrich 2019) as DeepSeek-V3 computes it: fp32 inside, cast, then the gain."""
+"""Root-mean-square norm (Zhang & Sennrich 2019) as DeepSeek-V3 computes it: fp32 inside, cast, then the gain."""
 
 from __future__ import annotations
 

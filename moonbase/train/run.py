@@ -182,9 +182,10 @@ def _assemble(recipe: Recipe, path: Path, run: RunFolder | None, world: World, c
     optimizer = make_optimizer(recipe, masters)
     stream = PackedStream(corpus, "train", recipe.sequence_length, recipe.batch_size, recipe.seed, world.rank,
                           world.size)
-    rows = (recipe.micro_batch_size or max(1, recipe.batch_size // world.size)) * world.size
-    validation = Validation(lambda: validation_batches(corpus, recipe.sequence_length, rows, world.rank, world.size),
-                            torch.from_numpy(tokenizer.byte_lengths(recipe.model.vocab_size).astype("int64")))
+    # Batches of the recipe's size: what is measured depends neither on the number of processes nor on micro-batches.
+    validation = Validation(
+        lambda: validation_batches(corpus, recipe.sequence_length, recipe.batch_size, world.rank, world.size),
+        torch.from_numpy(tokenizer.byte_lengths(recipe.model.vocab_size).astype("int64")))
     callbacks: list[Callback] = [validation]
     tokenizer_files = {file.name: file for file in (path / "corpus" / "tokenizer").iterdir() if file.is_file()}
     if run is not None:

@@ -100,7 +100,8 @@ def test_an_empty_prompt_is_the_users_mistake() -> None:
 @pytest.mark.parametrize(
     ("values", "field"),
     [(dict(max_tokens=0), "max_tokens"), (dict(temperature=-0.1), "temperature"),
-     (dict(temperature=float("nan")), "temperature"), (dict(top_p=0.0), "top_p"), (dict(top_p=1.01), "top_p"), (dict(top_p=float("nan")), "top_p")],
+     (dict(temperature=float("nan")), "temperature"), (dict(top_p=0.0), "top_p"), (dict(top_p=1.01), "top_p"),
+     (dict(top_p=float("nan")), "top_p")],
 )
 def test_wrong_sampling_values(values, field) -> None:
     with pytest.raises(UserError, match=field):

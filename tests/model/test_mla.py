@@ -47,7 +47,8 @@ def decoded(attention: LatentAttention, x: torch.Tensor, steps: list[int]) -> to
 @torch.no_grad()
 @given(
     variant=st.sampled_from(sorted(VARIANTS)), heads=st.integers(1, 4), latent=st.integers(1, 12),
-    nope=st.integers(1, 9), rope=st.sampled_from([2, 4, 10]), value=st.integers(1, 9), prompt=st.integers(1, 8), seed=st.integers(0, 99),
+    nope=st.integers(1, 9), rope=st.sampled_from([2, 4, 10]), value=st.integers(1, 9), prompt=st.integers(1, 8),
+    seed=st.integers(0, 99),
 )
 @settings(max_examples=40, deadline=None)
 def test_absorbed_equals_expanded_at_every_position(variant, heads, latent, nope, rope, value, prompt, seed) -> None:

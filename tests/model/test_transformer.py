@@ -16,7 +16,7 @@ from tests.model.tiny import random_documents, tiny_config, tiny_model, yarn
 
 
 def batch(seed: int = 0, rows: int = 3, time: int = 19, packed: bool = True, masked: bool = True):
-    """Tokens, targets and documents as the data room makes them. Some documents were cut: their last target is known."""
+    """Tokens, targets and documents as the data room makes them. Of a cut document the last target is known."""
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.randint(0, 61, (rows, time), generator=generator)
     ids = random_documents(generator, rows, time) if packed else torch.zeros(rows, time, dtype=torch.int32)

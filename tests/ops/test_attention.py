@@ -98,13 +98,27 @@ def test_huge_logits_stay_finite(kind: str) -> None:
     assert all(tensor.grad is not None and tensor.grad.isfinite().all() for tensor in (query, key, value))
 
 
-@torch.no_grad()
-def test_bfloat16_follows_fp32() -> None:
-    tensors = inputs(2, 40, 2, 24, 16)
-    output, _ = attention(*(x.bfloat16() for x in tensors), 0.2, documents_of("some", 2, 40))
-    expected, _ = attention_reference(*(x.bfloat16().float() for x in tensors), 0.2, documents_of("some", 2, 40))
-    assert output.dtype == torch.bfloat16
+@pytest.mark.parametrize("kind", ["none", "some"])
+def test_bfloat16_follows_fp32(kind: str) -> None:
+    tensors = inputs(2, 40, 2, 24, 16, dtype=torch.bfloat16)
+    wide = [x.detach().float().requires_grad_() for x in tensors]
+    documents = documents_of(kind, 2, 40)
+    output, bound = attention(*tensors, 0.2, documents)
+    expected, exact = attention_reference(*wide, 0.2, documents)
+    assert output.dtype == torch.bfloat16 and bound.dtype == torch.float32
+    assert (bound >= exact - 1e-3).all(), "a bound rounded to bf16 would be none"
     torch.testing.assert_close(output.float(), expected, rtol=2e-2, atol=2e-2)
+    direction = torch.randn(output.shape, generator=torch.Generator().manual_seed(1))
+    found = torch.autograd.grad((output.float() * direction).sum(), tensors)
+    for one, other in zip(found, torch.autograd.grad((expected * direction).sum(), wide), strict=True):
+        torch.testing.assert_close(one.float(), other, rtol=5e-2, atol=5e-2)
+
+
+@pytest.mark.parametrize("kind", ["none", "some"])
+def test_backward_equals_numeric_slopes(kind: str) -> None:
+    tensors = inputs(2, 7, 2, 3, 2, dtype=torch.float64)
+    documents = documents_of(kind, 2, 7, 3)
+    assert torch.autograd.gradcheck(lambda *x: attention(*x, 0.7, documents)[0], tensors)
 
 
 @torch.no_grad()

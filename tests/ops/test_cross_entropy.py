@@ -22,7 +22,8 @@ def inputs(tokens: int, dims: int, vocab: int, seed: int = 0, ignored: float = 0
 
 @given(
     tokens=st.integers(0, 40), dims=st.integers(1, 16), vocab=st.integers(1, 50),
-    chunk=st.sampled_from([1, 3, 7, 40, None]), ignored=st.sampled_from([0.0, 0.3, 1.0]), upstream=st.sampled_from([1.0, -0.37]), seed=st.integers(0, 999),
+    chunk=st.sampled_from([1, 3, 7, 40, None]), ignored=st.sampled_from([0.0, 0.3, 1.0]),
+    upstream=st.sampled_from([1.0, -0.37]), seed=st.integers(0, 999),
 )
 @settings(max_examples=80, deadline=None)
 def test_fast_equals_reference(tokens, dims, vocab, chunk, ignored, upstream, seed) -> None:

@@ -95,15 +95,20 @@ def test_swiglu_backward_equals_autograd(rows, width, size, seed) -> None:
     torch.testing.assert_close(activation, expected.detach())
 
 
-@torch.no_grad()
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_low_precision_follows_fp32(dtype: torch.dtype) -> None:
     x, indices, weights, gate_up, down = inputs(20, 2, 4, 16, 8)
-    low = experts(x.to(dtype), indices, weights, gate_up.to(dtype), down.to(dtype))
-    expected = experts_reference(*(t.to(dtype).float() for t in (x,)), indices, weights,
-                                 gate_up.to(dtype).float(), down.to(dtype).float())
-    assert low.dtype == dtype
-    torch.testing.assert_close(low.float(), expected, rtol=2e-2, atol=3e-2)
+    low = [tensor.detach().to(dtype).requires_grad_() for tensor in (x, gate_up, down)]
+    wide = [tensor.detach().float().requires_grad_() for tensor in low]
+    direction = torch.randn(20, 16, generator=torch.Generator().manual_seed(1))
+    results = []
+    for form, (x, gate_up, down) in ((experts, low), (experts_reference, wide)):
+        out = form(x, indices, weights, gate_up, down)
+        gradients = torch.autograd.grad((out.float() * direction).sum(), (x, weights, gate_up, down))
+        results.append([out, *gradients])
+    assert [tensor.dtype for tensor in results[0]] == [dtype, dtype, torch.float32, dtype, dtype]
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one.float(), other, rtol=3e-2, atol=6e-2)
 
 
 def test_the_same_input_twice_gives_the_same_bits() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -13,18 +14,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from moonbase.errors import UserError
+from moonbase.recipe import load_recipe
 from moonbase.train.parallel import start_world
-from tests.train.tiny import checkpoints, facts, go_on, metrics, run, tensors
+from tests.train.tiny import checkpoints, facts, go_on, metrics, run, tensors, write_yaml
 
 pytestmark = pytest.mark.multiprocess
 ROOT = Path(__file__).resolve().parents[2]
 STEPS, HALF = 50, 25
-# Sums over two processes are made in another order, so the first steps differ by single roundings of fp32 (6e-8 each).
-# Training amplifies them, and a router score that ties within rounding sends a token to another expert: hence the
-# wider bound later on. Runs with other seeds differ by far more than either (asserted below).
-EARLY, LATE = 2e-6, 2e-3
+# Sums over two processes are made in another order, so a step differs by single roundings of fp32 (1.2e-7 relative).
+# Training amplifies them: 2e-7 was seen in the loss and 1.3e-6 in the maxima after fifty steps, and no token whose
+# scores tie within rounding went to another expert. A later PyTorch may round otherwise, hence the room above that.
+LOSS, OTHER = 5e-6, 5e-5
 
 
 def torchrun(*arguments: object) -> subprocess.Popen:
@@ -46,12 +49,10 @@ def finish(process: subprocess.Popen) -> tuple[int, str]:
 @pytest.fixture(scope="module")
 def made(texts: Path, tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """The same fifty steps by one process and by two; two sequences a process, one at a time."""
-    from moonbase.recipe import load_recipe
-    from tests.train.tiny import write_yaml
-
+    torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("parallel")
     file = write_yaml(folder, texts, tokenizer, steps=STEPS, checkpoint__every_steps=HALF, micro_batch_size=1,
-                      optimizer__qk_clip=0.5, balance__sequence_loss=0.01, validate_every=10)
+                      optimizer__qk_clip=0.02, balance__sequence_loss=0.01, validate_every=10)
     code, err = finish(torchrun(file, "--out", folder / "two"))
     assert code == 0, err
     run(load_recipe(str(file)), folder / "one")
@@ -61,14 +62,14 @@ def made(texts: Path, tokenizer: Path, tmp_path_factory: pytest.TempPathFactory)
 def assert_same_curve(ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> None:
     assert [line["step"] for line in ours] == [line["step"] for line in theirs] == list(range(1, STEPS + 1))
     for a, b in zip(ours, theirs, strict=True):
-        close = EARLY if a["step"] <= 3 else LATE
-        assert a.keys() == b.keys() and a["tokens"] == b["tokens"] and a["lr"] == b["lr"]
-        assert a["loss"] == pytest.approx(b["loss"], rel=close), a["step"]
-        assert a.get("validation_loss") == pytest.approx(b.get("validation_loss"), rel=close)
-        if a["step"] <= 3:
-            assert a["clipped_heads"] == b["clipped_heads"]
-            for name in ("max_logit", "expert_load", "balance_loss", "grad_norm", "update_rms"):
-                assert a[name] == pytest.approx(b[name], rel=1e-4), (a["step"], name)
+        assert a.keys() == b.keys()
+        for name in ("tokens", "lr", "expert_load", "clipped_heads"):
+            assert a[name] == b[name], (a["step"], name)
+        for name in ("loss", "balance_loss", "grad_norm", "update_rms", "max_logit"):
+            assert a[name] == pytest.approx(b[name], rel=LOSS if name == "loss" else OTHER), (a["step"], name)
+        if "validation_loss" in a:
+            for name in ("validation_loss", "validation_bits_per_byte"):
+                assert a[name] == pytest.approx(b[name], rel=LOSS), (a["step"], name)
 
 
 def test_two_processes_follow_the_curve_of_one(made: tuple[Path, Path]) -> None:
@@ -77,7 +78,7 @@ def test_two_processes_follow_the_curve_of_one(made: tuple[Path, Path]) -> None:
     assert sum(map(sum, (line["clipped_heads"] for line in one))) > 0, "the clip had something to do"
     assert one[-1]["loss"] < one[0]["loss"] - 1
     ours, theirs = (facts(folder)["results"] for folder in made)
-    assert theirs["validation_bits_per_byte"] == pytest.approx(ours["validation_bits_per_byte"], rel=LATE)
+    assert theirs["validation_bits_per_byte"] == pytest.approx(ours["validation_bits_per_byte"], rel=LOSS)
 
 
 def test_their_first_checkpoints_hold_the_same_weights(made: tuple[Path, Path]) -> None:
@@ -88,7 +89,7 @@ def test_their_first_checkpoints_hold_the_same_weights(made: tuple[Path, Path]) 
             assert one[name].dtype == two[name].dtype and one[name].shape == two[name].shape
             # Muon makes the smallest directions of a gradient as large as the others, their rounding too.
             difference = (one[name] - two[name]).norm() / one[name].norm().clamp(min=1e-8)
-            assert difference < 0.1, (name, difference)
+            assert difference < 1e-3, (name, difference)
 
 
 def test_a_checkpoint_of_two_goes_on_with_one(made: tuple[Path, Path], tmp_path: Path) -> None:
@@ -97,8 +98,6 @@ def test_a_checkpoint_of_two_goes_on_with_one(made: tuple[Path, Path], tmp_path:
     go_on(folder)
     assert metrics(folder)[:HALF] == metrics(made[1])[:HALF]
     assert_same_curve(metrics(folder), metrics(made[1]))
-    step = metrics(folder)[HALF], metrics(made[1])[HALF]
-    assert step[0]["loss"] == pytest.approx(step[1]["loss"], rel=EARLY), "the very next step starts from the same bits"
 
 
 def test_a_checkpoint_of_one_goes_on_with_two(made: tuple[Path, Path], tmp_path: Path) -> None:
@@ -108,15 +107,12 @@ def test_a_checkpoint_of_one_goes_on_with_two(made: tuple[Path, Path], tmp_path:
     assert code == 0, err
     assert metrics(folder)[:HALF] == metrics(made[0])[:HALF]
     assert_same_curve(metrics(folder), metrics(made[0]))
-    step = metrics(folder)[HALF], metrics(made[0])[HALF]
-    assert step[0]["loss"] == pytest.approx(step[1]["loss"], rel=EARLY)
     assert checkpoints(folder) == [f"step-{HALF:06d}", f"step-{STEPS:06d}"]
 
 
 def test_sigterm_saves_and_all_processes_stop_at_the_same_step(
     recipe_file: Callable[..., Path], tmp_path: Path
 ) -> None:
-    """In bf16, which FSDP2 mixes itself, and with the first step thrown away so that state begins empty."""
     process = torchrun(recipe_file(steps=100_000, validate_every=10**6), "--out", tmp_path / "run")
     path = tmp_path / "run" / "metrics.jsonl"
     while process.poll() is None and not (path.is_file() and path.read_bytes().count(b"\n") > 5):
@@ -130,10 +126,16 @@ def test_sigterm_saves_and_all_processes_stop_at_the_same_step(
 
 def test_a_mistake_is_told_once_and_nobody_waits_for_ever(recipe_file: Callable[..., Path], tmp_path: Path) -> None:
     file = recipe_file(data__sources=[{"path": str(tmp_path / "nowhere")}])
-    code, err = finish(torchrun(file, "--out", tmp_path / "run"))
-    complaints = [line for line in err.splitlines() if "moonbase: error" in line]
-    assert code != 0 and len(complaints) == 1 and "nowhere" in complaints[0], err
-    assert "exitcode  : 2" in err and "Connection closed" not in err
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "moonbase", "train", str(file), "--out", str(tmp_path / "run")]
+    world = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    both = [subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                             start_new_session=True, env={**world, "RANK": rank, "LOCAL_RANK": rank}) for rank in "01"]
+    (first, words), (second, silence) = map(finish, both)
+    assert first == second == 2 and silence == ""
+    assert words.splitlines()[-1].startswith("moonbase: error: ") and "nowhere" in words
 
 
 def test_a_world_that_is_only_half_described_is_a_mistake(monkeypatch: pytest.MonkeyPatch) -> None:

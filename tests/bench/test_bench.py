@@ -1,0 +1,127 @@
+"""Rows of the right form from a tiny network; no figure is judged here."""
+
+from __future__ import annotations
+
+import json
+import math
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from moonbase import bench
+from moonbase.bench import optimizer, timing, train
+from moonbase.errors import UserError
+from moonbase.recipe import load_recipe
+from tests.train.tiny import MODEL
+
+KEYS = {"shape", "unit", "ours", "peer", "peer_name", "ratio", "roof_share"}
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def preset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A tiny recipe in the place of a preset, and every measurement made once."""
+    once, in_turns = timing.seconds, timing.alternating_seconds
+    for module in (optimizer, timing, train):
+        monkeypatch.setattr(module, "seconds", lambda work, rounds, warmup=1: once(work, 1, 0))
+    monkeypatch.setattr(train, "alternating_seconds", lambda works, rounds, warmup=1: in_turns(works, 1, 0))
+    path = tmp_path / "tiny.yaml"
+    path.write_text(json.dumps({"model": {**MODEL, "max_position_embeddings": 512}}), encoding="utf-8")
+    return str(path)
+
+
+def check(result: dict[str, Any], peer: bool) -> None:
+    assert set(result) == {"name", "machine", "commit", "versions", "rows"} and result["machine"]
+    assert result["versions"]["torch"] == metadata.version("torch")
+    assert result["rows"] and json.dumps(result, allow_nan=False)
+    for row in result["rows"]:
+        assert set(row) == KEYS
+        assert row["ours"] > 0 and math.isfinite(row["ours"]) and row["unit"]
+        assert (row["peer"] is None) == (row["ratio"] is None) == (row["peer_name"] is None)
+        if row["peer"] is not None:
+            assert row["ratio"] == pytest.approx(row["ours"] / row["peer"]), "larger is better for both units"
+    assert any(row["peer"] for row in result["rows"]) == peer
+
+
+@pytest.mark.parametrize("peer", [None, "transformers"])
+def test_training(peer: str | None, preset: str) -> None:
+    result = bench.run("train", preset, peer)
+    check(result, peer is not None)
+    rows = result["rows"]
+    assert {row["unit"] for row in rows} == {"tokens/s"} and all(0 < row["roof_share"] < 1 for row in rows)
+    if peer:
+        names = {f"transformers, {name}" for name in train.EXPERT_IMPLEMENTATIONS}
+        assert {row["peer_name"] for row in rows} == names
+        assert [row["ratio"] for row in rows] == sorted(row["ratio"] for row in rows), "the hardest peer comes first"
+
+
+@pytest.mark.parametrize("peer", [None, "torch"])
+def test_optimizer(peer: str | None, preset: str) -> None:
+    result = bench.run("optimizer", preset, peer)
+    check(result, peer is not None)
+    assert [row["shape"].split(", ")[1] for row in result["rows"]] == ["all matrices", "QK-Clip of every head"]
+
+
+def test_both_sides_train_the_same_network(preset: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many parameters, and a first loss that random weights of the same spread give."""
+    seen: dict[str, Any] = {}
+
+    def look(works: dict[str, Any], rounds: int, warmup: int = 1) -> dict[str, float]:
+        trainer = works["ours"].__self__
+        closure = dict(zip(works["eager"].__code__.co_freevars, works["eager"].__closure__, strict=True))
+        seen["ours"] = sum(value.numel() for value in trainer.model.parameters())
+        seen["peer"] = sum(value.numel() for value in closure["run"].cell_contents.parameters())
+        seen["losses"] = [trainer.train_step()["loss"]]
+        part = closure["parts"].cell_contents[0]
+        seen["losses"].append(closure["run"].cell_contents(input_ids=part, labels=part).loss.item())
+        return dict.fromkeys(works, 1.0)
+
+    monkeypatch.setattr(train, "alternating_seconds", look)
+    train.measure(preset, "transformers")
+    assert seen["ours"] == seen["peer"]
+    assert seen["losses"] == pytest.approx([math.log(512)] * 2, rel=0.05)
+
+
+def test_timing_takes_medians_in_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, calls = {"now": 0.0}, []
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: clock["now"])
+
+    def work(name: str, durations: list[float]):
+        def once() -> None:
+            calls.append(name)
+            clock["now"] += durations.pop(0)
+
+        return once
+
+    assert timing.seconds(work("x", [9.0, 1.0, 5.0, 2.0]), rounds=3, warmup=1) == 2.0
+    calls.clear()
+    found = timing.alternating_seconds({"a": work("a", [9.0, 1.0, 3.0, 2.0]), "b": work("b", [9.0, 4.0, 4.0, 5.0])},
+                                       rounds=3, warmup=1)
+    assert found == {"a": 2.0, "b": 4.0} and calls == ["a", "b"] * 4
+
+
+@pytest.mark.parametrize(("arguments", "words"), [
+    (("speed",), "no bench 'speed'. Benches: train, optimizer"),
+    (("train", "pico", "torch"), "bench train knows no peer 'torch'. Peers: transformers"),
+    (("optimizer", "femto"), "femto: neither a preset"),
+])
+def test_unknown_names_are_mistakes(arguments: tuple[str, ...], words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        bench.run(*arguments)
+
+
+def test_a_peer_that_is_not_installed_is_named(preset: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "transformers", None)
+    with pytest.raises(UserError, match="peer transformers is not installed here"):
+        bench.run("train", preset, "transformers")
+    assert load_recipe(preset).model.hidden_size == 32

@@ -1,0 +1,152 @@
+"""The whole chain with a tiny network and a little text: report, comparison, interruption, resumption."""
+
+from __future__ import annotations
+
+import json
+import lzma
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import moonbase
+from moonbase import quickstart as chain
+from moonbase.data import Corpus
+from moonbase.errors import UserError
+from moonbase.recipe import Source, load_recipe
+from moonbase.report.console import Console
+from moonbase.train.trainer import Trainer
+from tests.train.tiny import MODEL, checkpoints, facts, metrics, stop_after
+
+ROOT = Path(__file__).resolve().parents[1]
+TEXTS = str(Path(json.__file__).parents[1] / "email/*.py")
+
+
+@pytest.fixture(autouse=True)
+def _one_thread(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def preset(tmp_path: Path) -> str:
+    """A recipe file in the place of a preset."""
+    path = tmp_path / "tiny.yaml"
+    path.write_text(json.dumps({"name": "tiny", "model": MODEL, "sequence_length": 32, "batch_size": 4,
+                                "optimizer": {"lr": 0.01}, "data": {"workers": 1}}), encoding="utf-8")
+    return str(path)
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chain, "installed_python_sources", lambda: [Source(path=TEXTS)])
+    monkeypatch.setattr(chain, "CORPUS_BYTES", 150_000)
+    monkeypatch.setattr(chain, "_MEASURED_SECONDS", 0.1)
+
+
+def test_the_whole_chain(preset: str, small: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "run"
+    result = chain.quickstart(preset, folder, minutes=0.02)
+    output = capsys.readouterr()
+    assert result["status"] == "finished" and result["step"] >= 20 and result["step"] % 10 == 0
+
+    corpus = Corpus.open(folder / "corpus")
+    held_out = corpus.validation_text()
+    assert result["held_out_bytes"] == len(held_out) > 1000
+    assert result["xz_bits_per_byte"] == pytest.approx(8 * len(lzma.compress(held_out, preset=9)) / len(held_out))
+    assert 0 < result["validation_bits_per_byte"] < 8
+    found = facts(folder)
+    assert found["status"] == "finished" and found["results"]["xz_bits_per_byte"] == result["xz_bits_per_byte"]
+    assert found["results"]["validation_bits_per_byte"] == result["validation_bits_per_byte"]
+
+    page = Path(result["report"]).read_text(encoding="utf-8")
+    assert result["report"] == str(folder / "report.html") and len(page) > 10_000
+    assert f"{result['validation_bits_per_byte']:.3f}" in page or f"{result['validation_bits_per_byte']:.2f}" in page
+    assert not re.findall(r"""(?:src|href)\s*=\s*["']?(?!#|data:)[^"'>\s]+""", page), "nothing is fetched"
+    assert "url(" not in page.replace("url(#", "").replace("url(data:", "")
+
+    for part in ("held out, never seen", "bits per byte", "xz -9", "some completions", "report: ",
+                 f"moonbase chat {folder}", f"moonbase info {folder}", f"moonbase convert {folder}"):
+        assert part in output.out, part
+    assert output.out.count(" → ") == len(chain.PROMPTS)
+    for stage in ("measuring this machine", "reading a sample for the tokenizer", "training", "xz -9"):
+        assert stage in output.err, stage
+    assert moonbase.load(folder).config.hidden_size == 32
+
+    with pytest.raises(UserError, match="a finished quickstart is here"):
+        chain.quickstart(preset, folder, minutes=0.02)
+
+
+def test_an_interrupted_one_goes_on(
+    preset: str, small: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, train = tmp_path / "run", chain.train
+    monkeypatch.setattr(chain, "train", lambda *a, **k: train(*a, **k, on_ready=stop_after(7)))
+    result = chain.quickstart(preset, folder, minutes=0.02)
+    err = capsys.readouterr().err
+    assert (result["status"], result["step"]) == ("stopped", 7) and checkpoints(folder) == ["step-000007"]
+    assert f"to go on: moonbase quickstart --preset {preset} --out {folder}" in err
+    steps = load_recipe(str(folder / "config.yaml")).steps
+    monkeypatch.undo()
+    with pytest.raises(UserError, match="an interrupted run is here that is no quickstart of pico"):
+        chain.quickstart("pico", folder, minutes=0.02)
+    result = chain.quickstart(preset, folder, minutes=99)
+    assert (result["status"], result["step"]) == ("finished", steps) and "xz_bits_per_byte" in result
+    assert [line["step"] for line in metrics(folder)] == list(range(1, steps + 1))
+
+
+def test_the_corpus_is_real_files_that_every_machine_has() -> None:
+    recipe = chain._recipe("pico")
+    assert recipe.name == "quickstart" and recipe.data.max_bytes and recipe.sample_prompts == chain.PROMPTS
+    assert all(Path(source.path.split("*")[0]).is_dir() for source in recipe.data.sources)
+    assert any(Path(json.__file__).is_relative_to(source.path.split("*")[0]) for source in recipe.data.sources)
+
+
+@pytest.mark.parametrize(("seconds", "minutes", "steps"), [(0.5, 3.0, 360), (0.011, 0.02, 110), (30.0, 1.0, 20)])
+def test_the_number_of_steps_is_the_time_over_a_steps_median(
+    seconds: float, minutes: float, steps: int, preset: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A busy moment (every fifth step takes ten times as long) does not shorten the run."""
+    clock = {"now": 0.0, "count": 0}
+
+    def train_step(self: Trainer) -> dict[str, Any]:
+        clock["count"] += 1
+        clock["now"] += seconds * (10 if clock["count"] % 5 == 0 else 1)
+        return {}
+
+    monkeypatch.setattr(Trainer, "train_step", train_step)
+    monkeypatch.setattr(chain.time, "perf_counter", lambda: clock["now"])
+    assert chain._steps_for(load_recipe(preset), minutes, Console(quiet=True)) == steps
+
+
+def test_ctrl_c_saves_and_says_how_to_go_on(preset: str, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    code = f"""
+from moonbase import cli, quickstart
+from moonbase.recipe import Source
+quickstart.installed_python_sources = lambda: [Source(path={TEXTS!r})]
+quickstart.CORPUS_BYTES, quickstart._MEASURED_SECONDS = 150_000, 0.1
+cli.main(["quickstart", "--preset", {preset!r}, "--out", {str(folder)!r}, "--minutes", "60"])
+"""
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                               text=True)
+    path = folder / "metrics.jsonl"
+    while process.poll() is None and not (path.is_file() and path.read_bytes().count(b"\n") > 5):
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    step = len(metrics(folder))
+    assert checkpoints(folder) == [f"step-{step:06d}"] and facts(folder)["reason"] == "stopped by SIGINT", err
+    assert "stopping after this step" in err and "Traceback" not in err
+    assert f"stopped by SIGINT at step {step}; a checkpoint is saved in {folder}/checkpoints." in err
+    assert f"to go on: moonbase quickstart --preset {preset} --out {folder}" in err
+    assert process.returncode == 130

@@ -39,8 +39,7 @@ def _loss_and_gradient_kernel(logits, targets, losses, stride, vocab_size, BLOCK
 
 
 def loss_and_gradient_(logits_NV: Tensor, targets_N: Tensor) -> Tensor:
-    """Overwrite `logits_NV` with softmax - one-hot, zero rows where the target is negative; return the summed loss, fp32.
-    """
+    """Overwrite `logits_NV` with softmax - one-hot (zero rows where the target is negative); return Σ loss, fp32."""
     assert logits_NV.stride(1) == 1
     num_tokens, vocab_size = logits_NV.shape
     losses = torch.empty(num_tokens, dtype=torch.float32, device=logits_NV.device)

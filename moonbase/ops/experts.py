@@ -32,8 +32,7 @@ def experts_reference(
 
 
 def experts(x_TD: Tensor, indices_TK: Tensor, weights_TK: Tensor, gate_up_EFD: Tensor, down_EDI: Tensor) -> Tensor:
-    """Fast twin of `experts_reference`; `weights_TK` fp32, the rest in one dtype. Differentiable in all but the indices.
-    """
+    """Fast twin of `experts_reference`; `weights_TK` fp32, the rest in one dtype. No gradient for the indices."""
     order, inverse, ends = sort_by_expert(indices_TK, gate_up_EFD.shape[0])
     return _Experts.apply(x_TD, weights_TK, gate_up_EFD, down_EDI, order, inverse, ends)
 

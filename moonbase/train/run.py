@@ -246,7 +246,7 @@ def _run(trainer: Trainer, validation: Validation, console: Console, facts: dict
 
 @contextlib.contextmanager
 def _recording(run: RunFolder | None, console: Console) -> Iterator[dict[str, Any]]:
-    """Yield the facts of how a run ends; they reach run.json and the report however it does."""
+    """Yield the facts of how a run ends; they reach run.json and the report however it does, by SIGTERM too."""
     facts: dict[str, Any] = {"status": "failed", "reason": None, "results": {}, "next_commands": []}
     started = time.monotonic()
 
@@ -258,7 +258,8 @@ def _recording(run: RunFolder | None, console: Console) -> Iterator[dict[str, An
             write_report(run.path)
 
     try:
-        yield facts
+        with _handling({signal.SIGTERM: _interrupt}):
+            yield facts
     except BaseException as error:
         if isinstance(error, KeyboardInterrupt):
             facts["status"] = "stopped"
@@ -284,12 +285,8 @@ def next_commands(path: Path, status: str) -> list[str]:
 def stopping_on_signals(trainer: Trainer, console: Console) -> Iterator[None]:
     """Ctrl-C and SIGTERM end the run after the step in hand, with a checkpoint; a second Ctrl-C ends it at once.
 
-    torchrun repeats the terminal's Ctrl-C to its processes: what follows within a second is the same request. Outside
-    the main thread, where Python allows no handlers, signals keep their meaning.
+    torchrun repeats the terminal's Ctrl-C to its processes: what follows within a second is the same request.
     """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
     first: float | None = None
 
     def stop(number: int, _: Any) -> None:
@@ -302,12 +299,26 @@ def stopping_on_signals(trainer: Trainer, console: Console) -> Iterator[None]:
         elif number == signal.SIGINT and time.monotonic() - first > _SAME_SIGNAL_SECONDS:
             raise KeyboardInterrupt
 
-    previous = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    with _handling({signal.SIGINT: stop, signal.SIGTERM: stop}):
+        yield
+
+
+@contextlib.contextmanager
+def _handling(handlers: dict[signal.Signals, Callable[[int, Any], None]]) -> Iterator[None]:
+    """Other handlers for a while. Outside the main thread Python allows none, and signals keep their meaning."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     try:
         yield
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+def _interrupt(number: int, frame: Any) -> None:
+    raise KeyboardInterrupt
 
 
 def default_run_folder(recipe: Recipe) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import math
 from collections.abc import Callable
@@ -15,7 +16,6 @@ from rich.console import Console as RichConsole
 
 import moonbase
 from moonbase.data import Corpus
-from moonbase.data.packing import IGNORED
 from moonbase.errors import UserError
 from moonbase.recipe import Recipe
 from moonbase.report.console import Console
@@ -45,7 +45,7 @@ def test_every_line_has_the_fields_of_the_contract(whole: Path) -> None:
             (share,) = line["expert_share"]
             assert len(share) == 8 and sum(share) / 8 == pytest.approx(1)
             assert max(share) == pytest.approx(line["expert_load"][0])
-    assert all(a["seconds"] < b["seconds"] for a, b in zip(lines, lines[1:], strict=False))
+    assert all(a["seconds"] < b["seconds"] for a, b in itertools.pairwise(lines))
     assert all(0.1 < line["update_rms"] < 0.3 for line in lines), "Moonlight's 0.2"
 
 
@@ -107,10 +107,9 @@ def test_validation_changes_nothing_in_training(whole: Path, recipe: Recipes, tm
 
 def test_held_out_text_is_never_trained_on(whole: Path) -> None:
     corpus = Corpus.open(whole / "corpus")
-    texts = [{bytes(corpus.tokenizer.decode_bytes(split.read(number).tolist())) for number in range(split.num_documents)}
-             for split in (corpus.train, corpus.validation)]
-    assert texts[0] and texts[1] and not texts[0] & texts[1]
-    assert IGNORED == -100
+    trained, held_out = ({corpus.tokenizer.decode_bytes(split.read(number).tolist())
+                          for number in range(split.num_documents)} for split in (corpus.train, corpus.validation))
+    assert trained and held_out and not trained & held_out
 
 
 # --- checkpoints ------------------------------------------------------------------------------------------------------

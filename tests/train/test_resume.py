@@ -274,6 +274,15 @@ def test_a_second_ctrl_c_ends_at_once_but_not_the_same_one_told_twice(recipe: Re
     assert checkpoints(tmp_path / "run") == ["step-000002"]
 
 
+def test_sigterm_before_the_first_step_is_recorded(recipe: Recipes, tmp_path: Path) -> None:
+    """Building and compiling a large model takes minutes; a scheduler may change its mind in them."""
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(KeyboardInterrupt):
+        run(recipe(), tmp_path / "run", on_ready=lambda trainer: os.kill(os.getpid(), signal.SIGTERM))
+    assert (facts(tmp_path / "run")["status"], facts(tmp_path / "run")["reason"]) == ("stopped", "interrupted")
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
 def test_training_works_outside_the_main_thread(recipe: Recipes, tmp_path: Path) -> None:
     from concurrent.futures import ThreadPoolExecutor
 
@@ -282,7 +291,7 @@ def test_training_works_outside_the_main_thread(recipe: Recipes, tmp_path: Path)
 
 
 def test_a_checkpoint_may_be_killed_at_any_file(recipe: Recipes, tmp_path: Path, monkeypatch) -> None:
-    """Dying between any two writes of a checkpoint leaves the earlier one the newest, and nothing under a final name."""
+    """Dying between any two writes of a checkpoint leaves the earlier one, and nothing under a final name."""
     import moonbase.train.callbacks.checkpoints as module
 
     class Killed(BaseException):

@@ -66,7 +66,9 @@ def quickstart(
     """The whole chain on this machine: corpus, tokenizer, training, measurement, samples, report."""
     from moonbase.quickstart import quickstart as run_quickstart
 
-    _deliver(as_json, lambda: run_quickstart(preset=preset, folder=out, minutes=minutes))
+    result = _deliver(as_json, lambda: run_quickstart(preset=preset, folder=out, minutes=minutes))
+    if result.get("status") == "stopped":
+        raise typer.Exit(INTERRUPTED)
 
 
 @app.command(epilog="Examples:  moonbase train pico data=my/texts steps=500\n\n"

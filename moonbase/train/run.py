@@ -239,8 +239,8 @@ def _run(trainer: Trainer, validation: Validation, console: Console, facts: dict
     if trainer.step < trainer.recipe.steps:
         facts |= {"status": "stopped", "reason": trainer.stop_reason}
         return
-    console.stage("measuring the held-out documents")
-    loss, bits = validation.measure(trainer, None)
+    # A finished run that is resumed without more steps makes no step that could have measured.
+    loss, bits = validation.final or validation.measure(trainer, None)
     facts |= {"status": "finished", "results": {"validation_loss": loss, "validation_bits_per_byte": bits}}
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts, noop_context_fn
 
 # Dense bf16 peaks of the datasheets, FLOP/s: what MFU is a share of.
 _PEAKS = {"H200": 989e12, "H100": 989e12, "H800": 989e12, "H20": 148e12, "A100": 312e12, "A800": 312e12, "L40S": 362e12,
@@ -20,20 +22,42 @@ def peak_flops(device: torch.device) -> float | None:
 
 
 def recompute_blocks(model: nn.Module, kind: str) -> None:
-    """`full` recomputes whole blocks in the backward pass; `none` and `selective` leave them as they are.
+    """Trade time for memory in the backward pass, block by block.
 
-    The expert layers always recompute their gathered inputs and activations (see `ops.experts`); `selective` adds
-    nothing eager and lets the compiler drop what is cheap to make again.
+    `none` keeps what autograd keeps (the expert layers always make their gathered inputs and activations again, see
+    `ops.experts`). `selective` keeps only matrix products and attention, and makes again what is cheap and wide: norms,
+    SwiGLU, rotations, and the up-projections of MLA (what Kimi K2 recomputes, §2.4). `full` keeps only block inputs.
     """
-    if kind != "full":
+    assert kind in ("none", "selective", "full"), kind
+    if kind == "none":
         return
+    keep = noop_context_fn if kind == "full" else partial(create_selective_checkpoint_contexts, _policy)
     for block in model.blocks():
         inner = block.forward
 
         def recomputed(*args, _inner=inner, **kwargs):
-            return checkpoint(_inner, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+            return checkpoint(_inner, *args, use_reentrant=False, preserve_rng_state=False, context_fn=keep, **kwargs)
 
         block.forward = recomputed
+
+
+# Outputs that cost more to make than to keep.
+_KEPT = frozenset({
+    "aten::mm", "aten::addmm", "aten::bmm", "aten::_grouped_mm", "aten::_scaled_dot_product_cudnn_attention",
+    "aten::_scaled_dot_product_flash_attention_for_cpu", "moonbase::packed_attention", "moonbase::exact_above",
+})
+_WIDE = 4
+"""A product whose output is this many times wider than its input is cheaper to make again than to keep: MLA's
+up-projections, 512 → 3072 and 256 → 4096 in `nano`."""
+
+
+def _policy(ctx: object, operation: torch._ops.OpOverload, *args: object, **kwargs: object) -> CheckpointPolicy:
+    name = operation.name()  # overloads that write into a given output have another name and are never kept
+    if name not in _KEPT:
+        return CheckpointPolicy.PREFER_RECOMPUTE
+    if name == "aten::mm" and args[1].shape[1] >= _WIDE * args[1].shape[0]:
+        return CheckpointPolicy.PREFER_RECOMPUTE
+    return CheckpointPolicy.MUST_SAVE
 
 
 def compile_blocks(model: nn.Module) -> None:

@@ -159,13 +159,14 @@ def test_mtp_learns() -> None:
     assert history[-1] < 0.3 * history[0]
 
 
+@pytest.mark.parametrize("kind", ["selective", "full"])
 @pytest.mark.parametrize("modules", [0, 1])
-def test_recomputation_changes_nothing(modules: int) -> None:
+def test_recomputation_changes_nothing(modules: int, kind: str) -> None:
     tokens, targets, ids = batch()
     results = []
-    for kind in ("none", "full"):
+    for recompute in ("none", kind):
         model = tiny_model(num_nextn_predict_layers=modules, num_hidden_layers=3)
-        recompute_blocks(model, kind)
+        recompute_blocks(model, recompute)
         losses = model.loss(tokens, targets, Documents.from_ids(ids), clip_threshold=1.0)
         total(losses).backward()
         results.append((losses, [parameter.grad for parameter in model.parameters()], dict(model.named_buffers())))

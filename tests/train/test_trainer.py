@@ -106,7 +106,7 @@ def test_masters_in_fp32_sum_micro_batches_without_rounding(recipe: Recipes, cor
 
 def test_the_load_counts_every_token_once(recipe: Recipes, corpus: Corpus) -> None:
     """batch * time * experts per token, recomputed or not; the report gets shares with mean 1."""
-    for recompute in ("none", "full"):
+    for recompute in ("none", "selective", "full"):
         plan = recipe(recompute=recompute)
         trainer, loads = make(plan, corpus), []
         accumulate = trainer._accumulate

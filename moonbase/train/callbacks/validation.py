@@ -16,7 +16,7 @@ from moonbase.train.trainer import Callback, Trainer
 
 
 class Validation(Callback):
-    """Every `validate_every` steps and after the last one.
+    """Every `validate_every` steps on the first batches, and after the last step on all held-out documents (`final`).
 
     make_batches: opens this process's share of the held-out batches afresh; all processes get equally many.
     byte_lengths [V]: how many bytes each token stands for, so that losses of different tokenizers compare.
@@ -24,13 +24,17 @@ class Validation(Callback):
 
     def __init__(self, make_batches: Callable[[], Iterator[Batch]], byte_lengths: Tensor) -> None:
         self.make_batches, self.byte_lengths = make_batches, byte_lengths
+        self.final: tuple[float, float] | None = None
 
     def on_step(self, trainer: Trainer, record: dict[str, Any]) -> None:
         recipe = trainer.recipe
         if record["step"] % recipe.validate_every and record["step"] != recipe.steps:
             return
-        loss, bits_per_byte = self.measure(trainer, recipe.validation_batches)
-        record["validation_loss"], record["validation_bits_per_byte"] = loss, bits_per_byte
+        last = record["step"] == recipe.steps
+        measured = self.measure(trainer, None if last else recipe.validation_batches)
+        if last:
+            self.final = measured
+        record["validation_loss"], record["validation_bits_per_byte"] = measured
         record["expert_share"] = trainer.expert_share
 
     @torch.no_grad()

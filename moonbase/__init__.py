@@ -1,6 +1,6 @@
 """moonbase: the Kimi K2 / K2.5 system in one readable package.
 
-`moonbase.load`, `moonbase.Engine` and every room (`moonbase.chat`, `moonbase.optim`, ...) are found on first use, so
+`moonbase.load`, `moonbase.Engine` and every room (`moonbase.data`, `moonbase.optim`, ...) are found on first use, so
 that `import moonbase` costs nothing and needs no torch.
 """
 

@@ -284,9 +284,9 @@ def _number(value: Any) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and leave with its exit code; a user's mistake is one line, a programmer's a traceback."""
-    # Must be set before torch loads OpenMP. Threads that spin while they wait made a training step 15 times slower on a
-    # machine whose cores were not all ours (docs/log.md); threads that sleep cost nothing measurable on a quiet one.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # Before torch loads OpenMP, whose waiting threads spin for long by default: on a machine whose cores are not all
+    # ours that makes a training step many times slower. Never spinning costs a third on a quiet one (docs/log.md).
+    os.environ.setdefault("GOMP_SPINCOUNT", "2000")
     for stream in (sys.stdout, sys.stderr):
         # A terminal that cannot show a sign must not end a run.
         if hasattr(stream, "reconfigure"):

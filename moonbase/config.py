@@ -51,7 +51,7 @@ class RopeScaling(Frozen):
     @model_validator(mode="before")
     @classmethod
     def _accept_newer_names(cls, values: Any) -> Any:
-        # transformers 5 writes `rope_type`, repeats `rope_theta` here and may state the cos/sin multiplier.
+        # transformers 5 writes `rope_type` and repeats `rope_theta` here.
         if isinstance(values, dict):
             values = {name: value for name, value in values.items() if value is not None}
             if "rope_type" in values:
@@ -65,8 +65,9 @@ class RopeScaling(Frozen):
 class ModelConfig(Frozen):
     """A K2-class decoder: MLA attention and a sparse mixture of experts.
 
-    Field names, meanings and defaults are those of `DeepseekV3Config`; see `docs/architecture.md` for the table of
-    published values. Raises UserError (through `ModelConfig.parse`) on anything it cannot represent.
+    Field names and meanings are those of `DeepseekV3Config`, defaults are not: a field left out means its plainest
+    form (one group, one dense layer, no query latent). `presets/` holds the published values. Raises UserError
+    (through `ModelConfig.parse`) on anything it cannot represent.
     """
 
     model_type: Literal["deepseek_v3", "deepseek_v32", "kimi_k2"] = "deepseek_v3"

@@ -175,10 +175,6 @@ class Tokenizer:
         """Ids of plain text. The name of a special token in it is text like any other."""
         return self.encode_array(text).tolist()
 
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """`encode` for each text."""
-        return [self.encode(text) for text in texts]
-
     def encode_rendered(self, text: str) -> list[int]:
         """Ids of text in which special-token names are tokens. Never for text from outside: it could forge a turn."""
         if self._special_pattern is None:

@@ -85,7 +85,7 @@ def attention(
 
         output, logsumexp = attention_with_logsumexp(query_BTHK, key_BTHK, value_BTHV, scale, documents)
     elif query_BTHK.device.type != "cpu":
-        # fp32 on a GPU is for comparisons: no fused kernel has it, and the reference knows the exact maximum anyway.
+        # fp32 on a GPU is for comparisons of small shapes: the reference holds all T² logits.
         return attention_reference(query_BTHK, key_BTHK, value_BTHV, scale, documents)
     else:
         output, logsumexp = _attention_cpu(query_BTHK, key_BTHK, value_BTHV, scale, documents)

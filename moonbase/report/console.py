@@ -21,11 +21,10 @@ class Console:
     PLAIN_SECONDS = 5.0
     REFRESH_SECONDS = 0.1
 
-    def __init__(self, quiet: bool = False, stage_of: str = "") -> None:
+    def __init__(self, quiet: bool = False) -> None:
         self.rich = RichConsole(stderr=True, quiet=quiet, highlight=False)
         self.live: Live | None = None
         self.what: str | None = None
-        self.stage_of = stage_of
         self.started = self.drawn = self.finished = 0.0
         self.first_done = 0
 

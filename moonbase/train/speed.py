@@ -48,7 +48,7 @@ _KEPT = frozenset({
 })
 _WIDE = 4
 """A product whose output is this many times wider than its input is cheaper to make again than to keep: MLA's
-up-projections, 512 → 3072 and 256 → 4096 in `nano`."""
+up-projections, 512 → 3072 and 256 → 4096 in `nano`, and gate and up of its dense layer, 1024 → 4096."""
 
 
 def _policy(ctx: object, operation: torch._ops.OpOverload, *args: object, **kwargs: object) -> CheckpointPolicy:

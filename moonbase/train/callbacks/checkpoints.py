@@ -69,7 +69,8 @@ class Checkpoints(Callback):
 
 
 def resume(trainer: Trainer, checkpoint: Path) -> None:
-    """Continue from a checkpoint, written by any number of processes. Raises CheckpointError, nothing changed then."""
+    """Continue from a checkpoint, written by any number of processes. Raises CheckpointError; optimizer state that
+    does not fit is found only after the weights have been filled."""
     tensors, facts = load_state(checkpoint)
     load_weights(trainer.weights(), checkpoint, trainer.recipe.model)
     trainer.optimizer.load_named_state(tensors, facts["optimizer"])

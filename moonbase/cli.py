@@ -42,6 +42,14 @@ class Format(StrEnum):
     hf_fp8 = "hf-fp8"
 
 
+class Dtype(StrEnum):
+    """The floating-point weights that `moonbase convert` writes."""
+
+    bf16 = "bf16"
+    fp32 = "fp32"
+    keep = "keep"
+
+
 def _complete_preset(incomplete: str) -> list[str]:
     from moonbase.presets import preset_names
 
@@ -83,7 +91,10 @@ def train(
     out: Annotated[Path | None, typer.Option(help="Run folder.", show_default="runs/NAME of the recipe")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Pretrain, continue or fine-tune. Under torchrun the work is shared among its processes."""
+    """Pretrain, or continue from a checkpoint (stage=continue init=FOLDER).
+
+    Under torchrun the work is shared among its processes.
+    """
     from moonbase.recipe import load_recipe
 
     if os.path.isfile(Path(recipe) / "config.yaml"):
@@ -131,23 +142,34 @@ def convert(
     source: Annotated[str, typer.Argument(metavar="SRC", help="A run folder or a checkpoint folder.")],
     destination: Annotated[Path, typer.Argument(metavar="DST", help="Folder to write; it must not exist yet.")],
     to: Annotated[Format, typer.Option("--format", help="Layout and number format of the weights.")] = Format.hf,
+    dtype: Annotated[Dtype, typer.Option(help="Weights that are not quantised; keep: as the source stores them "
+                                              "(format hf only).")] = Dtype.bf16,
     mtp: Annotated[bool | None, typer.Option(help="Keep or drop multi-token-prediction modules.",
                                              show_default="as in the source")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Write a checkpoint in another format: bf16, INT4 experts or FP8 blocks, in the Hugging Face layout."""
+    """Write a checkpoint in another format: plain floats, INT4 experts or FP8 blocks, in the Hugging Face layout."""
+    if dtype is Dtype.keep and to is not Format.hf:
+        raise UserError(f"--dtype keep goes with --format hf; what {to.value} leaves unquantised is bf16 or fp32")
+    import torch
+
     from moonbase import checkpoint
+    from moonbase.config import read_json
     from moonbase.report.console import Console
+
+    wanted = {Dtype.bf16: torch.bfloat16, Dtype.fp32: torch.float32, Dtype.keep: None}[dtype]
 
     def work() -> dict[str, Any]:
         folder = checkpoint.resolve_model_folder(source)
         with Console() as progress:
-            checkpoint.convert(folder, destination, to.value, mtp=mtp, progress=progress)
+            checkpoint.convert(folder, destination, to.value, dtype=wanted, mtp=mtp, progress=progress)
         shards = list(destination.glob("*.safetensors"))
-        return {"source": folder, "destination": destination, "format": to.value, "files": len(shards),
+        return {"source": folder, "destination": destination, "format": to.value,
+                "dtype": read_json(destination / "config.json")["dtype"], "files": len(shards),
                 "bytes": sum(shard.stat().st_size for shard in shards)}
 
-    _deliver(as_json, work, lambda made: print(f"{destination}: {made['bytes'] / 1e6:,.1f} MB of weights, {to.value}"))
+    _deliver(as_json, work, lambda made: print(
+        f"{destination}: {made['bytes'] / 1e6:,.1f} MB of weights, {to.value}, {made['dtype']}"))
 
 
 @app.command(epilog="Example:  moonbase bench train --preset pico --peer transformers")
@@ -166,7 +188,7 @@ def bench(
 
 @app.command(epilog="Example:  moonbase chat runs/quickstart")
 def chat(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="A run folder, a checkpoint folder or preset:NAME.")],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A run folder or a checkpoint folder.")],
 ) -> None:
     """Talk to a model in the terminal, streaming."""
     from moonbase.terminal import chat as run_chat

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from moonbase.config import ModelConfig, read_json
+from moonbase.config import ModelConfig
 from moonbase.errors import UserError
 from moonbase.presets import preset_config, preset_names
 from moonbase.recipe import load_recipe
@@ -36,7 +36,7 @@ def find_config(target: str) -> ModelConfig:
     if path.suffix in (".yaml", ".yml") and os.path.isfile(path):
         return load_recipe(target).model
     if os.path.isfile(path):
-        return ModelConfig.parse(read_json(path), source=target)
+        return ModelConfig.from_file(path)
     names = ", ".join(preset_names())
     raise UserError(f"{target}: neither a preset ({names}) nor a config.json, a checkpoint folder or a run folder")
 

@@ -11,7 +11,16 @@ import math
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ModelWrapValidatorHandler,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from moonbase.errors import UserError
 
@@ -48,10 +57,11 @@ class RopeScaling(Frozen):
     mscale_all_dim: float = Field(default=0.0, ge=0)
     """Absent means 0, as in DeepSeek's code: no change of the softmax scale."""
 
-    @model_validator(mode="before")
+    @model_validator(mode="wrap")
     @classmethod
-    def _accept_newer_names(cls, values: Any) -> Any:
+    def _accept_newer_names(cls, values: Any, handler: ModelWrapValidatorHandler[RopeScaling]) -> RopeScaling:
         # transformers 5 writes `rope_type` and repeats `rope_theta` here.
+        stated = None
         if isinstance(values, dict):
             values = {name: value for name, value in values.items() if value is not None}
             if "rope_type" in values:
@@ -59,15 +69,28 @@ class RopeScaling(Frozen):
             values.pop("rope_theta", None)
             values.pop("rope_interleave", None)
             values.pop("partial_rotary_factor", None)
-        return values
+            stated = values.pop("attention_factor", None)
+        scaling = handler(values)
+        # Stated or not, it is the same number, and is not kept twice.
+        meant = scaling.attention_factor
+        if stated is not None and not (isinstance(stated, int | float) and math.isclose(stated, meant, rel_tol=1e-6)):
+            raise ValueError(f"attention_factor={stated!r} is unsupported: factor, mscale and mscale_all_dim give "
+                             f"{meant:.7g}")
+        return scaling
+
+    @property
+    def attention_factor(self) -> float:
+        """What cosines and sines are multiplied with; 1 where the two scales are equal, as published."""
+        return yarn_mscale(self.factor, self.mscale) / yarn_mscale(self.factor, self.mscale_all_dim)
 
 
 class ModelConfig(Frozen):
     """A K2-class decoder: MLA attention and a sparse mixture of experts.
 
     Field names and meanings are those of `DeepseekV3Config`, defaults are not: a field left out means its plainest
-    form (one group, one dense layer, no query latent). `presets/` holds the published values. Raises UserError
-    (through `ModelConfig.parse`) on anything it cannot represent.
+    form (one group, one dense layer, no query latent), and the file of a checkpoint must state what would differ.
+    `presets/` holds the published values. Raises UserError (through `ModelConfig.parse`) on anything it cannot
+    represent.
     """
 
     model_type: Literal["deepseek_v3", "deepseek_v32", "kimi_k2"] = "deepseek_v3"
@@ -222,8 +245,21 @@ class ModelConfig(Frozen):
     @classmethod
     def from_folder(cls, folder: str | Path) -> ModelConfig:
         """Read `config.json` of a checkpoint folder. Raises UserError."""
-        path = Path(folder) / "config.json"
-        return cls.parse(read_json(path), source=str(path))
+        return cls.from_file(Path(folder) / "config.json")
+
+    @classmethod
+    def from_file(cls, path: str | Path) -> ModelConfig:
+        """Read a checkpoint's `config.json`, where the fields whose defaults differ by implementation must be stated.
+
+        Raises UserError.
+        """
+        values = read_json(path)
+        config = cls.parse(values, source=str(path))
+        values = values["text_config"] if isinstance(values.get("text_config"), dict) else values
+        missing = [name for name in _STATED if name not in values]
+        if missing:
+            raise UserError(f"{path}: missing field {', '.join(missing)} (no default is safe: implementations differ)")
+        return config
 
 
 def yarn_mscale(factor: float, mscale: float) -> float:
@@ -261,6 +297,11 @@ def validated(cls: type[Frozen], values: dict[str, Any], source: str) -> Any:
             problems.append(f"{name}: {message}" if name else message)
         raise UserError(f"{source}: {'; '.join(problems)}") from None
 
+
+# DeepseekV3Config's defaults are DeepSeek-V3's own values, ours the plainest form: a checkpoint must say which it
+# means, or it would load and compute something else.
+_STATED = ("first_k_dense_replace", "q_lora_rank", "n_shared_experts", "n_group", "topk_group", "norm_topk_prob",
+           "routed_scaling_factor")
 
 # Fields with one supported value: anything else would change the computation.
 _FIXED: dict[str, tuple[Any, ...]] = {

@@ -11,6 +11,14 @@ from typing import NamedTuple
 
 from moonbase.config import ModelConfig
 
+FP8_BLOCK = (128, 128)
+"""Rows and columns that share one fp32 scale."""
+FP8_KINDS = frozenset({"attention", "dense", "shared", "expert", "indexer"})
+"""What the published fp8 files quantise; router, embeddings, head, norms and eh_proj stay bf16."""
+INT4_GROUP = 32
+"""Columns that share one bf16 scale."""
+INT4_KINDS = frozenset({"expert"})
+
 
 class TensorSpec(NamedTuple):
     """One tensor on disk, or `count` equal ones: `{expert}` in the name then stands for the expert's number."""
@@ -19,7 +27,7 @@ class TensorSpec(NamedTuple):
     shape: tuple[int, ...]
     kind: str
     """embedding, head, norm, bias, router, attention, dense, shared, expert, indexer, indexer_small (kept unquantised),
-    mtp, or copy (of the embedding or the head)."""
+    mtp (eh_proj), or copy (of the embedding or the head)."""
     count: int = 1
 
     @property

@@ -11,6 +11,7 @@ from moonbase.presets import preset_config
 if TYPE_CHECKING:
     import torch
 
+    from moonbase.config import ModelConfig
     from moonbase.data import Tokenizer
     from moonbase.model import Transformer
 
@@ -33,9 +34,8 @@ def load(
     dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
     if str(source).startswith("preset:"):
         config = preset_config(str(source).removeprefix("preset:"))
-        if config.index_topk is None and 4 * _elements(config) > _free_memory(device):
-            raise UserError(f"{source}: {4 * _elements(config) / 1e9:,.0f} GB of random weights do not fit into this "
-                            "machine's memory")
+        if config.index_topk is None:
+            _check_room(str(source), config, device, dtype)
         model = Transformer(config).initialize()
         return cast(model, dtype).to(device).eval()
     folder = resolve_model_folder(source)
@@ -65,13 +65,19 @@ def cast(model: Transformer, dtype: torch.dtype) -> Transformer:
     return model
 
 
-def _elements(config) -> int:
+def _check_room(source: str, config: ModelConfig, device: torch.device, dtype: torch.dtype) -> None:
+    """Random weights are drawn in fp32 on the CPU, the same for every device, and move then."""
+    import torch
+
+    from moonbase.report.machine import free_memory_bytes
     from moonbase.sizes import sizes
 
-    return sizes(config).parameters
-
-
-def _free_memory(device: torch.device) -> int:
-    import psutil
-
-    return psutil.virtual_memory().available
+    parameters = sizes(config).parameters
+    needs = [("memory", 4 * parameters, free_memory_bytes())]
+    if device.type == "cuda":
+        needs.append((f"memory of {device}", dtype.itemsize * parameters, torch.cuda.mem_get_info(device)[0]))
+    for place, needed, free in needs:
+        if free is not None and needed > free:
+            raise UserError(f"{source}: {needed / 1e9:,.0f} GB of random weights do not fit into the {free / 1e9:,.0f} "
+                            f"GB of free {place}; take a smaller preset such as preset:pico, or ask for the numbers "
+                            f"alone: moonbase info {source}")

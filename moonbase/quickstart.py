@@ -5,8 +5,11 @@ Needs no download: the corpus is the Python code of the running interpreter and 
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import json
 import lzma
+import os
 import shlex
 import statistics
 import sys
@@ -16,25 +19,29 @@ from typing import Any
 
 import torch
 
-from moonbase import files
-from moonbase.data import Batch, Corpus, Tokenizer, installed_python_sources
+from moonbase.checkpoint import latest_checkpoint
+from moonbase.data import Corpus, Tokenizer, installed_python_sources
 from moonbase.engine import Engine, Sampling
 from moonbase.errors import UserError
 from moonbase.model import Transformer
 from moonbase.recipe import Recipe, load_recipe
 from moonbase.report import write_report
 from moonbase.report.console import Console, duration
+from moonbase.sizes import train_flops_per_token
+from moonbase.train.assembly import make_trainer
+from moonbase.train.callbacks.validation import FINAL_BYTES
 from moonbase.train.parallel import World
-from moonbase.train.precision import Masters
-from moonbase.train.run import build_model, make_optimizer, train
-from moonbase.train.speed import compile_blocks
-from moonbase.train.trainer import Trainer
+from moonbase.train.run import train
+from moonbase.train.run_folder import RunFolder
+from moonbase.train.trainer import RepeatedBatch
 
 PROMPTS = ("def __init__(self, ", "import numpy as np\n", "class TestCase(unittest.", "for i in range(", "    return ",
            'raise ValueError("')
 CORPUS_BYTES = 16_000_000
 _NAME = "quickstart"
 _MEASURED_SECONDS = 3.0
+_CPU_FLOPS = 1e11
+"""What a step of ours gets from a good CPU, FLOP/s."""
 
 
 def quickstart(preset: str = "pico", folder: str | Path = "runs/quickstart", minutes: float = 3.0) -> dict[str, Any]:
@@ -43,6 +50,8 @@ def quickstart(preset: str = "pico", folder: str | Path = "runs/quickstart", min
     A folder that holds an interrupted quickstart of the same preset is resumed; a finished one is refused. Ctrl-C in
     training ends it at a saved checkpoint with status "stopped".
     """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError("quickstart runs in one process. For several: torchrun ... -m moonbase train")
     started = time.monotonic()
     folder = Path(folder)
     with Console() as console:
@@ -99,40 +108,19 @@ def _resumed(preset: str, folder: Path) -> Recipe:
     return recipe
 
 
-class _RandomStream:
-    """Batches of random tokens: what a step costs does not depend on what the tokens say."""
-
-    def __init__(self, recipe: Recipe) -> None:
-        shape = (recipe.batch_size, recipe.sequence_length + 1)
-        tokens = torch.randint(0, recipe.model.vocab_size, shape, generator=torch.Generator().manual_seed(0))
-        documents = torch.zeros(recipe.batch_size, recipe.sequence_length, dtype=torch.int32)
-        documents[:, recipe.sequence_length // 2:] = 1
-        self.batch = Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), documents)
-
-    def __iter__(self) -> _RandomStream:
-        return self
-
-    def __next__(self) -> Batch:
-        return self.batch
-
-    def state_dict(self) -> dict[str, Any]:
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        assert not state
-
-
 def _steps_for(recipe: Recipe, minutes: float, console: Console) -> int:
     """How many steps fit, measured on a throw-away model; rounded, so that it reads well. The median over a few
-    seconds: a busy moment must not decide the length of the run."""
+    seconds: a busy moment must not decide the length of the run. Raises UserError where not even one would fit."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    world = World(0, 1, device)
-    model = build_model(recipe, world)
-    on_gpu = device.type == "cuda"
-    if on_gpu:
-        compile_blocks(model)
-    masters = Masters(model, torch.bfloat16 if on_gpu else torch.float32)
-    trainer = Trainer(recipe, model, masters, make_optimizer(recipe, masters), _RandomStream(recipe), world, [])
+    flops = train_flops_per_token(recipe.model, recipe.sequence_length) * recipe.tokens_per_step
+    if device.type == "cpu" and flops / _CPU_FLOPS > 60 * max(minutes, 1.0):
+        raise UserError(f"one step of this preset would take about {duration(flops / _CPU_FLOPS)} on a CPU: "
+                        "it needs a GPU; use --preset pico")
+    shape = (recipe.batch_size, recipe.sequence_length + 1)
+    tokens = torch.randint(0, recipe.model.vocab_size, shape, generator=torch.Generator().manual_seed(0))
+    documents = torch.zeros(recipe.batch_size, recipe.sequence_length, dtype=torch.int32)
+    documents[:, recipe.sequence_length // 2:] = 1
+    trainer = make_trainer(recipe, World(0, 1, device), RepeatedBatch(tokens, documents))
     times: list[float] = []
     for _ in range(2):
         trainer.train_step()
@@ -141,50 +129,53 @@ def _steps_for(recipe: Recipe, minutes: float, console: Console) -> int:
         began = time.perf_counter()
         trainer.train_step()
         times.append(time.perf_counter() - began)
+    del trainer
+    gc.collect()  # compiled blocks refer to themselves
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
     return max(20, round(60 * minutes / statistics.median(times) / 10) * 10)
 
 
 def _finish(console: Console, folder: Path, outcome: dict[str, Any], seconds: float) -> dict[str, Any]:
     console.stage("comparing with xz -9 on the same held-out bytes")
     corpus = Corpus.open(folder / "corpus")
-    held_out = corpus.validation_text()
+    held_out = corpus.validation_text(FINAL_BYTES)
     xz = 8 * len(lzma.compress(held_out, preset=9)) / len(held_out)
     ours = outcome["validation_bits_per_byte"]
-    facts = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-    facts["results"] = {**facts.get("results", {}), "validation_bits_per_byte": ours, "xz_bits_per_byte": xz}
-    facts["seconds"] = round(seconds, 1)
-    files.write_text(folder / "run.json", json.dumps(facts, indent=1) + "\n")
+    with contextlib.closing(RunFolder(folder)) as run:
+        run.update_facts(results={"validation_loss": outcome["validation_loss"], "validation_bits_per_byte": ours,
+                                  "xz_bits_per_byte": xz})
     report = write_report(folder)
     print(f"\nheld out, never seen: {len(held_out):,} bytes of Python")
     print(f"  this model   {ours:.3f} bits per byte")
     print(f"  xz -9        {xz:.3f} bits per byte")
-    print("\nsome completions (greedy):")
-    for prompt, text in _last_samples(folder):
+    samples = _last_samples(folder)
+    if samples:
+        print("\nsome completions (greedy):")
+    for prompt, text in samples:
         print(f"  {prompt!r} → {text!r}")
     print(f"\nreport: {report}   ({duration(seconds)} in all)")
     print("next:")
-    for command in next_commands(folder):
+    for command in [*outcome["next_commands"], "moonbase train pico data=YOUR/TEXTS"]:
         print(f"  {command}")
     return {**outcome, "xz_bits_per_byte": xz, "held_out_bytes": len(held_out), "report": str(report),
             "seconds_in_all": seconds}
 
 
-def next_commands(folder: Path) -> list[str]:
-    """What one may do with the model."""
-    return [shlex.join(["moonbase", *words]) for words in (
-        ("chat", str(folder)), ("info", str(folder)), ("train", "pico", "data=YOUR/TEXTS"),
-        ("convert", str(folder), f"{folder}-hf", "--format", "hf"))]
-
-
 def _last_samples(folder: Path) -> list[tuple[str, str]]:
-    blocks = (folder / "samples.txt").read_text(encoding="utf-8").split("=== ")
-    lines = blocks[-1].splitlines()[1:]
+    """(prompt, continuation) of the newest samples; none where none could be drawn."""
+    path = folder / "samples.txt"
+    if not path.is_file():
+        return []
+    lines = path.read_text(encoding="utf-8").split("=== ")[-1].splitlines()[1:]
     values = [json.loads(line[4:]) for line in lines if line[:4] in (">>> ", "... ")]
     return list(zip(values[::2], values[1::2], strict=True))
 
 
 def _say_stopped(console: Console, folder: Path, outcome: dict[str, Any], preset: str) -> None:
-    console.note(f"{outcome['reason']} at step {outcome['step']}; a checkpoint is saved in {folder}/checkpoints.")
+    saved = f"; a checkpoint is saved in {folder}/checkpoints" if latest_checkpoint(folder) else ""
+    console.note(f"{outcome['reason']} at step {outcome['step']}{saved}.")
     again = ["moonbase", "quickstart"]
     again += ["--preset", preset] if preset != "pico" else []
     again += ["--out", str(folder)] if folder != Path("runs/quickstart") else []

@@ -111,9 +111,13 @@ class BalanceConfig(Frozen):
 
 
 class CheckpointConfig(Frozen):
+    """When a checkpoint is written, and how many stay."""
+
     every_minutes: float = Field(default=5.0, gt=0)
     every_steps: int | None = Field(default=None, gt=0)
+    """Also after every so many steps; None goes by the clock alone."""
     keep_last: int = Field(default=2, gt=0)
+    """Older checkpoints are removed once a newer one is complete."""
 
 
 class GuardConfig(Frozen):
@@ -131,8 +135,9 @@ class Recipe(Frozen):
     name: str = "run"
     model: ModelConfig
     stage: Literal["pretrain", "continue"] = "pretrain"
+    """pretrain: from random weights; continue: from the weights of `init`."""
     init: str | None = None
-    """Checkpoint folder to start from (stage continue)."""
+    """Checkpoint or run folder to start from (stage continue)."""
     data: DataConfig = DataConfig()
     sequence_length: int = Field(default=512, gt=1)
     batch_size: int = Field(default=8, gt=0)
@@ -181,8 +186,10 @@ class Recipe(Frozen):
         if self.micro_batch_size is not None and self.batch_size % self.micro_batch_size:
             raise ValueError(f"batch_size={self.batch_size} must be a multiple of "
                              f"micro_batch_size={self.micro_batch_size}")
-        if self.stage != "pretrain" and self.init is None:
-            raise ValueError(f"stage={self.stage} needs init=CHECKPOINT to start from")
+        if self.stage == "continue" and self.init is None:
+            raise ValueError("stage=continue needs init=CHECKPOINT to start from")
+        if self.stage == "pretrain" and self.init is not None:
+            raise ValueError(f"init={self.init} is for stage=continue: set it too, or leave init out")
         return self
 
     @property

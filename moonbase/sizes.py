@@ -13,11 +13,7 @@ import math
 from dataclasses import dataclass
 
 from moonbase.config import ModelConfig
-from moonbase.layout import TensorSpec, checkpoint_layout
-
-FP8_BLOCK = 128
-INT4_GROUP = 32
-_FP8_KINDS = frozenset({"attention", "dense", "shared", "expert", "indexer", "mtp"})
+from moonbase.layout import FP8_BLOCK, FP8_KINDS, INT4_GROUP, INT4_KINDS, TensorSpec, checkpoint_layout
 
 
 @dataclass(frozen=True)
@@ -108,10 +104,10 @@ def weight_bytes(config: ModelConfig, fmt: str) -> int:
 def _tensor_bytes(tensor: TensorSpec, fmt: str) -> int:
     if tensor.kind == "bias":
         return 4 * tensor.numel
-    if fmt == "fp8" and tensor.kind in _FP8_KINDS:
-        blocks = math.prod(-(-size // FP8_BLOCK) for size in tensor.shape)
+    if fmt == "fp8" and tensor.kind in FP8_KINDS:
+        blocks = math.prod(-(-size // block) for size, block in zip(tensor.shape, FP8_BLOCK, strict=True))
         return tensor.numel + 4 * blocks * tensor.count
-    if fmt == "int4" and tensor.kind == "expert":
+    if fmt == "int4" and tensor.kind in INT4_KINDS:
         rows, columns = tensor.shape
         packed = rows * -(-columns // 8) * 4
         scales = rows * -(-columns // INT4_GROUP) * 2

@@ -21,9 +21,12 @@ def shared_data() -> Path:
     return folder
 
 
-@pytest.fixture(autouse=True, scope="session")
+@pytest.fixture(autouse=True)
 def _one_thread() -> None:
-    """Tiny shapes gain nothing from many threads, and a fixed number keeps sums in one order."""
+    """Tiny shapes gain nothing from many threads, and a fixed number keeps sums in one order.
+
+    Anew for every test: what one of them sets is not for the next.
+    """
     import torch
 
     torch.set_num_threads(1)

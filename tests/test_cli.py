@@ -198,9 +198,35 @@ def test_convert(to: str, small_checkpoint: Path, tmp_path: Path, run: Callable)
     assert json.loads((tmp_path / "made" / "config.json").read_text(encoding="utf-8"))["hidden_size"] == 64
 
 
+@pytest.mark.parametrize(
+    ("options", "dtype", "stored"),
+    [
+        ([], "bfloat16", "BF16"),
+        (["--dtype", "bf16"], "bfloat16", "BF16"),
+        (["--dtype", "fp32"], "float32", "F32"),
+        (["--dtype", "keep"], "float32", "F32"),
+        (["--dtype", "fp32", "--format", "hf-int4"], "float32", "F32"),
+        (["--format", "hf-fp8"], "bfloat16", "BF16"),
+    ],
+)
+def test_convert_says_and_writes_the_dtype(
+    options: list[str], dtype: str, stored: str, small_checkpoint: Path, tmp_path: Path, run: Callable
+) -> None:
+    """The source is fp32, as training writes it."""
+    from safetensors import safe_open
+
+    code, out, err = run("convert", str(small_checkpoint), str(tmp_path / "made"), *options, "--json")
+    assert code == 0, err
+    assert json.loads(out)["dtype"] == dtype
+    (shard,) = (tmp_path / "made").glob("*.safetensors")
+    with safe_open(shard, "pt") as file:
+        assert file.get_slice("model.embed_tokens.weight").get_dtype() == stored
+        assert file.get_slice("model.layers.1.mlp.gate.e_score_correction_bias").get_dtype() == "F32"
+
+
 def test_convert_for_people(small_checkpoint: Path, tmp_path: Path, run: Callable) -> None:
     code, out, _ = run("convert", str(small_checkpoint), str(tmp_path / "made"))
-    assert code == 0 and out.startswith(f"{tmp_path / 'made'}: ") and out.endswith(", hf\n")
+    assert code == 0 and out.startswith(f"{tmp_path / 'made'}: ") and out.endswith(", hf, bfloat16\n")
     code, _, err = run("convert", str(small_checkpoint), str(tmp_path / "made"))
     assert code == 2 and str(tmp_path / "made") in err and err.splitlines()[-1].startswith("moonbase: error: ")
 
@@ -231,6 +257,8 @@ def test_convert_for_people(small_checkpoint: Path, tmp_path: Path, run: Callabl
         (["train", "pico", "steps"], "key=value"),
         (["train", "pico", "optimizer.lr=fast"], "optimizer.lr: "),
         (["convert", "a", "b", "--format", "gguf"], "gguf"),
+        (["convert", "a", "b", "--dtype", "fp16"], "fp16"),
+        (["convert", "a", "b", "--dtype", "keep", "--format", "hf-fp8"], "--dtype keep goes with --format hf"),
         (["convert", "no-such-folder", "b"], "no-such-folder: no such folder"),
         (["quickstart", "--minutes", "0"], "--minutes"),
     ],

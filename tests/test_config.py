@@ -159,6 +159,60 @@ def test_newer_spelling_of_rope() -> None:
     assert plain.rope_scaling is None and plain.rope_theta == 5.0
 
 
+def test_attention_factor_must_be_the_one_that_follows() -> None:
+    """transformers multiplies by a stated factor instead of the one that it would compute: ours is the latter."""
+    from transformers import DeepseekV3Config
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    values = published()
+    equal_scales = values["rope_scaling"]
+    plain = {name: value for name, value in equal_scales.items() if not name.startswith("mscale")}
+    for scaling, factor in ((equal_scales, 1.0), (plain, yarn_mscale(32, 1.0))):
+        config = ModelConfig.parse(values | {"rope_scaling": scaling})
+        assert config.rope_scaling.attention_factor == factor
+        theirs = DeepseekV3Config(**values | {"rope_scaling": dict(scaling)})
+        assert ROPE_INIT_FUNCTIONS["yarn"](theirs, "cpu")[1] == pytest.approx(factor)
+        stated = values | {"rope_scaling": {**scaling, "attention_factor": factor}}
+        assert ModelConfig.parse(stated) == config
+        for wrong in (factor + 0.01, "1.0"):
+            stated["rope_scaling"]["attention_factor"] = wrong
+            with pytest.raises(UserError, match=r"rope_scaling: attention_factor=.* is unsupported"):
+                ModelConfig.parse(stated)
+
+
+STATED = ("first_k_dense_replace", "q_lora_rank", "n_shared_experts", "n_group", "topk_group", "norm_topk_prob",
+          "routed_scaling_factor")
+
+
+@pytest.mark.parametrize("preset", ["kimi-k2.5", "moonlight-16b"])
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_checkpoint_states_what_has_no_safe_default(preset: str, nested: bool, tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+
+    def write(values: dict[str, Any]) -> None:
+        path.write_text(json.dumps({"text_config": values} if nested else values), encoding="utf-8")
+
+    whole = published(preset)
+    write(whole)
+    assert ModelConfig.from_folder(tmp_path) == ModelConfig.parse(whole)
+    for name in STATED:
+        write({key: value for key, value in whole.items() if key != name})
+        with pytest.raises(UserError, match=rf"^{path}: missing field {name} \("):
+            ModelConfig.from_folder(tmp_path)
+    write({key: value for key, value in whole.items() if key not in STATED})
+    with pytest.raises(UserError, match="missing field " + ", ".join(STATED)):
+        ModelConfig.from_folder(tmp_path)
+
+
+@pytest.mark.parametrize("rank", [None, 24])
+def test_what_transformers_saves_states_everything(rank: int | None, tmp_path: Path) -> None:
+    from transformers import DeepseekV3Config
+
+    DeepseekV3Config(q_lora_rank=rank).save_pretrained(tmp_path)
+    config = ModelConfig.from_folder(tmp_path)
+    assert (config.q_lora_rank, config.n_group, config.topk_group, config.routed_scaling_factor) == (rank, 8, 4, 2.5)
+
+
 def test_frozen_and_closed() -> None:
     config = preset_config("pico")
     with pytest.raises(ValidationError):

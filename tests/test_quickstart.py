@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,7 @@ def test_the_whole_chain(preset: str, small: None, tmp_path: Path, capsys: pytes
     found = facts(folder)
     assert found["status"] == "finished" and found["results"]["xz_bits_per_byte"] == result["xz_bits_per_byte"]
     assert found["results"]["validation_bits_per_byte"] == result["validation_bits_per_byte"]
+    assert metrics(folder)[-1]["validation_bits_per_byte"] == result["validation_bits_per_byte"], "the chart's last"
 
     page = Path(result["report"]).read_text(encoding="utf-8")
     assert result["report"] == str(folder / "report.html") and len(page) > 10_000
@@ -126,6 +128,47 @@ def test_the_number_of_steps_is_the_time_over_a_steps_median(
     monkeypatch.setattr(Trainer, "train_step", train_step)
     monkeypatch.setattr(chain.time, "perf_counter", lambda: clock["now"])
     assert chain._steps_for(load_recipe(preset), minutes, Console(quiet=True)) == steps
+
+
+def test_what_would_take_hours_on_a_cpu_is_refused_at_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match=r"one step .* about .* on a CPU: it needs a GPU; use --preset pico"):
+        chain.quickstart("nano", tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_it_runs_in_one_process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="quickstart runs in one process"):
+        chain.quickstart("pico", tmp_path / "run")
+
+
+def test_the_model_that_was_measured_is_gone(preset: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    alive: list[weakref.ref] = []
+    make = chain.make_trainer
+
+    def watched(*arguments: Any) -> Trainer:
+        trainer = make(*arguments)
+        trainer.model.itself = [trainer.model]  # a cycle, as compiled blocks make
+        alive.append(weakref.ref(trainer.model))
+        return trainer
+
+    monkeypatch.setattr(chain, "make_trainer", watched)
+    monkeypatch.setattr(chain, "_MEASURED_SECONDS", 0.0)
+    chain._steps_for(load_recipe(preset), 0.02, Console(quiet=True))
+    assert [reference() for reference in alive] == [None]
+
+
+def test_a_run_without_samples_has_none_to_show(tmp_path: Path) -> None:
+    assert chain._last_samples(tmp_path) == []
+    (tmp_path / "samples.txt").write_text('=== step 1 | t\n>>> "a"\n... "b"\n=== step 2 | t\n>>> "c"\n... "d"\n')
+    assert chain._last_samples(tmp_path) == [("c", "d")]
+
+
+def test_only_a_checkpoint_that_exists_is_spoken_of(capsys: pytest.CaptureFixture[str]) -> None:
+    chain._say_stopped(Console(), Path("no/such/run"), {"reason": "stopped by SIGINT", "step": 0}, "pico")
+    err = capsys.readouterr().err
+    assert "stopped by SIGINT at step 0." in err and "checkpoint" not in err
 
 
 def test_ctrl_c_saves_and_says_how_to_go_on(preset: str, tmp_path: Path) -> None:

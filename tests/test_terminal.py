@@ -9,7 +9,6 @@ import unicodedata
 from pathlib import Path
 
 import pytest
-import torch
 
 from moonbase import terminal
 from moonbase.checkpoint import save_weights
@@ -20,15 +19,6 @@ from moonbase.loading import load, load_tokenizer_of
 from tests.model.tiny import tiny_model
 
 ROOT = Path(__file__).resolve().parents[1]
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """At these sizes a second thread only waits for the first, for long where other programs want the cores too."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -10,8 +10,8 @@ from moonbase.bench.timing import seconds
 from moonbase.model import Transformer
 from moonbase.optim import attention_weights, qk_clip_
 from moonbase.recipe import load_recipe
+from moonbase.train.assembly import make_optimizer
 from moonbase.train.precision import Masters
-from moonbase.train.run import make_optimizer
 
 
 def measure(preset: str, peer: str | None) -> list[dict[str, Any]]:

@@ -15,37 +15,15 @@ from typing import Any
 import torch
 
 from moonbase.bench.timing import alternating_seconds, matmul_ceiling, seconds
-from moonbase.data import Batch
 from moonbase.errors import UserError
 from moonbase.recipe import Recipe, load_recipe
 from moonbase.sizes import train_flops_per_token
+from moonbase.train.assembly import make_trainer
 from moonbase.train.parallel import World
-from moonbase.train.precision import Masters
-from moonbase.train.run import build_model, make_optimizer
-from moonbase.train.speed import compile_blocks
-from moonbase.train.trainer import Trainer
+from moonbase.train.trainer import RepeatedBatch
 
 EXPERT_IMPLEMENTATIONS = ("grouped_mm", "batched_mm", "eager")
 _GPU_MICRO_BATCHES = 16
-
-
-class _OneBatch:
-    """The same rows again and again; every row is one document, so that both sides attend to the same pairs."""
-
-    def __init__(self, batch: Batch) -> None:
-        self.batch = batch
-
-    def __iter__(self) -> _OneBatch:
-        return self
-
-    def __next__(self) -> Batch:
-        return self.batch
-
-    def state_dict(self) -> dict[str, Any]:
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        assert not state
 
 
 def measure(preset: str, peer: str | None) -> list[dict[str, Any]]:
@@ -112,18 +90,10 @@ def _on_gpu(make: Callable[[], Callable[[], object]], rounds: int) -> tuple[floa
 
 
 def _our_step(recipe: Recipe, tokens: torch.Tensor) -> Callable[[], object]:
-    """A whole optimizer step as `moonbase train` makes it, QK-Clip, router biases and metrics included."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    world = World(0, 1, device)
-    model = build_model(recipe, world)
-    on_gpu = device.type == "cuda"
-    if on_gpu:
-        compile_blocks(model)
-    masters = Masters(model, torch.bfloat16 if on_gpu else torch.float32)
-    documents = torch.zeros(len(tokens), tokens.shape[1] - 1, dtype=torch.int32)
-    batch = Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), documents)
-    trainer = Trainer(recipe, model, masters, make_optimizer(recipe, masters), _OneBatch(batch), world, [])
-    return trainer.train_step
+    """A whole optimizer step as `moonbase train` makes it, QK-Clip, router biases and metrics included. Every row is
+    one document, so that both sides attend to the same pairs."""
+    world = World(0, 1, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    return make_trainer(recipe, world, RepeatedBatch(tokens)).train_step
 
 
 def _peer_step(recipe: Recipe, tokens: torch.Tensor, micro: int, experts: str, compiled: bool) -> Callable[[], object]:

@@ -13,19 +13,12 @@ import torch
 
 from moonbase import files
 from moonbase.checkpoint.formats import Int4Rule
-from moonbase.checkpoint.quantization import (
-    FP8_BLOCK,
-    INT4_GROUP,
-    QUANTISED_KINDS,
-    Format,
-    Quantization,
-    check_format,
-    read_config,
-)
+from moonbase.checkpoint.quantization import QUANTISED_KINDS, Format, Quantization, check_format, read_config
 from moonbase.checkpoint.reader import Checkpoint, Progress, StoredWeight, stored_mtp
 from moonbase.checkpoint.safetensors_file import DTYPES, TensorSlot
 from moonbase.checkpoint.writer import MAX_SHARD_BYTES, Group, config_file, encoded_group, write_groups
 from moonbase.errors import UserError
+from moonbase.layout import FP8_BLOCK, INT4_GROUP
 
 # What belongs to a model beside its weights and config.json.
 COMPANIONS = ("tokenizer*", "tokenization_*.py", "*.tiktoken", "tiktoken.model", "special_tokens_map.json",

@@ -17,7 +17,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from moonbase.checkpoint.quantization import FP8_BLOCK, INT4_GROUP
+from moonbase.layout import FP8_BLOCK, INT4_GROUP
 
 FP8_MAX = 448.0
 # Floor of an INT4 scale: what the public quantisation-aware training code uses; keeps all-zero groups finite.

@@ -11,18 +11,16 @@ from typing import Any, Literal, NamedTuple
 
 from moonbase.config import ModelConfig, read_json
 from moonbase.errors import CheckpointError, UserError
-
-FP8_BLOCK = (128, 128)
-INT4_GROUP = 32
+from moonbase.layout import FP8_BLOCK, FP8_KINDS, INT4_GROUP, INT4_KINDS
 
 Format = Literal["hf", "hf-int4", "hf-fp8"]
 FORMATS: tuple[str, ...] = ("hf", "hf-int4", "hf-fp8")
 QUANTISED_KINDS: dict[str, frozenset[str]] = {
     "hf": frozenset(),
-    "hf-int4": frozenset({"expert"}),
-    "hf-fp8": frozenset({"attention", "dense", "shared", "expert", "indexer"}),
+    "hf-int4": INT4_KINDS,
+    "hf-fp8": FP8_KINDS,
 }
-"""Which kinds of tensor the published files quantise; router, embeddings, head, norms and eh_proj never."""
+"""Which kinds of tensor each format quantises."""
 
 
 class Quantization(NamedTuple):
@@ -33,7 +31,6 @@ class Quantization(NamedTuple):
     """fp8: rows and columns that share a scale."""
     group: int = INT4_GROUP
     """INT4: columns that share a scale."""
-
 
 
 def read_config(folder: str | Path) -> ModelConfig:

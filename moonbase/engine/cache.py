@@ -29,7 +29,7 @@ class LatentCache:
         self.length = 0
         self.skip = torch.zeros(batch, dtype=torch.int64, device=device)
 
-    def extend(self, layer: int, latent_BTC: Tensor, key_rope_BTR: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def extend(self, layer: int, latent_BTC: Tensor, key_rope_BTR: Tensor) -> tuple[Tensor, Tensor]:
         """See `model.mla.LatentCache`. `length` moves on only in `advance`, once all layers have stored."""
         time = latent_BTC.shape[1]
         stop = self.length + time
@@ -42,7 +42,7 @@ class LatentCache:
         # A query in a skipped slot sees itself, so that its (unused) softmax stays finite.
         visible |= slots[None, None, :] == queries[None, :, None]
         mask = torch.zeros(visible.shape, dtype=torch.float32, device=kept.device).masked_fill_(~visible, -math.inf)
-        return kept[..., : self.rank], kept[..., self.rank :], mask
+        return kept, mask
 
     def advance(self, time: int) -> None:
         self.length += time

@@ -1,10 +1,11 @@
-"""Batched generation from the latent cache: prefill, then one token at a time, absorbed form.
+"""Batched generation from the latent cache: prefill in parts, then one token at a time, absorbed form.
 
 Greedy or sampled. The same code serves samples during training, the quickstart's completions and the terminal.
 """
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -16,9 +17,12 @@ from moonbase.engine.cache import LatentCache
 from moonbase.errors import UserError
 from moonbase.model import Transformer
 
+PREFILL_TOKENS = 256
+"""Prompts are read so many tokens at a time: scores take B · H · 256 · S numbers, not S² of them."""
+
 
 class TokenizerLike(Protocol):
-    """What the engine needs of a tokenizer."""
+    """What the engine needs of a tokenizer. Where a text ends with a whole character, what follows decodes alone."""
 
     def encode(self, text: str) -> list[int]: ...
 
@@ -72,18 +76,17 @@ class Engine:
 
     def stream(self, prompt: str, sampling: Sampling = Sampling()) -> Iterator[str]:
         """Pieces of text as they come; a character whose bytes are incomplete waits for the rest."""
-        ids: list[int] = []
-        text = shown = ""
+        waiting: list[int] = []
         for (token,) in self._tokens([self.tokenizer.encode(prompt)], sampling):
             if token in self.stop_ids:
                 break
-            ids.append(token)
-            text = self.tokenizer.decode(ids)
-            if not text.endswith("\ufffd"):
-                yield text[len(shown):]
-                shown = text
-        if text != shown:
-            yield text[len(shown):]
+            waiting.append(token)
+            text = self.tokenizer.decode(waiting)
+            if text and not text.endswith("\ufffd"):
+                yield text
+                waiting.clear()
+        if waiting and (text := self.tokenizer.decode(waiting)):
+            yield text
 
     @torch.no_grad()
     def _tokens(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> Iterator[list[int]]:
@@ -103,18 +106,21 @@ class Engine:
         cache.skip = torch.tensor([longest - len(prompt) for prompt in prompts], device=device)
         padded = [[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts]
         tokens = torch.tensor(padded, device=device)
-        generator = torch.Generator(device=device).manual_seed(sampling.seed)
+        # Each sequence draws for itself: what is sampled for a prompt does not depend on its neighbours.
+        generators = [torch.Generator(device=device).manual_seed(random.Random(f"{sampling.seed} {i}").getrandbits(63))
+                      for i in range(len(prompts))]
         for _ in range(steps):
-            slots = torch.arange(cache.length, cache.length + tokens.shape[1], device=device)
-            positions = (slots[None] - cache.skip[:, None]).clamp(min=0)
-            logits = self.model.decode(tokens, positions, cache)
-            cache.advance(tokens.shape[1])
-            tokens = choose(logits, sampling, generator)[:, None]
+            for part in tokens.split(PREFILL_TOKENS, dim=1):
+                slots = torch.arange(cache.length, cache.length + part.shape[1], device=device)
+                positions = (slots[None] - cache.skip[:, None]).clamp(min=0)
+                logits = self.model.decode(part, positions, cache)
+                cache.advance(part.shape[1])
+            tokens = choose(logits, sampling, generators)[:, None]
             yield tokens[:, 0].tolist()
 
 
-def choose(logits_BV: Tensor, sampling: Sampling, generator: torch.Generator) -> Tensor:
-    """The next token of each sequence, int64 [B]."""
+def choose(logits_BV: Tensor, sampling: Sampling, generators: Sequence[torch.Generator]) -> Tensor:
+    """The next token of each sequence, int64 [B]; `generators`: one per sequence."""
     if sampling.temperature == 0:
         return logits_BV.argmax(-1)
     # The largest becomes 0 first, so that a tiny temperature cannot overflow.
@@ -124,4 +130,7 @@ def choose(logits_BV: Tensor, sampling: Sampling, generator: torch.Generator) ->
         # A token stays if the probability before it has not yet reached top_p; the most likely one always does.
         dropped = ordered.cumsum(-1) - ordered >= sampling.top_p
         probabilities = torch.zeros_like(probabilities).scatter_(-1, order, ordered.masked_fill(dropped, 0.0))
-    return torch.multinomial(probabilities, 1, generator=generator)[:, 0]
+    # An exponential race: with e ~ Exp(1) for every token, p / e is largest for token i with probability p_i.
+    race = [torch.empty_like(row).exponential_(generator=generator)
+            for row, generator in zip(probabilities, generators, strict=True)]
+    return (probabilities / torch.stack(race).clamp_min(1e-30)).argmax(-1)

@@ -5,7 +5,7 @@ numbers per token and layer (576 for K2), whatever the number of heads. Training
 absorbs the expansion into the query and reads the latent only.
 
 Shapes: B batch, T time, S cached time, D hidden, H heads, C kv latent, Q query latent, R rope dims, N non-rope dims and
-V value dims per head, K = N + R.
+V value dims per head, K = N + R, X = C + R.
 """
 
 from __future__ import annotations
@@ -18,14 +18,15 @@ from torch import Tensor, nn
 from moonbase.config import ModelConfig
 from moonbase.model.linear import Linear, RMSNorm
 from moonbase.model.rope import rotate
-from moonbase.ops.attention import Documents, attention
+from moonbase.ops.attention import Documents, attention, wide_product
 
 
 class LatentCache(Protocol):
     """What decoding needs of a cache; the engine owns the real one."""
 
-    def extend(self, layer: int, latent_BTC: Tensor, key_rope_BTR: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Store the new tokens' latents; return all latents [B, S, C], rope keys [B, S, R], additive mask [B, T, S]."""
+    def extend(self, layer: int, latent_BTC: Tensor, key_rope_BTR: Tensor) -> tuple[Tensor, Tensor]:
+        """Store the new tokens; return all there are, latent and rope key side by side [B, S, C + R], and what to add
+        to the logits, 0 or -inf [B, T, S]."""
         ...
 
 
@@ -64,18 +65,18 @@ class LatentAttention(nn.Module):
     def decode(self, x_BTD: Tensor, rotation: tuple[Tensor, Tensor], cache: LatentCache) -> Tensor:
         """Absorbed form: scores and values come straight from the cached latents. Returns [B, T, D].
 
-        q̃ = W_UKᵀ q, logits = q̃·c + q_R·k_R, o = W_UV (p·c): the latent is never expanded (DeepSeek-V3.2 appendix).
+        q̃ = W_UKᵀ q, logits = [q̃; q_R]·[c; k_R], o = W_UV (p·c): the latent is never expanded (DeepSeek-V3.2 appendix).
+        Logits stay in fp32, as they do in every fused kernel.
         """
         config = self.config
         query_nope, query_rope, latent_BTC, key_rope = self._project(x_BTD, rotation)
-        latent_BSC, key_rope_BSR, mask_BTS = cache.extend(self.layer, latent_BTC, key_rope.squeeze(2))
+        stored_BSX, mask_BTS = cache.extend(self.layer, latent_BTC, key_rope.squeeze(2))
         weight_HXC = self.kv_b_proj.weight.unflatten(0, (config.num_attention_heads, -1))
         weight_key, weight_value = weight_HXC.split([config.qk_nope_head_dim, config.v_head_dim], dim=1)
-        query_BTHC = torch.einsum("bthn,hnc->bthc", query_nope, weight_key)
-        logits = torch.einsum("bthc,bsc->bhts", query_BTHC, latent_BSC)
-        logits = logits + torch.einsum("bthr,bsr->bhts", query_rope, key_rope_BSR)
-        probabilities = (logits.float() * config.softmax_scale + mask_BTS[:, None]).softmax(-1).to(x_BTD.dtype)
-        read_BTHC = torch.einsum("bhts,bsc->bthc", probabilities, latent_BSC)
+        query_BTHX = torch.cat([torch.einsum("bthn,hnc->bthc", query_nope, weight_key), query_rope], dim=-1)
+        logits_BTHS = wide_product(query_BTHX.flatten(1, 2), stored_BSX.mT).unflatten(1, query_BTHX.shape[1:3])
+        probabilities = (logits_BTHS * config.softmax_scale + mask_BTS[:, :, None]).softmax(-1).to(x_BTD.dtype)
+        read_BTHC = torch.einsum("bths,bsc->bthc", probabilities, stored_BSX[..., : config.kv_lora_rank])
         output_BTHV = torch.einsum("bthc,hvc->bthv", read_BTHC, weight_value)
         return self.o_proj(output_BTHV.flatten(2))
 

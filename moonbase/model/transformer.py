@@ -42,7 +42,7 @@ class Losses(NamedTuple):
     loss_sum: Tensor
     """Σ -log p(next token), nats, fp32."""
     mtp_loss_sum: Tensor
-    """The same for the token after next, summed over MTP modules; 0 without them."""
+    """The same for tokens further on, mean over MTP modules (DeepSeek-V3 eq. 25 with λ = 1); 0 without them."""
     balance_loss: Tensor
     """Mean over sequences, summed over layers, not yet weighted by α."""
     statistics: list[LayerStatistics]
@@ -178,7 +178,7 @@ class Transformer(nn.Module):
             statistics.append(layer_statistics)
             mtp_loss_sum = mtp_loss_sum + cross_entropy(hidden.flatten(0, 1), self.lm_head.weight, targets_BT.flatten())
         balance_loss = torch.stack([layer.balance_loss for layer in statistics]).sum()
-        return Losses(loss_sum, mtp_loss_sum, balance_loss, statistics)
+        return Losses(loss_sum, mtp_loss_sum / max(1, len(self.mtp)), balance_loss, statistics)
 
     def decode(self, tokens_BT: Tensor, positions_BT: Tensor, cache: LatentCache) -> Tensor:
         """Extend cached sequences by T tokens each. Returns the logits after the last of them, fp32 [B, V]."""

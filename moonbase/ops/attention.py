@@ -10,47 +10,16 @@ Shapes: B batch, T time, H heads, K query/key dims per head, V value dims per he
 
 from __future__ import annotations
 
-import itertools
 import math
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moonbase.ops.documents import Documents
 
-@dataclass(frozen=True)
-class Documents:
-    """Which tokens of a batch may see one another; made once per batch, shared by all layers.
-
-    `ids_BT` int32: the number of the document that a token belongs to, non-decreasing along a row.
-    `segments` (row, start, stop) of every document: what the CPU form loops over.
-    `room`: at least as many documents as the batch has; what the GPU form makes space for.
-    """
-
-    ids_BT: Tensor
-    segments: tuple[tuple[int, int, int], ...] = ()
-    room: int = 0
-
-    @staticmethod
-    def from_ids(ids_BT: Tensor | None, device: torch.device | None = None) -> Documents | None:
-        """Prepare what the kernels of `device` want (default: where the ids are). Rows of one document each give None:
-        plain causal attention, which every kernel does fastest. Give ids that are still on the CPU: looking at ids on a
-        GPU would wait for it."""
-        if ids_BT is None or not bool((ids_BT[:, 1:] != ids_BT[:, :-1]).any()):
-            return None
-        device = device or ids_BT.device
-        if device.type != "cpu":
-            # A power of two: compiled graphs, whose shapes are fixed, then meet few different ones.
-            count = ids_BT.shape[0] + int((ids_BT[:, 1:] != ids_BT[:, :-1]).sum())
-            room = max(64 * ids_BT.shape[0], 1 << (count - 1).bit_length())
-            return Documents(ids_BT.to(device, non_blocking=True), room=room)
-        segments = []
-        for row, ids in enumerate(ids_BT):
-            cuts = (torch.nonzero(ids[1:] != ids[:-1]).flatten() + 1).tolist()
-            segments += [(row, start, stop) for start, stop in itertools.pairwise([0, *cuts, ids.shape[0]])]
-        return Documents(ids_BT, tuple(segments))
+__all__ = ["Documents", "attention", "attention_reference", "exact_above", "largest_logit", "wide_product"]
 
 
 def attention_reference(
@@ -179,3 +148,13 @@ def largest_logit(query_BTK: Tensor, key_BTK: Tensor, scale: float, ids_BT: Tens
             hidden = hidden | (ids_BT[:, start:stop, None] != ids_BT[:, None, :stop])
         largest = torch.maximum(largest, logits.masked_fill_(hidden, -math.inf).amax())
     return largest
+
+
+def wide_product(a_BMK: Tensor, b_BKN: Tensor) -> Tensor:
+    """a · b [B, M, N] in the fp32 that it is summed in, for inputs of any floating dtype.
+
+    Rounded to bf16, a logit of 50 would be off by up to an eighth. Without gradient on a GPU.
+    """
+    if a_BMK.device.type == "cuda" and a_BMK.dtype != torch.float32:
+        return torch.bmm(a_BMK, b_BKN, out_dtype=torch.float32)
+    return torch.bmm(a_BMK.float(), b_BKN.float())

@@ -2,13 +2,15 @@
 
 cuDNN is the one stock kernel with different query/key (192) and value (128) dims on Hopper. Its variable-length form is
 60 times slower and its gradients there are wrong (docs/log.md), so batches of several documents per row go through the
-flash kernel with zero-padded values. Both return the log-sum-exp.
+flash kernel with zero-padded values, as does everything on GPUs where cuDNN does not know the head size. Both return
+the log-sum-exp.
 
 Shapes: B batch, T time, H heads, K query/key dims, V value dims per head, N = B·T tokens.
 """
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -16,37 +18,37 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moonbase.ops.attention import Documents
+from moonbase.ops.documents import Documents
 
 
 def attention_with_logsumexp(
     query_BTHK: Tensor, key_BTHK: Tensor, value_BTHV: Tensor, scale: float, documents: Documents | None
 ) -> tuple[Tensor, Tensor]:
     """Causal attention; output [B, T, H, V] and log-sum-exp [B, H, T] fp32 (without gradient)."""
-    if documents is None:
+    batch, time, _, dims = query_BTHK.shape
+    if documents is None and cudnn_takes(max(dims, value_BTHV.shape[-1]), query_BTHK.device.index):
         query, key, value = (x.transpose(1, 2) for x in (query_BTHK, key_BTHK, value_BTHV))
         output, logsumexp, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(
             query, key, value, None, True, 0.0, True, scale=scale)
         return output.transpose(1, 2), logsumexp.detach().flatten(2)
-    batch, time = query_BTHK.shape[:2]
+    if documents is None:
+        boundaries = torch.arange(0, batch * time + 1, time, dtype=torch.int32, device=query_BTHK.device)
+    else:
+        assert documents.boundaries is not None, "Documents.from_ids(ids, device) prepares documents for a GPU"
+        boundaries = documents.boundaries
     output, logsumexp = packed_attention(query_BTHK.flatten(0, 1), key_BTHK.flatten(0, 1), value_BTHV.flatten(0, 1),
-                                         document_boundaries(documents.ids_BT, documents.room), time, scale)
+                                         boundaries, time, scale)
     return output.unflatten(0, (batch, time)), logsumexp.detach().unsqueeze(0)
 
 
-def document_boundaries(ids_BT: Tensor, room: int) -> Tensor:
-    """Start offsets of all documents in the flattened batch, int32 [room + 1], padded with B·T at the end.
+_capability = functools.cache(torch.cuda.get_device_capability)
 
-    A fixed length keeps shapes static for compiled graphs and asks nothing of the device; `Documents.room` has space
-    for all.
-    """
-    batch, time = ids_BT.shape
-    is_start = torch.ones(batch, time, dtype=torch.bool, device=ids_BT.device)
-    is_start[:, 1:] = ids_BT[:, 1:] != ids_BT[:, :-1]
-    offsets = torch.arange(batch * time, device=ids_BT.device)
-    starts = torch.where(is_start.flatten(), offsets, batch * time).sort().values
-    limit = min(room, batch * time)
-    return torch.nn.functional.pad(starts[:limit], (0, 1), value=batch * time).to(torch.int32)
+
+@torch.compiler.assume_constant_result  # compiled graphs hold the branch taken; nothing is asked when they run
+def cudnn_takes(dims: int, device_index: int) -> bool:
+    """Whether cuDNN's attention has kernels, gradients included, for heads of this size on this GPU: above 128 dims
+    only on the data centre GPUs of two generations, Hopper and Blackwell."""
+    return dims <= 128 or _capability(device_index) in ((9, 0), (10, 0))
 
 
 @torch.library.custom_op("moonbase::packed_attention", mutates_args=())
@@ -116,11 +118,11 @@ def _exact_above_kernel(
     batch = tl.program_id(1) // heads
     head = tl.program_id(1) % heads
     if tl.load(bound + head) > threshold:
-        # The head size (192) is no power of two: it is read as a low and a high part.
+        # The head size (192) is no power of two: it is read as a low and a high part, 16 dims each at least.
         low, high = tl.arange(0, DIMS_LOW), DIMS_LOW + tl.arange(0, DIMS_HIGH)
         rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
         q_base = query + batch.to(tl.int64) * stride_qb + head * stride_qh + rows[:, None].to(tl.int64) * stride_qt
-        q_low = tl.load(q_base + low[None, :], mask=(rows < time)[:, None], other=0.0)
+        q_low = tl.load(q_base + low[None, :], mask=(rows < time)[:, None] & (low < DIMS)[None, :], other=0.0)
         q_high = tl.load(q_base + high[None, :], mask=(rows < time)[:, None] & (high < DIMS)[None, :], other=0.0)
         if HAS_IDS:
             row_ids = tl.load(ids + batch.to(tl.int64) * time + rows, mask=rows < time, other=-1)
@@ -128,7 +130,7 @@ def _exact_above_kernel(
         for start in range(0, (tl.program_id(0) + 1) * BLOCK, BLOCK):
             columns = start + tl.arange(0, BLOCK)
             k_base = key + batch.to(tl.int64) * stride_kb + head * stride_kh + columns[None, :].to(tl.int64) * stride_kt
-            k_low = tl.load(k_base + low[:, None], mask=(columns < time)[None, :], other=0.0)
+            k_low = tl.load(k_base + low[:, None], mask=(columns < time)[None, :] & (low < DIMS)[:, None], other=0.0)
             k_high = tl.load(k_base + high[:, None], mask=(columns < time)[None, :] & (high < DIMS)[:, None], other=0.0)
             logits = tl.dot(q_low, k_low) + tl.dot(q_high, k_high)
             visible = (columns[None, :] <= rows[:, None]) & (rows < time)[:, None]
@@ -144,14 +146,12 @@ def exact_above_cuda(
 ) -> Tensor:
     """See `ops.attention.exact_above`. Programs of heads within the threshold end at once."""
     batch, time, heads, dims = query_BTHK.shape
-    block, low = 64, 1 << (dims.bit_length() - 1)
-    if low == dims:
-        low //= 2
+    block, low = 64, max(16, triton.next_power_of_2(dims) // 2)
     above = bound_H > threshold
     result = torch.where(above, -float("inf"), bound_H)
     ids = ids_BT.contiguous() if ids_BT is not None else bound_H
     _exact_above_kernel[(triton.cdiv(time, block), batch * heads)](
         query_BTHK, key_BTHK, bound_H, result, ids, scale, threshold, time, heads,
         *query_BTHK.stride()[:3], *key_BTHK.stride()[:3], HAS_IDS=ids_BT is not None, DIMS=dims, DIMS_LOW=low,
-        DIMS_HIGH=max(16, triton.next_power_of_2(dims - low)), BLOCK=block)
+        DIMS_HIGH=max(16, triton.next_power_of_2(max(1, dims - low))), BLOCK=block)
     return result

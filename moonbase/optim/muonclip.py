@@ -34,6 +34,7 @@ from moonbase.ops.newton_schulz import (
     default_workspace_bytes,
     matrices_per_chunk,
     orthogonalize,
+    orthogonalize_reference,
     step_coefficients,
 )
 from moonbase.optim.sharding import Exchange, RowShard, like_parameter, local_part, row_shard
@@ -83,6 +84,20 @@ class _Stack:
             self.weight.addcmul_(update, lr * -scale)
         else:
             self.weight.add_(update, alpha=-lr * scale)
+
+
+def muon_reference(
+    weight: Tensor, gradient: Tensor, momentum: Tensor, lr: float, mu: float = 0.95, weight_decay: float = 0.1,
+    nesterov: bool = True, update_rms: float = 0.2, steps: int = 5, coefficients: Coefficients = "quintic",
+) -> tuple[Tensor, Tensor]:
+    """One step of Muon for one matrix [n, m], all in its dtype: the definition that `MuonClip` is held to.
+
+    Returns the new weight and momentum; `momentum` is zero before the first step.
+    """
+    momentum = mu * momentum + gradient
+    direction = mu * momentum + gradient if nesterov else momentum
+    update = update_rms * math.sqrt(max(weight.shape)) * orthogonalize_reference(direction, steps, coefficients)
+    return weight - lr * (update + weight_decay * weight), momentum
 
 
 class MuonClip(torch.optim.Optimizer):
@@ -340,8 +355,8 @@ class MuonClip(torch.optim.Optimizer):
         """Take over what `named_state` gave, on any number of processes: whole tensors are cut for sharded parameters.
 
         A parameter with no entry starts afresh (it had no gradient yet). Learning rates belong to the schedule and are
-        not restored. Raises CheckpointError, before anything changes, for unknown names, incomplete state or wrong
-        shapes.
+        not restored. Raises CheckpointError, before anything changes, for unknown names, incomplete state, wrong
+        shapes, and parameters that `scalars` say another update is due to (they would start afresh unnoticed).
         """
         expected = {"muon": {"momentum"}, "adamw": {"exp_avg", "exp_avg_sq", "step"}}
         found: dict[str, dict[str, Tensor]] = {}
@@ -349,6 +364,10 @@ class MuonClip(torch.optim.Optimizer):
             name, _, item = key.rpartition("/")
             found.setdefault(name, {})[item] = value
         parameters = {name: (parameter, group) for name, parameter, group in self._named_parameters()}
+        for name, kind in (scalars or {}).get("kinds", {}).items():
+            if name in parameters and parameters[name][1]["kind"] != kind:
+                raise CheckpointError(f"optimizer state: {name} is updated by {parameters[name][1]['kind']} here, "
+                                      f"but was updated by {kind} where the state comes from")
         for name, items in found.items():
             if name not in parameters:
                 raise CheckpointError(f"optimizer state: {name} is no parameter of this model")

@@ -20,6 +20,7 @@ Shapes: L layers, H heads, N non-rope and R rope dims of a query, V value dims, 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -59,6 +60,24 @@ def reduce_max_logits(max_logits: Sequence[Tensor], group: dist.ProcessGroup | N
     if dist.is_available() and dist.is_initialized():
         dist.all_reduce(stacked, op=dist.ReduceOp.MAX, group=group)
     return stacked
+
+
+def qk_clip_reference(weights: AttentionWeights, max_logit: Tensor, tau: float,
+                      config: ModelConfig) -> AttentionWeights:
+    """The clip of one layer, head by head, as new weights: the definition that `qk_clip_` is held to.
+
+    max_logit: [H], the largest scaled logit of each head.
+    """
+    nope, rope, value = config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim
+    query, key_value = weights.query.clone(), weights.key_value.clone()
+    for head, largest in enumerate(max_logit.tolist()):
+        if tau < largest < math.inf:
+            gamma = tau / largest
+            query_start, key_start = head * (nope + rope), head * (nope + value)
+            query[query_start : query_start + nope] *= math.sqrt(gamma)
+            query[query_start + nope : query_start + nope + rope] *= gamma
+            key_value[key_start : key_start + nope] *= math.sqrt(gamma)
+    return AttentionWeights(query, key_value)
 
 
 @torch.no_grad()

@@ -11,6 +11,8 @@ from rich.live import Live
 from rich.markup import escape
 from rich.text import Text
 
+from moonbase.report.words import duration
+
 
 class Console:
     """`console(what, done, total, details)` draws; `note` prints a line that stays. Everything goes to standard error.
@@ -97,13 +99,3 @@ class Console:
         else:
             parts.append(duration(elapsed))
         return Text("  ".join(parts), no_wrap=True, overflow="ellipsis" if sys.stderr.isatty() else "ignore")
-
-
-def duration(seconds: float) -> str:
-    """12s, 3m05s, 2h07m."""
-    seconds = round(seconds)
-    if seconds < 60:
-        return f"{seconds}s"
-    if seconds < 3600:
-        return f"{seconds // 60}m{seconds % 60:02d}s"
-    return f"{seconds // 3600}h{seconds % 3600 // 60:02d}m"

@@ -11,7 +11,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-PACKAGES = ("torch", "triton", "numpy", "pydantic", "pyyaml", "safetensors", "tokenizers", "tiktoken",
+PACKAGES = ("torch", "triton", "numpy", "pydantic", "pyyaml", "tokenizers", "tiktoken",
             "jinja2", "matplotlib", "rich", "typer", "datasets", "pyarrow", "zstandard", "tensorboard")
 _SECONDS = 3.0
 _COMMIT = re.compile(r"[0-9a-f]{40}([0-9a-f]{24})?")
@@ -118,6 +118,22 @@ def _memory_bytes() -> int | None:
         return None
     limit = _read("/sys/fs/cgroup/memory.max").strip()
     return min(total, int(limit)) if limit.isdigit() else total
+
+
+def free_memory_bytes() -> int | None:
+    """Memory that this process can still take, on Linux; elsewhere all that it may ever have, None where unknown.
+
+    A container's limit counts where it is tighter. Cached files count as free: they give way.
+    """
+    free = _memory_bytes()
+    available = re.search(r"^MemAvailable:\s+(\d+) kB", _read("/proc/meminfo"), re.MULTILINE)
+    if available and free is not None:
+        free = min(free, int(available[1]) * 1024)
+    limit, used = (_read(f"/sys/fs/cgroup/memory.{name}").strip() for name in ("max", "current"))
+    if limit.isdigit() and used.isdigit() and free is not None:
+        cached = re.search(r"^inactive_file (\d+)", _read("/sys/fs/cgroup/memory.stat"), re.MULTILINE)
+        free = min(free, max(0, int(limit) - int(used) + (int(cached[1]) if cached else 0)))
+    return free
 
 
 def _gpu_name() -> str | None:

@@ -8,12 +8,12 @@ from typing import Any
 from moonbase.errors import UserError
 from moonbase.files import write_text
 from moonbase.report import words
-from moonbase.report.run_folder import Metrics, RunFolder, SampleBlock, dig, number, read_run_folder
+from moonbase.report.run_folder import Metrics, RunRecord, SampleBlock, dig, number, read_run_folder
 
 _HERE = Path(__file__).parent
 _EARLIER_BLOCKS = 8
 _MAX_FIELDS = 1000
-_MAX_EXAMPLES = 200
+_MAX_NAMES = 200
 _STATUS = {"running": "unfinished", "finished": "finished", "stopped": "stopped", "failed": "failed"}
 
 
@@ -31,7 +31,7 @@ def write_report(run_folder: str | Path) -> Path:
     return path
 
 
-def render_page(run: RunFolder) -> str:
+def render_page(run: RunRecord) -> str:
     """The whole page as text."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from markupsafe import Markup
@@ -47,7 +47,7 @@ def render_page(run: RunFolder) -> str:
     return environment.get_template("template.html.jinja").render(style=style, words=words, **page_content(run))
 
 
-def page_content(run: RunFolder) -> dict[str, Any]:
+def page_content(run: RunRecord) -> dict[str, Any]:
     """Everything the template needs; no markup except the drawings."""
     metrics, facts = run.metrics, run.facts
     name = _text(facts.get("name")) or _text(dig(run.recipe, "name")) or run.folder_name
@@ -94,7 +94,7 @@ def _last_step(metrics: Metrics) -> int:
     return int(metrics.step[-1]) if len(metrics) else 0
 
 
-def _bits(run: RunFolder) -> tuple[float | None, float | None]:
+def _bits(run: RunRecord) -> tuple[float | None, float | None]:
     """(first, last) bits per byte; the last one from the results where they name it."""
     recorded = run.metrics.scalars.get("validation_bits_per_byte")
     first = last = None
@@ -106,7 +106,7 @@ def _bits(run: RunFolder) -> tuple[float | None, float | None]:
     return first, last if final is None else final
 
 
-def _outcome(run: RunFolder) -> str:
+def _outcome(run: RunRecord) -> str:
     """One sentence: how large, how long, how well."""
     facts, parts = run.facts, []
     parameters, active = number(facts.get("parameters")), number(facts.get("active_parameters"))
@@ -123,7 +123,7 @@ def _outcome(run: RunFolder) -> str:
     return " · ".join(parts)
 
 
-def _status_notes(run: RunFolder) -> list[str]:
+def _status_notes(run: RunRecord) -> list[str]:
     status, reason = _text(run.facts.get("status")), _text(run.facts.get("reason"))
     planned = number(dig(run.recipe, "steps"))
     last, notes = _last_step(run.metrics), []
@@ -138,7 +138,7 @@ def _status_notes(run: RunFolder) -> list[str]:
     return notes
 
 
-def _tiles(run: RunFolder) -> list[tuple[str, str, str]]:
+def _tiles(run: RunRecord) -> list[tuple[str, str, str]]:
     """(label, value, note) of the key figures that are known."""
     metrics, facts, tiles = run.metrics, run.facts, []
 
@@ -185,11 +185,11 @@ def _tiles(run: RunFolder) -> list[tuple[str, str, str]]:
     return tiles
 
 
-def _tau(run: RunFolder) -> float | None:
+def _tau(run: RunRecord) -> float | None:
     return number(dig(run.recipe, "optimizer", "qk_clip"))
 
 
-def _charts(run: RunFolder) -> dict[str, Any]:
+def _charts(run: RunRecord) -> dict[str, Any]:
     """The charts, and for each that cannot be drawn what was not recorded."""
     from moonbase.report import figures
 
@@ -267,12 +267,12 @@ def _corpus(corpus: Any) -> dict[str, Any] | None:
 def _skipped_files(skipped: Any) -> list[dict[str, Any]]:
     reasons = []
     for reason, entry in list(skipped.items())[:100] if isinstance(skipped, dict) else []:
-        listed = dig(entry, "examples")
-        examples = [words.cut(str(item), 500)[0] for item in listed] if isinstance(listed, list) else []
+        listed = dig(entry, "names")
+        names = [words.cut(str(item), 500)[0] for item in listed] if isinstance(listed, list) else []
         total = number(dig(entry, "count")) if isinstance(entry, dict) else number(entry)
-        total = len(examples) if total is None else total
-        shown = examples[:_MAX_EXAMPLES]
-        reasons.append({"reason": _text(reason), "count": total, "examples": shown,
+        total = len(names) if total is None else total
+        shown = names[:_MAX_NAMES]
+        reasons.append({"reason": _text(reason), "count": total, "names": shown,
                         "left_out": max(0, int(total) - len(shown))})
     return sorted(reasons, key=lambda item: (-item["count"], item["reason"]))
 

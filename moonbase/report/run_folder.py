@@ -2,7 +2,7 @@
 
 A run may still be going, may have been killed in the middle of a line, or may never have reached its first step.
 Nothing here fails on content: what is missing, unreadable or of the wrong kind is left out and named in
-`RunFolder.notes`.
+`RunRecord.notes`.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class SampleBlock:
 
 
 @dataclass(frozen=True)
-class RunFolder:
+class RunRecord:
     """Everything the page is made of."""
 
     folder_name: str
@@ -84,14 +84,14 @@ class RunFolder:
     notes: list[str]
 
 
-def read_run_folder(folder: Path) -> RunFolder:
+def read_run_folder(folder: Path) -> RunRecord:
     """Read the parts of a run folder. Never raises on their content."""
     notes: list[str] = []
     facts = _read_facts(folder / "run.json", notes)
     recipe, recipe_text = _read_recipe(folder / "config.yaml", notes)
     metrics = _read_metrics(folder / "metrics.jsonl")
     samples = _read_samples(folder / "samples.txt", notes)
-    return RunFolder(folder.resolve().name, facts, recipe, recipe_text, metrics, samples, notes + list(metrics.notes))
+    return RunRecord(folder.resolve().name, facts, recipe, recipe_text, metrics, samples, notes + list(metrics.notes))
 
 
 def number(value: Any) -> float | None:

@@ -80,15 +80,15 @@ def byte_size(value: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """'45 s', '4 min 12 s', '2 h 05 min', '3 d 04 h'."""
+    """'0.4s', '45s', '4m12s', '2h05m', '3d04h'."""
     total = round(seconds)
     if total < 60:
-        return f"{seconds:.1f} s" if seconds < 9.95 else f"{total} s"
+        return f"{seconds:.1f}s" if seconds < 9.95 else f"{total}s"
     if total < 3600:
-        return f"{total // 60} min {total % 60:02d} s"
+        return f"{total // 60}m{total % 60:02d}s"
     if total < 86400:
-        return f"{total // 3600} h {total % 3600 // 60:02d} min"
-    return f"{total // 86400} d {total % 86400 // 3600:02d} h"
+        return f"{total // 3600}h{total % 3600 // 60:02d}m"
+    return f"{total // 86400}d{total % 86400 // 3600:02d}h"
 
 
 def enumerate_briefly(items: list[str], limit: int = 8) -> str:

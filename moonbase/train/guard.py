@@ -39,7 +39,9 @@ class Guard:
         self.bad_steps = self.bad_steps + 1 if reason else 0
         if self.bad_steps >= self.config.max_bad_steps:
             raise TrainingStopped(f"{self.bad_steps} steps in a row were unusable; the last because {reason}. "
-                                  "Lower optimizer.lr or resume from an earlier checkpoint.")
+                                  "Go on from the newest checkpoint with a lower optimizer.lr (moonbase train RUN "
+                                  "--resume optimizer.lr=...), or from an earlier one in a new run (moonbase train "
+                                  "RECIPE stage=continue init=RUN/checkpoints/step-N --out NEW).")
         return reason
 
     def state(self) -> dict:

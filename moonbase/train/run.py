@@ -11,34 +11,34 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from moonbase.checkpoint import latest_checkpoint, load_weights, read_config, resolve_model_folder
+from moonbase.checkpoint import latest_checkpoint, resolve_model_folder
 from moonbase.data import Corpus, PackedStream, Tokenizer, load_tokenizer, prepare_corpus, validation_batches
 from moonbase.errors import TrainingStopped, UserError
 from moonbase.model import Transformer
-from moonbase.optim import MuonClip, parameter_groups
-from moonbase.recipe import OptimizerConfig, Recipe, load_recipe
+from moonbase.recipe import Recipe, load_recipe
 from moonbase.report import write_report
 from moonbase.report.console import Console
 from moonbase.report.machine import git_commit, machine_facts, package_versions
 from moonbase.sizes import sizes
+from moonbase.train.assembly import make_trainer
 from moonbase.train.callbacks.checkpoints import Checkpoints, resume
 from moonbase.train.callbacks.metrics import MetricsWriter, TensorBoardWriter
 from moonbase.train.callbacks.progress import Progress
 from moonbase.train.callbacks.sampling import Sampler, Sampling
 from moonbase.train.callbacks.validation import Validation
-from moonbase.train.parallel import World, shard, start_world, stop_world
-from moonbase.train.precision import Masters
+from moonbase.train.parallel import World, start_world, stop_world
 from moonbase.train.run_folder import RunFolder
-from moonbase.train.speed import compile_blocks, recompute_blocks
 from moonbase.train.trainer import Callback, Trainer
 
 # A run's data position and optimizer state mean nothing under another value of these.
-_FIXED_BY_A_RUN = ("name", "model", "stage", "init", "data", "sequence_length", "batch_size", "seed")
+_FIXED_BY_A_RUN = ("name", "model", "stage", "init", "data", "sequence_length", "batch_size", "seed",
+                 "optimizer.name")
 _SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _SAME_SIGNAL_SECONDS = 1.0
 
@@ -73,7 +73,7 @@ def train(recipe: Recipe, folder: str | Path, *, resume: bool = False, console: 
                 run.rewind(trainer.step)
             if on_ready is not None:
                 on_ready(trainer)
-            _run(trainer, validation, console, facts)
+            _run(trainer, validation, run, console, facts)
         return {"folder": str(path), "status": facts["status"], "reason": facts["reason"], "step": trainer.step,
                 "tokens": trainer.tokens, "seconds": trainer.seconds, **facts["results"],
                 "next_commands": facts["next_commands"]}
@@ -109,7 +109,7 @@ def _enter(recipe: Recipe, path: Path, resume: bool, world: World) -> RunFolder:
 
 def _check_unchanged(stored: Recipe, recipe: Recipe, path: Path) -> None:
     def fixed(recipe: Recipe, name: str) -> Any:
-        value = getattr(recipe, name)
+        value = attrgetter(name)(recipe)
         if name == "model":  # the special ids were taken from the tokenizer
             return value.model_copy(update=dict.fromkeys(_SPECIAL_IDS))
         return value.model_copy(update={"workers": None}) if name == "data" else value
@@ -154,7 +154,7 @@ def _open_run(run: RunFolder | None, recipe: Recipe, corpus: Corpus, resume: boo
     size = sizes(recipe.model, recipe.sequence_length)
     facts: dict[str, Any] = {
         "name": recipe.name, "status": "running", "reason": None, "finished": None, "results": {},
-        "command": shlex.join(["moonbase", *sys.argv[1:]]), "machine": machine_facts(), "versions": package_versions(),
+        "command": _command(), "machine": machine_facts(), "versions": package_versions(),
         "commit": git_commit(), "parameters": size.parameters, "active_parameters": size.active_parameters,
         "corpus": corpus.summary, "next_commands": next_commands(run.path, "running"),
     }
@@ -163,28 +163,28 @@ def _open_run(run: RunFolder | None, recipe: Recipe, corpus: Corpus, resume: boo
     run.update_facts(afresh=not resume, **facts)
 
 
+def _command() -> str:
+    """What was typed, torchrun's part of it as its environment tells."""
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size == 1:
+        return shlex.join(["moonbase", *sys.argv[1:]])
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", size))
+    nodes = ["--nnodes", str(size // here)] if size > here else []
+    return shlex.join(["torchrun", *nodes, "--nproc-per-node", str(here), "-m", "moonbase", *sys.argv[1:]])
+
+
 def _now() -> str:
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
 def _assemble(recipe: Recipe, path: Path, run: RunFolder | None, world: World, console: Console, corpus: Corpus,
               tokenizer: Tokenizer, make_sampler: MakeSampler | None) -> tuple[Trainer, Validation]:
-    on_gpu = world.device.type == "cuda"
-    in_bf16 = recipe.precision == "bf16" or (recipe.precision == "auto" and on_gpu)
-    compute_dtype = torch.bfloat16 if in_bf16 else torch.float32
-    model = build_model(recipe, world)
-    recompute_blocks(model, recipe.recompute)
-    if recipe.compile == "blocks" or (recipe.compile == "auto" and on_gpu):
-        compile_blocks(model)
-    if world.size > 1:
-        shard(model, world, compute_dtype)
-    masters = Masters(model, torch.float32 if world.size > 1 else compute_dtype)
-    optimizer = make_optimizer(recipe, masters)
     stream = PackedStream(corpus, "train", recipe.sequence_length, recipe.batch_size, recipe.seed, world.rank,
                           world.size)
     # Batches of the recipe's size: what is measured depends neither on the number of processes nor on micro-batches.
     validation = Validation(
-        lambda: validation_batches(corpus, recipe.sequence_length, recipe.batch_size, world.rank, world.size),
+        lambda max_bytes: validation_batches(corpus, recipe.sequence_length, recipe.batch_size, world.rank, world.size,
+                                             max_bytes),
         torch.from_numpy(tokenizer.byte_lengths(recipe.model.vocab_size).astype("int64")))
     callbacks: list[Callback] = [validation]
     tokenizer_files = {file.name: file for file in (path / "corpus" / "tokenizer").iterdir() if file.is_file()}
@@ -195,32 +195,7 @@ def _assemble(recipe: Recipe, path: Path, run: RunFolder | None, world: World, c
         if recipe.tensorboard:
             callbacks.append(TensorBoardWriter(run))
     callbacks += [Progress(console), Checkpoints(run, path, tokenizer_files)]
-    return Trainer(recipe, model, masters, optimizer, stream, world, callbacks), validation
-
-
-def build_model(recipe: Recipe, world: World) -> Transformer:
-    """Freshly initialised, or from `recipe.init`; fp32, on the device. Raises UserError where the two do not fit."""
-    model = Transformer(recipe.model)
-    if recipe.init is None:
-        return model.initialize(recipe.seed).to(world.device)
-    folder = resolve_model_folder(recipe.init)
-    stored = read_config(folder)
-    ignored = {"bos_token_id", "eos_token_id", "pad_token_id", "max_position_embeddings", "rope_scaling", "model_type"}
-    different = [name for name, value in stored if name not in ignored and value != getattr(recipe.model, name)]
-    if different:
-        raise UserError(f"init={recipe.init}: its {', '.join(different)} differ from the recipe's model")
-    load_weights(model, folder, recipe.model, dtype=torch.float32)
-    return model.to(world.device)
-
-
-def make_optimizer(recipe: Recipe, masters: Masters) -> MuonClip:
-    """MuonClip (or its all-AdamW baseline) over the masters."""
-    config: OptimizerConfig = recipe.optimizer
-    return MuonClip(
-        parameter_groups(masters.named.items(), recipe.model, config), lr=config.lr, weight_decay=config.weight_decay,
-        momentum=config.momentum, nesterov=config.nesterov, update_rms=config.update_rms, ns_steps=config.ns_steps,
-        ns_coefficients=config.ns_coefficients, adam_betas=config.adam_betas, adam_eps=config.adam_eps,
-        adam_lr_ratio=config.adam_lr_ratio)
+    return make_trainer(recipe, world, stream, callbacks), validation
 
 
 def _continue(trainer: Trainer, path: Path, console: Console) -> None:
@@ -232,26 +207,43 @@ def _continue(trainer: Trainer, path: Path, console: Console) -> None:
         console.note(f"resuming {path} at step {trainer.step}")
 
 
-def _run(trainer: Trainer, validation: Validation, console: Console, facts: dict[str, Any]) -> None:
-    """The loop and what is measured after it; fills the facts' status, reason and results."""
-    with stopping_on_signals(trainer, console):
-        trainer.run()
-    if trainer.step < trainer.recipe.steps:
+def _run(trainer: Trainer, validation: Validation, run: RunFolder | None, console: Console,
+         facts: dict[str, Any]) -> None:
+    """The loop, and the held-out text after its last checkpoint; fills the facts' status, reason, seconds, results."""
+    with stopping_on_signals(trainer, console), _explaining_full_memory(trainer):
+        try:
+            trainer.run()
+        finally:
+            facts["seconds"] = round(trainer.seconds, 1)
+        measured = None
+        if trainer.step >= trainer.recipe.steps:
+            measured = validation.measure_final(trainer, console)
+    if measured is None:
         facts |= {"status": "stopped", "reason": trainer.stop_reason}
         return
-    # A finished run that is resumed without more steps makes no step that could have measured.
-    loss, bits = validation.final or validation.measure(trainer, None)
-    facts |= {"status": "finished", "results": {"validation_loss": loss, "validation_bits_per_byte": bits}}
+    results = {"validation_loss": measured[0], "validation_bits_per_byte": measured[1]}
+    if run is not None:
+        run.amend_metrics(trainer.step, **results)
+    facts |= {"status": "finished", "results": results}
+
+
+@contextlib.contextmanager
+def _explaining_full_memory(trainer: Trainer) -> Iterator[None]:
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        less = {"none": " or set recompute=selective", "selective": " or set recompute=full", "full": ""}
+        raise UserError(f"GPU memory is full: lower micro_batch_size (now {trainer.micro_batch_size})"
+                        f"{less[trainer.recipe.recompute]}") from None
 
 
 @contextlib.contextmanager
 def _recording(run: RunFolder | None, console: Console) -> Iterator[dict[str, Any]]:
     """Yield the facts of how a run ends; they reach run.json and the report however it does, by SIGTERM too."""
     facts: dict[str, Any] = {"status": "failed", "reason": None, "results": {}, "next_commands": []}
-    started = time.monotonic()
 
     def record() -> None:
-        facts["seconds"], facts["finished"] = round(time.monotonic() - started, 1), _now()
+        facts["finished"] = _now()
         if run is not None:
             facts["next_commands"] = next_commands(run.path, facts["status"])
             run.update_facts(**facts)
@@ -295,7 +287,9 @@ def stopping_on_signals(trainer: Trainer, console: Console) -> Iterator[None]:
             first = time.monotonic()
             trainer.stop(f"stopped by {signal.Signals(number).name}")
             with contextlib.suppress(RuntimeError):  # the signal may have come in the middle of a print
-                console.note("stopping after this step; the checkpoint comes first (Ctrl-C again stops at once)")
+                done = trainer.step >= trainer.recipe.steps
+                console.note("stopping (Ctrl-C again stops at once)" if done else
+                             "stopping after this step; the checkpoint comes first (Ctrl-C again stops at once)")
         elif number == signal.SIGINT and time.monotonic() - first > _SAME_SIGNAL_SECONDS:
             raise KeyboardInterrupt
 

@@ -112,6 +112,18 @@ class RunFolder:
         except OSError as error:
             raise files.explain_os_error(error, self.path / "metrics.jsonl") from None
 
+    def amend_metrics(self, step: int, **fields: Any) -> None:
+        """Put other values into the last line, if it is that of `step`."""
+        lines = self._lines("metrics.jsonl")
+        record = json.loads(lines[-1]) if lines else {}
+        if record.get("step") != step:
+            return
+        if self._metrics is not None:  # it is of the file that is about to be replaced
+            os.close(self._metrics)
+            self._metrics = None
+        lines[-1] = json.dumps(_finite({**record, **fields}), allow_nan=False)
+        self._replace("metrics.jsonl", [line + "\n" for line in lines])
+
     def append_samples(self, text: str) -> None:
         try:
             with open(self.path / "samples.txt", "a", encoding="utf-8") as file:

@@ -64,6 +64,30 @@ class Stream(Protocol):
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
+class RepeatedBatch:
+    """The same batch again and again: what a step costs does not depend on what its tokens say.
+
+    tokens: int64 [B, T+1]; documents: int32 [B, T], one document a row unless given.
+    """
+
+    def __init__(self, tokens: Tensor, documents: Tensor | None = None) -> None:
+        inputs, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+        self.batch = Batch(inputs, targets, torch.zeros_like(inputs, dtype=torch.int32) if documents is None
+                           else documents)
+
+    def __iter__(self) -> RepeatedBatch:
+        return self
+
+    def __next__(self) -> Batch:
+        return self.batch
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        assert not state
+
+
 class Trainer:
     """Owns a run's moving parts. `steps` is where it ends; `stop()` ends it after the current step."""
 
@@ -75,6 +99,8 @@ class Trainer:
         self.step = self.tokens = 0
         self.seconds = 0.0
         self.stop_reason: str | None = None
+        self.expert_share: list[list[float]] = []
+        """Of the last step: every MoE layer's tokens per expert, their mean 1."""
         self.flops_per_token = train_flops_per_token(recipe.model, recipe.sequence_length)
         self.peak = peak_flops(world.device)
         share = recipe.batch_size // world.size
@@ -152,7 +178,7 @@ class Trainer:
 
     def _accumulate(self, batch: Batch, num_targets: int) -> tuple[Tensor, list[LayerStatistics]]:
         """Forward and backward over the micro-batches. Returns (loss sum, mtp loss sum, mean balance loss) and
-        statistics."""
+        statistics; the mtp loss is a mean over the modules."""
         recipe, device = self.recipe, self.world.device
         starts = range(0, batch.tokens.shape[0], self.micro_batch_size)
         totals = torch.zeros(3, device=device)

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from moonbase import bench
 from moonbase.bench import optimizer, timing, train
@@ -18,14 +17,6 @@ from moonbase.recipe import load_recipe
 from tests.train.tiny import MODEL
 
 KEYS = {"shape", "unit", "ours", "peer", "peer_name", "ratio", "roof_share"}
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture

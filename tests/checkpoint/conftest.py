@@ -7,18 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from tests.checkpoint.variants import VARIANTS, hf_model
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """At these sizes a second thread only waits for the first, for long where other programs want the cores too."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

@@ -15,6 +15,7 @@ from moonbase.checkpoint import load_weights, read_config, save_state, save_weig
 from moonbase.checkpoint.names import checkpoint_pieces
 from moonbase.config import ModelConfig
 from moonbase.errors import UserError
+from moonbase.sizes import weight_bytes
 from tests.checkpoint.variants import add_mtp, as_disk, assert_same, empty_state, load
 
 
@@ -129,6 +130,16 @@ def test_int4_is_what_transformers_multiplies_out(written, tmp_path: Path) -> No
     assert not unexpected
     ours = load(tmp_path / "int4", dtype=torch.bfloat16)
     assert_same(ours, {name: t for name, t in theirs.state_dict().items()})
+
+
+@pytest.mark.parametrize(("fmt", "name"), [("hf", "bf16"), ("hf-fp8", "fp8"), ("hf-int4", "int4")])
+def test_sizes_foretell_every_byte(variant: str, fmt: str, name: str, written, tmp_path: Path) -> None:
+    """`moonbase info` and the writer agree on what is quantised."""
+    model, source = written(variant)
+    save_weights(model, tmp_path / "out", read_config(source), dtype=torch.bfloat16, fmt=fmt)
+    stored = sum(tensor.numel() * tensor.element_size() for tensor in disk(tmp_path / "out").values())
+    config = read_config(tmp_path / "out")
+    assert stored == weight_bytes(config, name)
 
 
 def test_int4_scale_rule_is_selectable(written, tmp_path: Path) -> None:

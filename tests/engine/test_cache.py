@@ -20,9 +20,8 @@ def test_what_is_stored_comes_back_in_order() -> None:
     for time in (4, 1, 3):
         parts = [[torch.randn(2, time, dims, generator=generator) for dims in (10, 8)] for _ in range(2)]
         for layer, (latent, key) in enumerate(parts):
-            found_latent, found_key, mask = cache.extend(layer, latent, key)
-            before = [torch.cat([old[layer][i] for old in stored] + [parts[layer][i]], dim=1) for i in range(2)]
-            assert torch.equal(found_latent, before[0]) and torch.equal(found_key, before[1])
+            found, mask = cache.extend(layer, latent, key)
+            assert torch.equal(found, torch.cat([torch.cat(old[layer], dim=-1) for old in [*stored, parts]], dim=1))
             assert mask.shape == (2, time, cache.length + time)
         stored.append(parts)
         cache.advance(time)
@@ -33,7 +32,7 @@ def test_a_query_sees_its_own_past_and_nothing_skipped() -> None:
     cache = make()
     cache.skip = torch.tensor([0, 3])
     for start, time in ((0, 5), (5, 2)):
-        _, _, mask = cache.extend(0, torch.zeros(2, time, 10), torch.zeros(2, time, 8))
+        _, mask = cache.extend(0, torch.zeros(2, time, 10), torch.zeros(2, time, 8))
         cache.advance(time)
         for row, skip in enumerate((0, 3)):
             for query in range(start, start + time):

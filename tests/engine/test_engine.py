@@ -63,6 +63,18 @@ def test_greedy_equals_transformers() -> None:
     assert ours.generate_ids([PROMPTS[0]], Sampling(max_tokens=30)) == [expected[0, len(PROMPTS[0]) :].tolist()]
 
 
+@pytest.mark.parametrize("tokens", [1, 3, 10, 11])
+def test_long_prompts_are_read_in_parts(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the same result, and never more tokens at a time than allowed."""
+    ours, widths = engine(), []
+    whole = ours.generate_ids(PROMPTS, Sampling(max_tokens=12))
+    decode = ours.model.decode
+    monkeypatch.setattr("moonbase.engine.engine.PREFILL_TOKENS", tokens)
+    monkeypatch.setattr(ours.model, "decode", lambda part, *rest: widths.append(part.shape[1]) or decode(part, *rest))
+    assert ours.generate_ids(PROMPTS, Sampling(max_tokens=12)) == whole
+    assert max(widths) == tokens and sum(widths) == max(map(len, PROMPTS)) + 11
+
+
 def test_it_stops_before_a_stop_id() -> None:
     free = engine().generate_ids(PROMPTS, Sampling(max_tokens=20))
     stop = free[0][6]
@@ -115,7 +127,7 @@ LOGITS = torch.tensor([[2.0, 1.0, 0.5, 0.0, -1.0, -torch.inf, 1.5, -3.0]])
 
 def drawn(sampling: Sampling, count: int = 20_000) -> Counter:
     generator = torch.Generator().manual_seed(sampling.seed)
-    return Counter(choose(LOGITS.expand(count, -1), sampling, generator).tolist())
+    return Counter(choose(LOGITS.expand(count, -1), sampling, [generator] * count).tolist())
 
 
 def chi_square(counts: Counter, expected: torch.Tensor) -> float:
@@ -157,6 +169,22 @@ def test_a_seed_fixes_the_text() -> None:
     samplings = [Sampling(max_tokens=20, temperature=1.0, seed=seed) for seed in (1, 1, 2)]
     one, same, other = (engine().generate_ids(PROMPTS, sampling) for sampling in samplings)
     assert one == same != other
+
+
+def test_a_sampled_text_does_not_depend_on_its_neighbours() -> None:
+    sampling = Sampling(max_tokens=20, temperature=1.0, seed=3)
+    together = engine().generate_ids(PROMPTS, sampling)
+    for last in range(1, len(PROMPTS)):
+        assert engine().generate_ids(PROMPTS[:last], sampling) == together[:last]
+    others = engine().generate_ids([[9, 9], *PROMPTS[1:3], [8]], sampling)
+    assert others[1:3] == together[1:3]
+    assert others[0] != together[0]
+
+
+def test_equal_prompts_of_a_batch_and_of_neighbouring_seeds_get_texts_of_their_own() -> None:
+    texts = [tuple(ids) for seed in (1, 2, 3)
+             for ids in engine().generate_ids([[5, 9]] * 4, Sampling(max_tokens=20, temperature=1.0, seed=seed))]
+    assert len(set(texts)) == 12
 
 
 # --- streaming --------------------------------------------------------------------------------------------------------
@@ -204,6 +232,14 @@ def test_a_character_cut_short_is_still_said(end: str) -> None:
 def test_pieces_are_whole_characters_as_soon_as_they_are_known() -> None:
     script = Script("é🌕x".encode())
     assert list(script.engine.stream("go", Sampling(max_tokens=7))) == ["é", "🌕", "x"]
+
+
+def test_streaming_looks_at_the_last_character_only() -> None:
+    script, sizes = Script("aé🌕".encode() * 30), []
+    decode = script.engine.tokenizer.decode
+    script.engine.tokenizer.decode = lambda ids: sizes.append(len(ids)) or decode(ids)  # type: ignore[method-assign]
+    assert "".join(script.engine.stream("go", Sampling(max_tokens=210))) == "aé🌕" * 30
+    assert max(sizes) == 4
 
 
 def test_a_real_models_stream_equals_its_text() -> None:

@@ -122,3 +122,22 @@ def test_largest_logit_is_that_of_the_plain_formula() -> None:
     logits += torch.einsum("bthr,bsr->bhts", query_rope, key_rope[:, :, 0])
     expected = (logits * config.softmax_scale).masked_fill(torch.ones(9, 9).triu(1).bool(), -math.inf).amax((0, 2, 3))
     torch.testing.assert_close(attention(x, turn, None, -math.inf)[1], expected, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("seed", range(4))
+def test_absorbed_in_bfloat16_is_as_exact_as_expanded_at_large_logits(seed: int) -> None:
+    """At 50, bf16 numbers are a quarter apart: logits rounded on the way to the softmax would show."""
+    changes = dict(kv_lora_rank=64, qk_nope_head_dim=32, qk_rope_head_dim=16, v_head_dim=32, q_lora_rank=None)
+    attention, x = layer(seed, **changes).bfloat16(), hidden(2, 48, seed).bfloat16()
+    wide, turn = layer(seed, **changes), rotations(attention.config, torch.arange(48))
+    size = 50 / wide(x.float(), turn, None, -math.inf)[1].max().item()
+    for one in (attention, wide):
+        one.q_proj.weight *= size
+        one.load_state_dict({name: tensor.bfloat16() for name, tensor in one.state_dict().items()})
+    expected, largest = wide(x.float(), turn, None, -math.inf)
+    assert largest.max() == pytest.approx(50, rel=0.02)
+    expanded, _ = attention(x, turn, None, None)
+    absorbed = decoded(attention, x, [40, *[1] * 8])
+    off = [(found.float() - expected).norm() / expected.norm() for found in (expanded, absorbed)]
+    assert off[1] < 1.06 * off[0] < 0.02

@@ -106,7 +106,7 @@ def mtp_by_hand(model: Transformer, tokens: torch.Tensor, targets: torch.Tensor,
     """Document after document, with the module's parts: position i at depth k reads token i+k, is asked for i+k+1.
 
     A document's text is its tokens, and where it was cut the one known token after them. A position counts where all
-    targets up to its own are wanted.
+    targets up to its own are wanted. Several depths count as their mean.
     """
     total = 0.0
     for row in range(tokens.shape[0]):
@@ -129,7 +129,7 @@ def mtp_by_hand(model: Transformer, tokens: torch.Tensor, targets: torch.Tensor,
                     steps = wanted[i : i + depth + 1]
                     if len(steps) == depth + 1 and (steps != -100).all():
                         total -= logits[i, steps[-1]].item()
-    return total
+    return total / len(model.mtp)
 
 
 @torch.no_grad()

@@ -55,7 +55,7 @@ def test_swiglu_and_its_backward(rows: int, width: int) -> None:
         torch.testing.assert_close(one.cpu(), other, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize(("time", "dims"), [(1, 32), (63, 24), (65, 20), (130, 192), (64, 64)])
+@pytest.mark.parametrize(("time", "dims"), [(1, 32), (7, 5), (40, 16), (63, 24), (65, 20), (130, 192), (64, 64)])
 @pytest.mark.parametrize("packed", [False, True], ids=["one document", "packed"])
 def test_exact_above(time: int, dims: int, packed: bool) -> None:
     query, key = (normal(2, time, 3, dims, seed=seed).to(EXACT) for seed in (1, 2))
@@ -70,23 +70,31 @@ def test_exact_above(time: int, dims: int, packed: bool) -> None:
         torch.testing.assert_close(found.cpu(), torch.where(bound > threshold, exact, bound), rtol=1e-4, atol=1e-4)
 
 
-def test_document_boundaries() -> None:
-    for time, chance in ((5, 0.0), (200, 1.0), (200, 0.5), (200, 0.02)):
-        ids = (torch.rand(3, time, generator=torch.Generator().manual_seed(0)) < chance).cumsum(1).to(torch.int32)
-        ids[1] = 0
-        starts = [row * time + i for row in range(3) for i in range(time) if i == 0 or ids[row, i] != ids[row, i - 1]]
-        documents = Documents.from_ids(ids, torch.device("meta"))
-        room = 192 if documents is None else documents.room
-        found = attention_cuda.document_boundaries(ids.to(DEVICE), room).tolist()
-        assert found[: len(starts)] == starts
-        assert set(found[len(starts) :]) == {3 * time}
+@pytest.mark.parametrize(("dims", "capability", "taken"), [
+    (128, (8, 0), True), (192, (8, 0), False), (192, (8, 9), False), (192, (9, 0), True), (192, (10, 0), True),
+    (192, (12, 0), False), (64, (12, 0), True),
+])
+def test_where_cudnn_takes_wide_heads(dims: int, capability: tuple, taken: bool, monkeypatch) -> None:
+    """Decided while a graph is traced, in one piece."""
+    monkeypatch.setattr(attention_cuda, "_capability", lambda index: capability)
+
+    def branch(x: torch.Tensor) -> torch.Tensor:
+        return x + 1 if attention_cuda.cudnn_takes(max(x.shape[-1], 8), 0) else x - 1
+
+    assert attention_cuda.cudnn_takes(dims, 0) == taken
+    torch.compiler.reset()
+    compiled = torch.compile(branch, fullgraph=True, dynamic=False, backend="eager")
+    assert compiled(torch.zeros(dims)).eq(1 if taken else -1).all()
 
 
 @pytest.mark.skipif(DEVICE != "cuda", reason="the fused kernels behind it exist on a GPU only")
+@pytest.mark.parametrize("capability", [None, (8, 0)], ids=["this GPU", "a GPU whose cuDNN has no wide heads"])
 @pytest.mark.parametrize("chance", [0.0, 0.01, 0.7], ids=["one document", "packed", "more documents than usual"])
-def test_fused_attention_forward_and_backward(chance: float) -> None:
+def test_fused_attention_forward_and_backward(chance: float, capability: tuple | None, monkeypatch) -> None:
     from moonbase.ops.attention import attention
 
+    if capability is not None:
+        monkeypatch.setattr(attention_cuda, "_capability", lambda index: capability)
     tensors = [normal(2, 256, 4, dims, seed=seed).cuda().bfloat16().requires_grad_()
                for seed, dims in enumerate((192, 192, 128))]
     ids = (torch.rand(2, 256, generator=torch.Generator().manual_seed(0)) < chance).cumsum(1).to(torch.int32)
@@ -100,3 +108,13 @@ def test_fused_attention_forward_and_backward(chance: float) -> None:
     found = torch.autograd.grad((output.float() * direction).sum(), tensors)
     for one, other in zip(found, torch.autograd.grad((expected * direction).sum(), wide), strict=True):
         torch.testing.assert_close(one.float(), other, rtol=5e-2, atol=1e-1)
+
+
+@pytest.mark.skipif(DEVICE != "cuda", reason="on a CPU it is a product of fp32 copies, which test_attention looks at")
+def test_wide_product() -> None:
+    from moonbase.ops.attention import wide_product
+
+    a, b = (normal(2, *shape, seed=seed).bfloat16() for seed, shape in enumerate([(5, 64), (64, 9)]))
+    found = wide_product(a.cuda(), b.cuda())
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found.cpu(), a.float() @ b.float(), rtol=1e-5, atol=1e-4)

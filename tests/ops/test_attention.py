@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moonbase.ops.attention import Documents, attention, attention_reference, largest_logit
+from moonbase.ops.attention import Documents, attention, attention_reference, largest_logit, wide_product
 
 
 def inputs(batch: int, time: int, heads: int, key_dims: int, value_dims: int, seed: int = 0, dtype=torch.float32):
@@ -149,20 +149,9 @@ def test_fp32_on_another_device_takes_the_reference() -> None:
     assert output.shape == (2, 5, 3, 6) and largest.shape == (3,)
 
 
-def test_documents_are_found_where_the_number_changes() -> None:
-    ids = torch.tensor([[0, 0, 1, 1, 1], [4, 4, 4, 4, 4], [1, 2, 3, 3, 9]], dtype=torch.int32)
-    documents = Documents.from_ids(ids)
-    assert documents is not None
-    assert documents.segments == ((0, 0, 2), (0, 2, 5), (1, 0, 5), (2, 0, 1), (2, 1, 2), (2, 2, 4), (2, 4, 5))
-    assert Documents.from_ids(None) is None
-    assert Documents.from_ids(ids[1:2]) is None and Documents.from_ids(ids[:, :1]) is None
-
-
-def test_there_is_room_for_every_document() -> None:
-    """What a GPU's kernel makes space for, whatever the mixture of rows; no real device is needed to count."""
-    for time, chance in ((16, 1.0), (300, 1.0), (300, 0.5), (300, 0.01)):
-        ids = (torch.rand(3, time, generator=torch.Generator().manual_seed(0)) < chance).cumsum(1).to(torch.int32)
-        documents = Documents.from_ids(ids, torch.device("meta"))
-        assert documents is not None
-        count = sum(len(row.unique()) for row in ids)
-        assert count <= documents.room <= max(2 * count, 64 * 3)
+def test_wide_product_is_not_rounded() -> None:
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(2, *shape, generator=generator).bfloat16() for shape in [(3, 40), (40, 5)])
+    found = wide_product(a, b)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found.double(), a.double() @ b.double(), rtol=1e-5, atol=1e-5)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import math
 
 import pytest
 import torch
@@ -12,8 +11,8 @@ from torch import Tensor, nn
 
 from moonbase.config import ModelConfig
 from moonbase.errors import CheckpointError
-from moonbase.ops.newton_schulz import orthogonalize_reference
 from moonbase.optim import MuonClip, clip_gradients_, grad_norm, parameter_groups
+from moonbase.optim.muonclip import muon_reference
 from moonbase.recipe import OptimizerConfig
 
 DOUBLE = torch.float64
@@ -73,19 +72,33 @@ def test_equals_torch_adamw(lr_as_tensor: bool) -> None:
         torch.testing.assert_close(ours_after, theirs_after, atol=1e-6, rtol=1e-5)
 
 
-def test_the_published_update_step_by_step() -> None:
-    """Moonlight's equations written out, with the Nesterov form M ← μM + G, N = μM + G."""
-    [parameter] = parameters((6, 15))
-    weight, momentum = parameter.detach().clone(), torch.zeros(6, 15, dtype=DOUBLE)
-    optimizer = MuonClip([parameter], lr=0.01, momentum=0.9, weight_decay=0.2, ns_dtype=DOUBLE)
+@pytest.mark.parametrize("shape", [(6, 15), (15, 6)])
+@pytest.mark.parametrize("options", [{}, dict(nesterov=False, mu=0.5), dict(coefficients="polar_express", steps=6),
+                                     dict(update_rms=0.4, weight_decay=0.0)])
+def test_equals_the_published_update(shape: tuple[int, int], options: dict) -> None:
+    [parameter] = parameters(shape)
+    weight, momentum = parameter.detach().clone(), torch.zeros_like(parameter)
+    names = {"mu": "momentum", "steps": "ns_steps", "coefficients": "ns_coefficients"}
+    optimizer = MuonClip([parameter], lr=0.01, ns_dtype=DOUBLE, **{names.get(k, k): v for k, v in options.items()})
     for step in range(3):
         give_gradients([parameter], step)
-        momentum = 0.9 * momentum + parameter.grad
-        update = orthogonalize_reference(0.9 * momentum + parameter.grad) * 0.2 * math.sqrt(15)
-        weight = weight - 0.01 * (update + 0.2 * weight)
+        weight, momentum = muon_reference(weight, parameter.grad, momentum, 0.01, **options)
         optimizer.step()
         torch.testing.assert_close(parameter.detach(), weight, atol=1e-12, rtol=0)
     torch.testing.assert_close(optimizer.state[parameter]["momentum"], momentum)
+
+
+def test_the_reference_equals_torch_muon(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.Tensor, "bfloat16", lambda tensor: tensor.double().clone())
+    [parameter] = parameters((6, 15))
+    weight, momentum = parameter.detach().clone(), torch.zeros_like(parameter)
+    oracle = torch.optim.Muon([parameter], lr=0.02, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    for step in range(3):
+        give_gradients([parameter], step)
+        weight, momentum = muon_reference(weight, parameter.grad, momentum, 0.02)
+        oracle.step()
+    # torch keeps (1 - μ) times this momentum; the orthogonalisation does not see a factor.
+    torch.testing.assert_close(parameter.detach(), weight, atol=1e-12, rtol=1e-10)
 
 
 # --- batching ---------------------------------------------------------------------------------------------------------
@@ -304,6 +317,10 @@ def test_wrong_state_is_refused_by_name_before_anything_changes() -> None:
             optimizer.load_named_state({**good, **change})
     with pytest.raises(CheckpointError, match="c is updated by adamw"):
         optimizer.load_named_state({name: tensor for name, tensor in good.items() if name != "c/exp_avg"})
+    # An update of another kind is found even where there is no state to tell by.
+    kinds = {"kinds": {"a": "muon", "b": "adamw", "c": "adamw", "d": "adamw"}}
+    with pytest.raises(CheckpointError, match="b is updated by muon here, but was updated by adamw"):
+        optimizer.load_named_state({}, kinds)
     after, _ = optimizer.named_state()
     assert all(after[name] is tensor for name, tensor in good.items())
 

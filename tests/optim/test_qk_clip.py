@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from moonbase.config import ModelConfig
-from moonbase.optim.qk_clip import AttentionWeights, attention_weights, qk_clip_, reduce_max_logits
+from moonbase.optim.qk_clip import AttentionWeights, attention_weights, qk_clip_, qk_clip_reference, reduce_max_logits
 
 CONFIG = ModelConfig(vocab_size=32, hidden_size=16, intermediate_size=8, moe_intermediate_size=6, num_hidden_layers=2,
                      num_attention_heads=3, q_lora_rank=10, kv_lora_rank=9, qk_nope_head_dim=5, qk_rope_head_dim=4,
@@ -79,6 +79,19 @@ def test_each_component_gets_its_published_factor() -> None:
     torch.testing.assert_close(query[:, NOPE:], gamma.view(-1, 1, 1).expand_as(query[:, NOPE:]))
     torch.testing.assert_close(key_value[:, :NOPE], gamma.sqrt().view(-1, 1, 1).expand_as(key_value[:, :NOPE]))
     assert torch.equal(weights.key_value.view(HEADS, -1, 9)[:, NOPE:], before.key_value.view(HEADS, -1, 9)[:, NOPE:])
+
+
+def test_equals_the_loop_over_heads() -> None:
+    generator = torch.Generator().manual_seed(0)
+    layers = [random_layer(seed) for seed in range(8)]
+    maxima = torch.randn(8, HEADS, generator=generator) * 100 + 60
+    maxima[0] = torch.tensor([torch.nan, torch.inf, -torch.inf])
+    expected = [qk_clip_reference(*pair, 50.0, CONFIG) for pair in zip(layers, maxima, strict=True)]
+    clipped = qk_clip_(layers, maxima, 50.0, CONFIG)
+    assert 0 < clipped.sum() < 8 * HEADS and clipped[0] == 0
+    for found, loop in zip(layers, expected, strict=True):
+        torch.testing.assert_close(found.query, loop.query)
+        torch.testing.assert_close(found.key_value, loop.key_value)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

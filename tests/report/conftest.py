@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from moonbase.data.sources import Skipped
 from moonbase.recipe import load_recipe
 
 
@@ -28,6 +29,14 @@ def training_line(step: int, steps: int) -> dict[str, Any]:
     return line
 
 
+def skipped_files() -> dict[str, Any]:
+    """As the corpus writes it: three counted, two named."""
+    skipped = Skipped(keep=2)
+    for name in ("/a/one.txt", "/a/two.txt", "/a/three.txt"):
+        skipped.add("not UTF-8", name)
+    return skipped.to_json()
+
+
 FACTS = {
     "name": "quick <b>start</b>", "status": "finished", "command": "moonbase quickstart --preset pico",
     "started": "2026-01-02T03:04:05+00:00", "finished": "2026-01-02T03:09:05+00:00", "seconds": 300.0,
@@ -36,7 +45,7 @@ FACTS = {
     "parameters": 5_102_784, "active_parameters": 3_112_000,
     "corpus": {"sources": [{"path": "/usr/lib/python3", "documents": 120, "bytes": 4_000_000, "tokens": 1_200_000}],
                "documents": 120, "bytes": 4_000_000, "tokens": 1_200_000, "bytes_per_token": 3.33,
-               "skipped": {"not UTF-8": {"count": 3, "examples": ["/a/one.txt", "/a/two.txt"]}}},
+               "skipped": skipped_files()},
     "results": {"validation_bits_per_byte": 1.2, "xz_bits_per_byte": 1.71, "uniform_bits_per_byte": 3.9},
     "next_commands": ["moonbase chat runs/quickstart"],
 }

@@ -9,7 +9,7 @@ from importlib import metadata
 
 import pytest
 
-from moonbase.report import git_commit, machine_facts, package_versions
+from moonbase.report import git_commit, machine, machine_facts, package_versions
 
 
 def test_machine_facts_fit_into_json():
@@ -19,6 +19,20 @@ def test_machine_facts_fit_into_json():
     assert isinstance(facts["cpu"], str) and facts["cpu"]
     assert 1 <= facts["cores"] <= (os.cpu_count() or 1)
     assert facts["memory_bytes"] > 1 << 20
+
+
+def test_free_memory_heeds_a_containers_limit(monkeypatch):
+    total = machine_facts()["memory_bytes"]
+    assert 0 < machine.free_memory_bytes() <= total
+    files = {"/proc/meminfo": "MemTotal:  9000 kB\nMemAvailable:    2000 kB\n"}
+    monkeypatch.setattr(machine, "_read", lambda path: files.get(path, ""))
+    assert machine.free_memory_bytes() == 2000 * 1024
+    files |= {"/sys/fs/cgroup/memory.max": "max\n", "/sys/fs/cgroup/memory.current": "900000\n"}
+    assert machine.free_memory_bytes() == 2000 * 1024
+    files["/sys/fs/cgroup/memory.max"] = "1000000\n"
+    assert machine.free_memory_bytes() == 100_000
+    files["/sys/fs/cgroup/memory.stat"] = "anon 7\ninactive_file 300000\n"
+    assert machine.free_memory_bytes() == 400_000
 
 
 def test_package_versions():

@@ -97,7 +97,7 @@ def test_whole_run(make_run):
         figure["id"] for figure in page.all("figure")}
     assert "QK-Clip scaled heads back 2 times in 1 step (first at step 7, last at step 7): layer 2." in words
     assert "moonbase quickstart --preset pico" in words and "moonbase chat runs/quickstart" in words
-    assert "not UTF-8 3 files" in words and "/a/two.txt" in words and "1 more, not listed here" in words
+    assert "not UTF-8 3 files /a/one.txt /a/two.txt 1 more, not listed here" in words
     assert "2026-01-02 03:04:05 UTC" in words and "16.0 GiB" in words and "Some CPU" in words
     assert "q_lora_rank" in words and "optimizer" in words
     assert page.texts_in["b"].count("def ") == 2
@@ -142,7 +142,7 @@ def test_hostile_text_is_shown_and_does_nothing(make_run):
     folder = make_run(samples=samples, facts={
         "name": evil, "command": evil, "reason": evil, "next_commands": [evil], "versions": {evil: evil},
         "machine": {"cpu": evil}, "results": {evil: evil},
-        "corpus": {"sources": [{"path": evil}], "skipped": {evil: {"count": 1, "examples": [evil]}}}})
+        "corpus": {"sources": [{"path": evil}], "skipped": {evil: {"count": 1, "names": [evil]}}}})
     line = json.dumps({"step": 41, "loss": 3.0, "skipped": evil})
     with open(folder / "metrics.jsonl", "a") as file:
         file.write(line + "\n")

@@ -15,14 +15,6 @@ from tests.train.tiny import run, write_yaml
 
 
 @pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(autouse=True)
 def _own_place(monkeypatch: pytest.MonkeyPatch) -> None:
     """Processes that a test starts compute with one thread, and none of them believes to be one of several."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")

@@ -18,9 +18,11 @@ import moonbase
 from moonbase.data import Corpus
 from moonbase.errors import UserError
 from moonbase.recipe import Recipe
-from moonbase.report.console import Console
+from moonbase.report.console import Console, duration
 from moonbase.train.callbacks.progress import Progress
-from tests.train.tiny import checkpoints, content, facts, go_on, metrics, run, stop_after, tensors
+from moonbase.train.parallel import World
+from moonbase.train.trainer import Callback, Trainer
+from tests.train.tiny import ONE, checkpoints, content, facts, go_on, metrics, run, stop_after, tensors
 
 Recipes = Callable[..., Recipe]
 
@@ -81,6 +83,72 @@ def test_bits_per_byte_against_brute_force(fields: dict, recipe: Recipes, tmp_pa
     assert result["validation_loss"] == pytest.approx(nats / num_tokens, rel=1e-5)
     assert result["validation_bits_per_byte"] == pytest.approx(nats / math.log(2) / num_bytes, rel=1e-5)
     assert facts(folder)["results"]["validation_loss"] == result["validation_loss"]
+
+
+def test_the_result_is_the_last_point_of_the_chart(recipe: Recipes, tmp_path: Path) -> None:
+    """Two batches on the way, all held-out text at the end; nothing else of the last line changes."""
+    plan, seen = recipe(steps=5, validate_every=2), []
+
+    def ready(trainer: Trainer) -> None:
+        trainer.callbacks.append(Witness())
+
+    class Witness(Callback):
+        def on_step(self, trainer: Trainer, record: dict[str, Any]) -> None:
+            seen.append(dict(record))
+
+    result = run(plan, tmp_path / "run", on_ready=ready)
+    line = metrics(tmp_path / "run", timed=True)[-1]
+    changed = {name for name in line if line[name] != seen[-1][name]}
+    assert changed == {"validation_loss", "validation_bits_per_byte"} and line.keys() == seen[-1].keys()
+    assert all(line[name] == result[name] == facts(tmp_path / "run")["results"][name] for name in changed)
+
+
+def test_the_result_is_measured_on_so_much_text_and_no_more(
+    whole: Path, recipe: Recipes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    corpus = Corpus.open(whole / "corpus")
+    most = len(corpus.validation_text()) // 2
+    monkeypatch.setattr("moonbase.train.callbacks.validation.FINAL_BYTES", most)
+    seen: list[int] = []
+
+    def ready(trainer: Trainer) -> None:
+        validation = trainer.callbacks[0]
+        measure = validation.measure_final
+        validation.measure_final = lambda trainer, progress: measure(trainer, lambda what, done: seen.append(done))
+
+    run(recipe(steps=1), tmp_path / "run", on_ready=ready)
+    text = len(corpus.validation_text(most))
+    first = [corpus.tokenizer.decode_bytes(corpus.validation.read(int(number))[:1].tolist())
+             for number in corpus.validation_order(most)]
+    assert seen == sorted(seen) and seen[-1] == text - len(b"".join(first)), "nothing predicts a document's first token"
+
+
+def test_ctrl_c_is_heard_between_the_batches_of_the_result(recipe: Recipes, tmp_path: Path) -> None:
+    """The last checkpoint is there by then; the measurement is made up for when the run resumes."""
+    folder, saved = tmp_path / "run", []
+
+    def ready(trainer: Trainer) -> None:
+        validation = trainer.callbacks[0]
+        sums, measure = validation._sums, validation.measure_final
+
+        def impatient(trainer: Trainer, progress: Any) -> Any:
+            def stopping(*arguments: Any) -> Any:
+                saved.append(checkpoints(folder))
+                trainer.stop("asked by a test")
+                return sums(*arguments)
+
+            validation._sums = stopping
+            return measure(trainer, progress)
+
+        validation.measure_final = impatient
+
+    plan = recipe(steps=2)
+    stopped = run(plan, folder, on_ready=ready)
+    assert saved == [["step-000002"]], "one batch, and after the checkpoint"
+    assert (stopped["status"], stopped["reason"], stopped["step"]) == ("stopped", "asked by a test", 2)
+    assert facts(folder)["results"] == {} and "validation_loss" in metrics(folder)[-1]
+    result = go_on(folder)
+    assert result["status"] == "finished" and metrics(folder)[-1]["validation_loss"] == result["validation_loss"]
 
 
 def test_the_number_of_micro_batches_does_not_change_what_is_measured(recipe: Recipes, tmp_path: Path) -> None:
@@ -197,6 +265,16 @@ def test_a_prompt_that_cannot_be_continued_does_not_cost_the_run(recipe: Recipes
     assert result["status"] == "finished" and checkpoints(tmp_path / "run") == ["step-000002"]
 
 
+def test_several_processes_say_that_they_draw_no_samples(recipe: Recipes) -> None:
+    from moonbase.train.callbacks.sampling import Sampling
+
+    notes: list[str] = []
+    for size, prompts in ((1, ["a"]), (2, []), (2, ["a"])):
+        trainer = type("Trainer", (), {"world": World(0, size, ONE.device), "recipe": recipe(sample_prompts=prompts)})
+        Sampling(None, None, notes.append).on_start(trainer)
+    assert len(notes) == 1 and "no samples while several processes train" in notes[0]
+
+
 def test_tensorboard_gets_the_same_numbers(recipe: Recipes, tmp_path: Path) -> None:
     reason = "the package tensorboard is not installed"
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator", reason=reason)
@@ -250,4 +328,4 @@ def test_the_time_left_is_that_of_the_steps_left(monkeypatch: pytest.MonkeyPatch
     for done in (90, 91, 92):
         console("training", done, 100)
         clock["now"] += 10.0
-    assert "92/100" in text.getvalue() and text.getvalue().rstrip().endswith("1m20s left")
+    assert "92/100" in text.getvalue() and text.getvalue().rstrip().endswith(f"{duration(80)} left")

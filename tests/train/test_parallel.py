@@ -80,6 +80,7 @@ def test_two_processes_follow_the_curve_of_one(made: tuple[Path, Path]) -> None:
     assert one[-1]["loss"] < one[0]["loss"] - 1
     ours, theirs = (facts(folder)["results"] for folder in made)
     assert theirs["validation_bits_per_byte"] == pytest.approx(ours["validation_bits_per_byte"], rel=LOSS)
+    assert facts(made[1])["command"].startswith("torchrun --nproc-per-node 2 -m moonbase train ")
 
 
 def test_their_first_checkpoints_hold_the_same_weights(made: tuple[Path, Path]) -> None:
@@ -117,7 +118,10 @@ def test_a_checkpoint_of_one_goes_on_with_two_until_sigterm(made: tuple[Path, Pa
     assert (found["status"], found["reason"]) == ("stopped", "stopped by SIGTERM"), err
     assert checkpoints(folder)[-1] == f"step-{len(lines):06d}" and len(lines) >= STEPS
     assert lines[:HALF] == metrics(made[0])[:HALF]
-    assert_same_curve(lines[:STEPS], metrics(made[0]))
+    finished = metrics(made[0])
+    for line in (lines[STEPS - 1], finished[-1]):  # the last point of a finished run is measured on all held-out text
+        del line["validation_loss"], line["validation_bits_per_byte"]
+    assert_same_curve(lines[:STEPS], finished)
 
 
 def test_a_mistake_is_told_once_and_nobody_waits_for_ever(recipe_file: Callable[..., Path], tmp_path: Path) -> None:

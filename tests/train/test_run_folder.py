@@ -10,12 +10,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from moonbase.cli import main
 from moonbase.errors import UserError
 from moonbase.recipe import Recipe
-from moonbase.train.run import train
+from moonbase.train.run import _command, train
 from moonbase.train.run_folder import RunFolder
+from moonbase.train.trainer import Trainer
 from tests.train.tiny import facts, metrics, quiet, run
 
 
@@ -78,6 +80,42 @@ def test_rewinding_drops_what_comes_later_and_what_is_broken(tmp_path: Path) -> 
     folder.rewind(0)
     assert (tmp_path / "metrics.jsonl").read_text() == (tmp_path / "samples.txt").read_text() == ""
     folder.close()
+
+
+def test_the_last_line_may_be_amended(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    folder.amend_metrics(1, x=1)
+    assert not (tmp_path / "metrics.jsonl").exists()
+    for step in (1, 2):
+        folder.append_metrics({"step": step, "loss": 1 / 3})
+    folder.amend_metrics(1, x=1)
+    folder.amend_metrics(2, x=float("nan"), loss=0.1)
+    folder.append_metrics({"step": 3})
+    folder.close()
+    assert metrics(tmp_path) == [{"step": 1, "loss": 1 / 3}, {"step": 2, "loss": 0.1, "x": None}, {"step": 3}]
+
+
+def test_run_json_holds_the_command_of_one_process_and_of_several(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["/bin/moonbase", "train", "pico", "data=my texts"])
+    assert _command() == "moonbase train pico 'data=my texts'"
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    assert _command() == "torchrun --nproc-per-node 8 -m moonbase train pico 'data=my texts'"
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert _command().startswith("torchrun --nnodes 2 --nproc-per-node 4 -m moonbase")
+
+
+def test_full_gpu_memory_names_the_mend(recipe: Callable[..., Recipe], tmp_path: Path) -> None:
+    def fill(trainer: Trainer) -> None:
+        def loss(*_: object) -> None:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 7.00 GiB.")
+
+        trainer.model.loss = loss
+
+    words = r"GPU memory is full: lower micro_batch_size \(now 2\) or set recompute=selective"
+    with pytest.raises(UserError, match=words):
+        run(recipe(micro_batch_size=2), tmp_path / "run", on_ready=fill)
+    assert "GPU memory is full" in facts(tmp_path / "run")["reason"]
 
 
 def test_facts_merge_and_survive_a_broken_file(tmp_path: Path) -> None:

@@ -14,9 +14,9 @@ from moonbase.data import Batch, Corpus, PackedStream
 from moonbase.ops.attention import Documents
 from moonbase.optim import learning_rate
 from moonbase.recipe import Recipe
+from moonbase.train.assembly import build_model, make_trainer
 from moonbase.train.precision import Masters
-from moonbase.train.run import build_model, make_optimizer
-from moonbase.train.trainer import Callback, Trainer
+from moonbase.train.trainer import Callback, RepeatedBatch, Trainer
 from tests.train.tiny import MODEL, ONE, content, metrics, run, tensors
 
 Recipes = Callable[..., Recipe]
@@ -27,11 +27,8 @@ def corpus(whole: Path) -> Corpus:
     return Corpus.open(whole / "corpus")
 
 
-def make(plan: Recipe, corpus: Corpus, dtype: torch.dtype = torch.float32) -> Trainer:
-    model = build_model(plan, ONE)
-    masters = Masters(model, dtype)
-    stream = PackedStream(corpus, "train", plan.sequence_length, plan.batch_size, plan.seed)
-    return Trainer(plan, model, masters, make_optimizer(plan, masters), stream, ONE, [])
+def make(plan: Recipe, corpus: Corpus) -> Trainer:
+    return make_trainer(plan, ONE, PackedStream(corpus, "train", plan.sequence_length, plan.batch_size, plan.seed))
 
 
 def batch(plan: Recipe, corpus: Corpus) -> Batch:
@@ -134,23 +131,12 @@ def test_heads_above_tau_are_clipped_and_the_metrics_say_so(recipe: Recipes, cor
     free = make(recipe(optimizer__qk_clip=None, optimizer__lr=1e-9), corpus)
     clipped = make(recipe(optimizer__qk_clip=1e-3, optimizer__lr=1e-9), corpus)
     rows = batch(free.recipe, corpus)
-    free.stream = clipped.stream = iter_of(rows)
+    free.stream = clipped.stream = RepeatedBatch(torch.cat([rows.tokens, rows.targets[:, -1:]], 1), rows.documents)
     before = clipped.train_step()
     assert before["clipped_heads"] == [2, 2] and free.train_step()["clipped_heads"] == [0, 0]
     losses = clipped.model.loss(rows.tokens, rows.targets, Documents.from_ids(rows.documents), -math.inf)
     # The other layers' weights move only the little that other layers' clips move their inputs.
     assert max(layer.max_logit.max().item() for layer in losses.statistics) == pytest.approx(1e-3, rel=0.2)
-
-
-def iter_of(rows: Batch) -> Any:
-    class Same:
-        def __iter__(self) -> Any:
-            return self
-
-        def __next__(self) -> Batch:
-            return rows
-
-    return Same()
 
 
 @pytest.mark.parametrize("kind", ["wsd", "cosine", "constant"])

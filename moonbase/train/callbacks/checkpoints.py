@@ -9,8 +9,13 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from moonbase import files
 from moonbase.checkpoint import list_checkpoints, load_state, load_weights, save_state, write_weights
+from moonbase.checkpoint.safetensors_file import read_header
+from moonbase.errors import CheckpointError, UserError
 from moonbase.train.run_folder import RunFolder
 from moonbase.train.trainer import Callback, Trainer
 
@@ -71,8 +76,25 @@ class Checkpoints(Callback):
 def resume(trainer: Trainer, checkpoint: Path) -> None:
     """Continue from a checkpoint, written by any number of processes. Raises CheckpointError; optimizer state that
     does not fit is found only after the weights have been filled."""
-    tensors, facts = load_state(checkpoint)
-    load_weights(trainer.weights(), checkpoint, trainer.recipe.model)
-    trainer.optimizer.load_named_state(tensors, facts["optimizer"])
+    try:
+        tensors, facts = load_state(checkpoint, into=_room_for_state(trainer, checkpoint))
+        load_weights(trainer.weights(), checkpoint, trainer.recipe.model)
+        trainer.optimizer.load_named_state(tensors, facts["optimizer"])
+    except UserError as error:
+        raise CheckpointError(f"{error}. Remove the folder {checkpoint} to resume from the one before it") from None
     trainer.masters.publish()
     trainer.load_state(facts)
+
+
+def _room_for_state(trainer: Trainer, checkpoint: Path) -> dict[str, Tensor] | None:
+    """Empty tensors, sharded as the parameters are, for all that the checkpoint holds of the optimizer: so no process
+    reads more than its part and one tensor. One process alone reads as it is."""
+    if trainer.world.size == 1:
+        return None
+    room: dict[str, Tensor] = {}
+    for path in checkpoint.glob("optimizer-*.safetensors"):
+        for key, stored in read_header(path).items():
+            name, _, item = key.rpartition("/")
+            like = None if item == "step" else trainer.masters.named.get(name)
+            room[key] = torch.empty(stored.shape) if like is None else torch.empty_like(like)
+    return room

@@ -14,6 +14,7 @@ class Progress(Callback):
     def __init__(self, console: Console) -> None:
         self.console = console
         self.rate: float | None = None
+        self.first = 0
 
     def on_start(self, trainer: Trainer) -> None:
         self.first = trainer.step

@@ -21,6 +21,10 @@ class Sampling(Callback):
                  note: Callable[[str], None]) -> None:
         self.folder, self.make_sampler, self.note = folder, make_sampler, note
 
+    def on_start(self, trainer: Trainer) -> None:
+        if trainer.world.size > 1 and trainer.recipe.sample_prompts:
+            self.note("no samples while several processes train: each holds only a part of the model")
+
     def on_step(self, trainer: Trainer, record: dict[str, Any]) -> None:
         recipe = trainer.recipe
         due = recipe.sample_every is not None and record["step"] % recipe.sample_every == 0

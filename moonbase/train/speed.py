@@ -6,7 +6,7 @@ from functools import partial
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts, noop_context_fn
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 # Dense bf16 peaks of the datasheets, FLOP/s: what MFU is a share of.
 _PEAKS = {"H200": 989e12, "H100": 989e12, "H800": 989e12, "H20": 148e12, "A100": 312e12, "A800": 312e12, "L40S": 362e12,
@@ -31,12 +31,13 @@ def recompute_blocks(model: nn.Module, kind: str) -> None:
     assert kind in ("none", "selective", "full"), kind
     if kind == "none":
         return
-    keep = noop_context_fn if kind == "full" else partial(create_selective_checkpoint_contexts, _policy)
+    # The compiler knows no `context_fn` that does nothing, so `full` must not name one.
+    options = {} if kind == "full" else {"context_fn": partial(create_selective_checkpoint_contexts, _policy)}
     for block in model.blocks():
         inner = block.forward
 
         def recomputed(*args, _inner=inner, **kwargs):
-            return checkpoint(_inner, *args, use_reentrant=False, preserve_rng_state=False, context_fn=keep, **kwargs)
+            return checkpoint(_inner, *args, use_reentrant=False, preserve_rng_state=False, **options, **kwargs)
 
         block.forward = recomputed
 

@@ -125,7 +125,7 @@ class GuardConfig(Frozen):
 
     max_bad_steps: int = Field(default=10, gt=0)
     """Consecutive skipped steps after which the run stops."""
-    spike_factor: float | None = Field(default=4.0, gt=1)
+    spike_factor: float | None = Field(default=5.0, gt=1)
     """A gradient norm above this multiple of its running median is a spike; None keeps only the NaN guard."""
 
 

@@ -14,8 +14,8 @@ class Guard:
     """Looks at loss and gradient norm before the update. A skipped step changes nothing but the position in the data.
 
     A spike is a gradient norm far above its running median. Early in a run norms rise several times over within a few
-    steps for good reasons, so the rule waits for `WARMUP` of them; and what stays high is a new level, not a spike: after
-    `MOST_SPIKES` in a row the next step is applied (clipped like any other) and the median starts afresh.
+    steps for good reasons, so the rule waits for `WARMUP` of them; and what stays high is a new level, not a spike:
+    after `MOST_SPIKES` in a row the next step is applied (clipped like any other) and the median starts afresh.
     """
 
     WINDOW = 64

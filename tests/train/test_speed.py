@@ -12,8 +12,8 @@ from moonbase.train.speed import recompute_blocks
 
 @pytest.mark.parametrize("kind", ["none", "selective", "full"])
 def test_recomputed_blocks_can_be_compiled(kind: str) -> None:
-    """The compiler traces through every kind of recomputation; no code is generated (backend aot_eager), so that no
-    compiler need be installed. Dense blocks: the loop over experts of a CPU cannot be one graph."""
+    """The compiler traces through every kind of recomputation. Nothing is generated (backend aot_eager), so that no C++
+    compiler is needed; dense blocks only, since a CPU's loop over experts cannot be one graph."""
     config = ModelConfig(vocab_size=64, hidden_size=32, intermediate_size=64, moe_intermediate_size=8,
                          num_hidden_layers=2, first_k_dense_replace=2, num_attention_heads=2, q_lora_rank=16, kv_lora_rank=8,
                          qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=16, n_routed_experts=4,

@@ -15,8 +15,8 @@ def test_recomputed_blocks_can_be_compiled(kind: str) -> None:
     """The compiler traces through every kind of recomputation. Nothing is generated (backend aot_eager), so that no C++
     compiler is needed; dense blocks only, since a CPU's loop over experts cannot be one graph."""
     config = ModelConfig(vocab_size=64, hidden_size=32, intermediate_size=64, moe_intermediate_size=8,
-                         num_hidden_layers=2, first_k_dense_replace=2, num_attention_heads=2, q_lora_rank=16, kv_lora_rank=8,
-                         qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=16, n_routed_experts=4,
+                         num_hidden_layers=2, first_k_dense_replace=2, num_attention_heads=2, q_lora_rank=16,
+                         kv_lora_rank=8, qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=16, n_routed_experts=4,
                          num_experts_per_tok=2, max_position_embeddings=64)
     tokens = torch.arange(24).view(2, 12) % 64
     gradients = []

@@ -38,7 +38,10 @@ def test_a_file_system_without_locks_keeps_nobody_out(tmp_path: Path, monkeypatc
         raise OSError(38, "Function not implemented")
 
     monkeypatch.setattr("fcntl.flock", unsupported)
-    RunFolder(tmp_path / "run").close()
+    first, second = RunFolder(tmp_path / "run"), RunFolder(tmp_path / "run")
+    assert first.path == second.path and first.path.is_dir()
+    first.close()
+    second.close()
 
 
 def test_leftovers_of_killed_writers_go(tmp_path: Path) -> None:

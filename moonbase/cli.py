@@ -120,7 +120,8 @@ def _sampler(model: Any, tokenizer: Any) -> Callable[[list[str]], list[str]]:
     """What training draws its samples with: rooms of one floor meet here."""
     from moonbase.engine import Engine
 
-    return Engine(model, tokenizer).generate
+    # A small cache beside the training state, and nothing kept in it: the weights change between calls.
+    return Engine(model, tokenizer, cache_tokens=8192, max_running=8, prefix_cache=False).generate
 
 
 @app.command(epilog="Examples:  moonbase info kimi-k2\n\n  moonbase info runs/quickstart --json")

@@ -1,5 +1,8 @@
 """Inference: everything that generates text goes through here."""
 
-from moonbase.engine.engine import Engine, Sampling
+from moonbase.engine.engine import Engine, EngineStatistics, Output
+from moonbase.engine.sampling import Constraint, Sampling
+from moonbase.engine.service import QueueFull, Service
+from moonbase.engine.text import Piece
 
-__all__ = ["Engine", "Sampling"]
+__all__ = ["Constraint", "Engine", "EngineStatistics", "Output", "Piece", "QueueFull", "Sampling", "Service"]

@@ -1,136 +1,329 @@
-"""Batched generation from the latent cache: prefill in parts, then one token at a time, absorbed form.
+"""Batched generation: requests join and leave between forward passes, and share a paged cache.
 
-Greedy or sampled. The same code serves samples during training, the quickstart's completions and the terminal.
+One pass computes the next token of everyone who is decoding and a part of the prompts that wait (`scheduler`), reads
+and writes latents in blocks (`cache`), and draws each sequence's token by its own settings (`sampling`). Where a
+checkpoint has a multi-token-prediction module, it guesses the token after the next; the pass that computes the next one
+checks the guess for nothing, and the outcome is the same with and without it.
+
+Everything that generates text goes through here: samples during training, the terminal, the server, evaluation.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
 
-from moonbase.engine.cache import LatentCache
+from moonbase.engine.cache import BLOCK_TOKENS, BlockPool, LatentCache
+from moonbase.engine.forward import Forward
+from moonbase.engine.sampling import Chosen, Constraint, Sampling, choose
+from moonbase.engine.scheduler import Part, Scheduler
+from moonbase.engine.scheduler import Sequence as Request
+from moonbase.engine.text import Piece, TextStream, TokenizerLike
 from moonbase.errors import UserError
 from moonbase.model import Transformer
+from moonbase.report.machine import free_memory_bytes
 
-PREFILL_TOKENS = 256
-"""Prompts are read so many tokens at a time: scores take B · H · 256 · S numbers, not S² of them."""
-
-
-class TokenizerLike(Protocol):
-    """What the engine needs of a tokenizer. Where a text ends with a whole character, what follows decodes alone."""
-
-    def encode(self, text: str) -> list[int]: ...
-
-    def decode(self, ids: Sequence[int]) -> str: ...
+MakeConstraint = Callable[[], Constraint]
 
 
-@dataclass(frozen=True)
-class Sampling:
-    """How the next token is chosen. temperature 0 is greedy; top_p keeps the smallest set of that probability."""
+@dataclass
+class Output:
+    """A finished reply as tokens."""
 
-    max_tokens: int = 64
-    temperature: float = 0.0
-    top_p: float = 1.0
-    seed: int = 0
+    ids: list[int]
+    """Without the end token."""
+    logprobs: list[float]
+    """One per id, of the model's own distribution."""
+    top_logprobs: list[list[tuple[int, float]]] | None
+    finish_reason: str
+    """stop, length or cancelled."""
+    stop_reason: str | int | None
+    """The stop string or token id that ended it."""
+    cached_tokens: int
+    """Prompt tokens whose latents were in the cache already."""
 
-    def __post_init__(self) -> None:
-        if self.max_tokens < 1:
-            raise UserError(f"max_tokens={self.max_tokens} must be at least 1")
-        if not self.temperature >= 0:
-            raise UserError(f"temperature={self.temperature} must be 0 (greedy) or more")
-        if not 0 < self.top_p <= 1:
-            raise UserError(f"top_p={self.top_p} must be in (0, 1]")
+
+@dataclass
+class EngineStatistics:
+    """Counters since the start, and how things stand now."""
+
+    waiting: int = 0
+    running: int = 0
+    blocks_total: int = 0
+    blocks_used: int = 0
+    prompt_tokens: int = 0
+    """Of admitted requests; `cached_tokens` of them were not computed."""
+    cached_tokens: int = 0
+    generated_tokens: int = 0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
+    """Guesses of multi-token prediction, and how many were right."""
+    preemptions: int = 0
+    passes: int = 0
+    finished: dict[str, int] = field(default_factory=lambda: {"stop": 0, "length": 0, "cancelled": 0})
 
 
 class Engine:
-    """`Engine(model, tokenizer).generate([...])`; ids of finished sequences end before the end-of-text token."""
+    """`Engine(model, tokenizer).generate([...])`, or `submit`, `step` and `cancel` for those who drive it themselves.
 
-    def __init__(self, model: Transformer, tokenizer: TokenizerLike, stop_ids: Sequence[int] = ()) -> None:
+    Not for several threads at once; `engine.service` puts it on a thread of its own.
+    """
+
+    def __init__(
+        self, model: Transformer, tokenizer: TokenizerLike, stop_ids: Sequence[int] = (), *,
+        cache_tokens: int | None = None, max_running: int = 64, chunk_tokens: int = 512, prefix_cache: bool = True,
+        speculate: bool = True,
+    ) -> None:
+        """`stop_ids` beside the model's own; `cache_tokens`: room for so many tokens, None takes what fits;
+        `chunk_tokens`: prompt tokens per forward pass. Raises UserError where no cache fits."""
         self.model, self.tokenizer = model, tokenizer
         self.stop_ids = frozenset(stop_ids) | frozenset(model.config.eos_token_ids)
+        self.prefix_cache, self.max_running, self.chunk_tokens = prefix_cache, max_running, chunk_tokens
+        self.speculate = speculate and len(model.mtp) > 0
+        self._wanted_tokens = cache_tokens
+        self._statistics = EngineStatistics()
+        self._scheduler: Scheduler | None = None
+
+    # --- whole replies ------------------------------------------------------------------------------------------------
 
     def generate(self, prompts: Sequence[str], sampling: Sampling = Sampling()) -> list[str]:
         """Continuations of `prompts`, text each."""
         encoded = [self.tokenizer.encode(prompt) for prompt in prompts]
-        return [self.tokenizer.decode(ids) for ids in self.generate_ids(encoded, sampling)]
+        if not sampling.stop:
+            return [self.tokenizer.decode(ids) for ids in self.generate_ids(encoded, sampling)]
+        return ["".join(piece.text for piece in self.pieces(ids, sampling)) for ids in encoded]
 
     def generate_ids(self, prompts: Sequence[Sequence[int]], sampling: Sampling = Sampling()) -> list[list[int]]:
         """Continuations as token ids. Raises UserError for an empty prompt or one that fills the context."""
-        results: list[list[int]] = [[] for _ in prompts]
-        finished = [False] * len(prompts)
-        for tokens in self._tokens(prompts, sampling):
-            for number, token in enumerate(tokens):
-                # A shorter prompt may go on where the longest has filled the context.
-                full = len(prompts[number]) + len(results[number]) >= self.model.config.max_position_embeddings
-                finished[number] = finished[number] or full or token in self.stop_ids
-                if not finished[number]:
-                    results[number].append(token)
-            if all(finished):
-                break
-        return results
+        return [output.ids for output in self.complete(prompts, sampling)]
+
+    def complete(
+        self, prompts: Sequence[Sequence[int]], sampling: Sampling | Sequence[Sampling] = Sampling(),
+        constraint: MakeConstraint | None = None,
+    ) -> list[Output]:
+        """Replies with log-probabilities; `sampling`: one for all, or one each. A seed is made one's own by the
+        prompt's place, so that equal prompts get different samples."""
+        settings = [sampling] * len(prompts) if isinstance(sampling, Sampling) else list(sampling)
+        requests = [self.request(ids, settings[number], constraint, number) for number, ids in enumerate(prompts)]
+        outputs = {id(request): Output([], [], None, "cancelled", None, 0) for request in requests}
+        for request in requests:
+            self.submit(request)
+        try:
+            while self.busy:
+                for request, piece in self.step():
+                    if id(request) in outputs:
+                        _collect(outputs[id(request)], piece)
+        except BaseException:
+            for request in requests:
+                self.cancel(request)
+            raise
+        return list(outputs.values())
 
     def stream(self, prompt: str, sampling: Sampling = Sampling()) -> Iterator[str]:
         """Pieces of text as they come; a character whose bytes are incomplete waits for the rest."""
-        waiting: list[int] = []
-        for (token,) in self._tokens([self.tokenizer.encode(prompt)], sampling):
-            if token in self.stop_ids:
-                break
-            waiting.append(token)
-            text = self.tokenizer.decode(waiting)
-            if text and not text.endswith("\ufffd"):
-                yield text
-                waiting.clear()
-        if waiting and (text := self.tokenizer.decode(waiting)):
-            yield text
+        for piece in self.pieces(self.tokenizer.encode(prompt), sampling):
+            if piece.text:
+                yield piece.text
 
-    @torch.no_grad()
-    def _tokens(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> Iterator[list[int]]:
-        """One list of next tokens (one per prompt) after the other, `max_tokens` times."""
-        if not prompts:
-            return
-        parameter = next(self.model.parameters())
-        lengths = [len(prompt) for prompt in prompts]
-        device, longest, shortest = parameter.device, max(lengths), min(lengths)
-        if shortest == 0:
+    def pieces(
+        self, prompt_ids: Sequence[int], sampling: Sampling = Sampling(), constraint: MakeConstraint | None = None
+    ) -> Iterator[Piece]:
+        """One reply as it comes. Closing the iterator cancels it."""
+        request = self.request(prompt_ids, sampling, constraint, text=True)
+        self.submit(request)
+        try:
+            while request.finish_reason is None:
+                yield from [piece for owner, piece in self.step() if owner is request]
+        finally:
+            self.cancel(request)
+
+    # --- step by step -------------------------------------------------------------------------------------------------
+
+    def request(
+        self, prompt_ids: Sequence[int], sampling: Sampling, constraint: MakeConstraint | None = None, number: int = 0,
+        text: bool = False,
+    ) -> Request:
+        """Something to `submit`. `number` tells requests of one seed apart; `text`: pieces carry text. Raises
+        UserError for an empty prompt, one that fills the context or the cache, and ids outside the vocabulary."""
+        ids, config = list(prompt_ids), self.model.config
+        limit = min(config.max_position_embeddings, self.capacity)
+        if not ids:
             raise UserError("an empty prompt has nothing to continue; give at least one character")
-        limit = self.model.config.max_position_embeddings
-        if longest >= limit:
-            raise UserError(f"the prompt has {longest} tokens; the model's context is {limit}")
-        steps = min(sampling.max_tokens, limit - shortest)
-        cache = LatentCache(self.model.config, len(prompts), longest + steps, parameter.dtype, device)
-        cache.skip = torch.tensor([longest - len(prompt) for prompt in prompts], device=device)
-        padded = [[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts]
-        tokens = torch.tensor(padded, device=device)
-        # Each sequence draws for itself: what is sampled for a prompt does not depend on its neighbours.
-        generators = [torch.Generator(device=device).manual_seed(random.Random(f"{sampling.seed} {i}").getrandbits(63))
-                      for i in range(len(prompts))]
-        for _ in range(steps):
-            for part in tokens.split(PREFILL_TOKENS, dim=1):
-                slots = torch.arange(cache.length, cache.length + part.shape[1], device=device)
-                positions = (slots[None] - cache.skip[:, None]).clamp(min=0)
-                logits = self.model.decode(part, positions, cache)
-                cache.advance(part.shape[1])
-            tokens = choose(logits, sampling, generators)[:, None]
-            yield tokens[:, 0].tolist()
+        if len(ids) >= limit:
+            whose = "model's context" if limit == config.max_position_embeddings else "cache"
+            raise UserError(f"the prompt has {len(ids)} tokens; the {whose} is {limit}")
+        wrong = next((id for id in (*ids, *sampling.logit_bias) if not 0 <= id < config.vocab_size), None)
+        if wrong is not None:
+            raise UserError(f"token id {wrong} is not in the model's vocabulary of {config.vocab_size}")
+        base = random.getrandbits(63) if sampling.seed is None else sampling.seed
+        stream = TextStream(self.tokenizer, sampling.stop) if text or sampling.stop else None
+        return Request(ids, sampling, random.Random(f"{base} {number}").getrandbits(63), limit,
+                       constraint() if constraint is not None else None, stream)
+
+    def submit(self, request: Request) -> None:
+        """Put a request into the queue."""
+        self._ready().add(request)
+
+    def cancel(self, request: Request) -> None:
+        """End a request; its blocks are free at once. Does nothing to a finished one."""
+        if request.finish_reason is None and self._scheduler is not None:
+            self._finish(request, "cancelled")
+
+    @property
+    def busy(self) -> bool:
+        """Something is waiting or running."""
+        return self._scheduler is not None and bool(self._scheduler.waiting or self._scheduler.running)
+
+    @property
+    def capacity(self) -> int:
+        """Tokens that the cache holds."""
+        return self._ready().pool.num_blocks * BLOCK_TOKENS
+
+    @property
+    def statistics(self) -> EngineStatistics:
+        """How things stand; the same object every time."""
+        numbers, scheduler = self._statistics, self._ready()
+        numbers.waiting, numbers.running = len(scheduler.waiting), len(scheduler.running)
+        numbers.blocks_total, numbers.blocks_used = scheduler.pool.num_blocks, scheduler.pool.used
+        numbers.preemptions = scheduler.preemptions
+        return numbers
+
+    def weights_changed(self) -> None:
+        """Call after an update of the weights: what the cache knows is no longer true. Nothing may be running."""
+        assert not self.busy
+        if self._scheduler is not None:
+            self._scheduler.pool.forget_all()
+
+    @torch.inference_mode()
+    def step(self) -> list[tuple[Request, Piece]]:
+        """One forward pass. What it produced, piece by piece, with whose it is."""
+        parts = self._ready().plan()
+        if not parts:
+            return []
+        self._statistics.passes += 1
+        hidden_ND = self._forward.run(parts)
+        emitted: list[tuple[Request, Piece]] = []
+        rows, ends = [], []
+        first_row = 0
+        for part in parts:
+            rows.append(first_row)
+            ends.append(first_row + part.count - 1)
+            first_row += part.count + (part.draft is not None)
+            # Before anyone can finish: what a finished one leaves behind may be shared.
+            self._scheduler.advance(part.sequence, part.start + part.count)
+        drawing = [number for number, part in enumerate(parts) if part.sequence.pending == 0]
+        self._draw(parts, drawing, hidden_ND, ends, emitted)
+        self._statistics.drafted_tokens += sum(part.draft is not None for part in parts)
+        # A guess that came true has been computed already: its row tells the token after it.
+        right = [number for number in drawing if parts[number].draft is not None
+                 and parts[number].sequence.finish_reason is None
+                 and parts[number].sequence.ids[-1] == parts[number].draft]
+        for number in right:
+            self._scheduler.advance(parts[number].sequence, parts[number].sequence.computed + 1)
+        self._statistics.accepted_tokens += len(right)
+        self._draw(parts, right, hidden_ND, [end + 1 for end in ends], emitted)
+        live = [(part, row) for part, row in zip(parts, rows, strict=True) if part.sequence.finish_reason is None]
+        if self.speculate and live:
+            self._guess(live, hidden_ND)
+        return emitted
+
+    # --- inside -------------------------------------------------------------------------------------------------------
+
+    def _ready(self) -> Scheduler:
+        """Make the cache at first use: weights may still move before."""
+        if self._scheduler is None:
+            num_blocks = self._num_blocks() + 1
+            parameter = next(self.model.parameters())
+            cache = LatentCache(self.model.config, num_blocks, parameter.dtype, parameter.device)
+            limit = min(self.model.config.max_position_embeddings, (num_blocks - 1) * BLOCK_TOKENS)
+            self._forward = Forward(self.model, cache, self.max_running, -(-limit // BLOCK_TOKENS))
+            pool = BlockPool(num_blocks, self.prefix_cache)
+            self._scheduler = Scheduler(pool, self.max_running, max(self.chunk_tokens, self.max_running))
+        return self._scheduler
+
+    def _num_blocks(self) -> int:
+        config, parameter = self.model.config, next(self.model.parameters())
+        layers = config.num_hidden_layers + min(1, config.num_nextn_predict_layers)
+        width = config.kv_lora_rank + config.qk_rope_head_dim
+        per_token = layers * width * parameter.dtype.itemsize
+        free = (torch.cuda.mem_get_info(parameter.device)[0] if parameter.is_cuda else free_memory_bytes()) or 1 << 30
+        # A GPU is ours; of a computer's memory others want their part.
+        fitting = int(free * (0.8 if parameter.is_cuda else 0.4)) // per_token
+        wanted = self._wanted_tokens or min(fitting, self.max_running * config.max_position_embeddings)
+        if wanted > fitting:
+            raise UserError(f"cache_tokens={wanted} needs {wanted * per_token / 1e9:,.1f} GB; "
+                            f"{free / 1e9:,.1f} GB are free, so at most {fitting} fit")
+        return max(1, wanted // BLOCK_TOKENS)
+
+    def _draw(
+        self, parts: list[Part], numbers: list[int], hidden_ND: torch.Tensor, rows: list[int],
+        emitted: list[tuple[Request, Piece]],
+    ) -> None:
+        """Choose the next token of the parts `numbers` from the hidden states at `rows` of all parts."""
+        if not numbers:
+            return
+        requests = [parts[number].sequence for number in numbers]
+        logits_BV = self._forward.logits(hidden_ND, [rows[number] for number in numbers])
+        chosen = choose(logits_BV, requests)
+        for place, request in enumerate(requests):
+            emitted += [(request, piece) for piece in self._accept(request, chosen, place)]
+
+    def _accept(self, request: Request, chosen: Chosen, place: int) -> list[Piece]:
+        """Append the token, or end the reply."""
+        token, sampling, piece = chosen.ids[place], request.sampling, Piece()
+        ends = token in sampling.stop_ids or (token in self.stop_ids and not sampling.ignore_eos)
+        if not request.output_ids:
+            self._statistics.prompt_tokens += len(request.prompt_ids)
+            self._statistics.cached_tokens += request.cached_tokens
+        reason, texts = None, []
+        if ends:
+            reason, request.stop_reason = "stop", token
+        else:
+            self._statistics.generated_tokens += 1
+            request.append(token)
+            piece.ids, piece.logprobs = [token], [chosen.logprobs[place]]
+            if (top := chosen.top_logprobs[place]) is not None:
+                piece.top_logprobs = [top]
+            if request.constraint is not None:
+                request.constraint.accept(token)
+                reason = "stop" if request.constraint.done else None
+            if request.text is not None:
+                texts = request.text.push(token)
+                if request.text.stopped is not None:
+                    reason, request.stop_reason = "stop", request.text.stopped
+            if reason is None and request.remaining <= 0:
+                reason = "length"
+        if reason is not None:
+            texts += request.text.flush() if request.text is not None else []
+            piece.finish_reason, piece.stop_reason = reason, request.stop_reason
+            piece.cached_tokens = request.cached_tokens
+            self._finish(request, reason)
+        *earlier, (piece.text, piece.special) = texts or [("", False)]
+        return [*[Piece(text=text, special=special) for text, special in earlier], piece]
+
+    def _finish(self, request: Request, reason: str) -> None:
+        request.finish_reason = reason
+        self._statistics.finished[reason] += 1
+        self._scheduler.remove(request)
+
+    def _guess(self, live: list[tuple[Part, int]], hidden_ND: torch.Tensor) -> None:
+        """Let the multi-token-prediction module read what was computed, and guess one token on."""
+        reads = [Part(part.sequence, part.start, part.sequence.computed - part.start, None) for part, _ in live]
+        logits_BV = self._forward.further(reads, hidden_ND, [row for _, row in live])
+        guesses = logits_BV.argmax(-1).tolist()
+        for (part, _), guess in zip(live, guesses, strict=True):
+            decoding = part.sequence.pending == 1 and part.sequence.output_ids
+            part.sequence.draft = guess if decoding else None
 
 
-def choose(logits_BV: Tensor, sampling: Sampling, generators: Sequence[torch.Generator]) -> Tensor:
-    """The next token of each sequence, int64 [B]; `generators`: one per sequence."""
-    if sampling.temperature == 0:
-        return logits_BV.argmax(-1)
-    # The largest becomes 0 first, so that a tiny temperature cannot overflow.
-    probabilities = ((logits_BV - logits_BV.amax(-1, keepdim=True)) / max(sampling.temperature, 1e-6)).softmax(-1)
-    if sampling.top_p < 1:
-        ordered, order = probabilities.sort(-1, descending=True)
-        # A token stays if the probability before it has not yet reached top_p; the most likely one always does.
-        dropped = ordered.cumsum(-1) - ordered >= sampling.top_p
-        probabilities = torch.zeros_like(probabilities).scatter_(-1, order, ordered.masked_fill(dropped, 0.0))
-    # An exponential race: with e ~ Exp(1) for every token, p / e is largest for token i with probability p_i.
-    race = [torch.empty_like(row).exponential_(generator=generator)
-            for row, generator in zip(probabilities, generators, strict=True)]
-    return (probabilities / torch.stack(race).clamp_min(1e-30)).argmax(-1)
+def _collect(output: Output, piece: Piece) -> None:
+    output.ids += piece.ids
+    output.logprobs += piece.logprobs
+    if piece.top_logprobs is not None:
+        output.top_logprobs = [*(output.top_logprobs or []), *piece.top_logprobs]
+    if piece.finish_reason is not None:
+        output.finish_reason, output.stop_reason = piece.finish_reason, piece.stop_reason
+        output.cached_tokens = piece.cached_tokens

@@ -4,8 +4,8 @@ Keys and values of all heads are read from one small latent per token, so a cach
 numbers per token and layer (576 for K2), whatever the number of heads. Training expands the latent into heads; decoding
 absorbs the expansion into the query and reads the latent only.
 
-Shapes: B batch, T time, S cached time, D hidden, H heads, C kv latent, Q query latent, R rope dims, N non-rope dims and
-V value dims per head, K = N + R, X = C + R.
+Shapes: B batch, T time, D hidden, H heads, C kv latent, R rope dims, V value dims per head, K query and key dims per
+head, X = C + R; N tokens of any number of sequences when decoding.
 """
 
 from __future__ import annotations
@@ -18,15 +18,16 @@ from torch import Tensor, nn
 from moonbase.config import ModelConfig
 from moonbase.model.linear import Linear, RMSNorm
 from moonbase.model.rope import rotate
-from moonbase.ops.attention import Documents, attention, wide_product
+from moonbase.ops.attention import Documents, attention
 
 
 class LatentCache(Protocol):
-    """What decoding needs of a cache; the engine owns the real one."""
+    """What decoding needs of a cache; the engine owns the real one, which also knows whose tokens these are."""
 
-    def extend(self, layer: int, latent_BTC: Tensor, key_rope_BTR: Tensor) -> tuple[Tensor, Tensor]:
-        """Store the new tokens; return all there are, latent and rope key side by side [B, S, C + R], and what to add
-        to the logits, 0 or -inf [B, T, S]."""
+    def attend(
+        self, layer: int, query_NHX: Tensor, latent_NC: Tensor, key_rope_NR: Tensor, scale: float
+    ) -> Tensor:
+        """Store N new tokens of any number of sequences, then let each read what its sequence may see [N, H, C]."""
         ...
 
 
@@ -62,26 +63,27 @@ class LatentAttention(nn.Module):
             query_BTHK, key_BTHK, value_BTHV, config.softmax_scale, documents, clip_threshold)
         return self.o_proj(output_BTHV.flatten(2)), max_logit_H
 
-    def decode(self, x_BTD: Tensor, rotation: tuple[Tensor, Tensor], cache: LatentCache) -> Tensor:
-        """Absorbed form: scores and values come straight from the cached latents. Returns [B, T, D].
+    def decode(self, x_ND: Tensor, rotation: tuple[Tensor, Tensor], cache: LatentCache) -> Tensor:
+        """Absorbed form for N tokens of any sequences: scores and values come straight from the latents. [N, D].
 
         q̃ = W_UKᵀ q, logits = [q̃; q_R]·[c; k_R], o = W_UV (p·c): the latent is never expanded (DeepSeek-V3.2 appendix).
         Logits stay in fp32, as they do in every fused kernel.
         """
         config = self.config
-        query_nope, query_rope, latent_BTC, key_rope = self._project(x_BTD, rotation)
-        stored_BSX, mask_BTS = cache.extend(self.layer, latent_BTC, key_rope.squeeze(2))
+        query_nope, query_rope, latent_NC, key_rope = self._project(x_ND, rotation)
         weight_HXC = self.kv_b_proj.weight.unflatten(0, (config.num_attention_heads, -1))
         weight_key, weight_value = weight_HXC.split([config.qk_nope_head_dim, config.v_head_dim], dim=1)
-        query_BTHX = torch.cat([torch.einsum("bthn,hnc->bthc", query_nope, weight_key), query_rope], dim=-1)
-        logits_BTHS = wide_product(query_BTHX.flatten(1, 2), stored_BSX.mT).unflatten(1, query_BTHX.shape[1:3])
-        probabilities = (logits_BTHS * config.softmax_scale + mask_BTS[:, :, None]).softmax(-1).to(x_BTD.dtype)
-        read_BTHC = torch.einsum("bths,bsc->bthc", probabilities, stored_BSX[..., : config.kv_lora_rank])
-        output_BTHV = torch.einsum("bthc,hvc->bthv", read_BTHC, weight_value)
-        return self.o_proj(output_BTHV.flatten(2))
+        absorbed = torch.bmm(query_nope.transpose(0, 1), weight_key).transpose(0, 1)
+        query_NHX = torch.cat([absorbed, query_rope], dim=-1)
+        read_NHC = cache.attend(self.layer, query_NHX, latent_NC, key_rope.squeeze(-2), config.softmax_scale)
+        output_HNV = torch.bmm(read_NHC.transpose(0, 1), weight_value.transpose(1, 2))
+        return self.o_proj(output_HNV.transpose(0, 1).flatten(1))
 
     def _project(self, x_BTD: Tensor, rotation: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Query [B,T,H,N] and its rotated part [B,T,H,R], normalised latent [B,T,C], rotated shared key [B,T,1,R]."""
+        """Query [B,T,H,N] and its rotated part [B,T,H,R], normalised latent [B,T,C], rotated shared key [B,T,1,R].
+
+        Decoding has one leading dim instead of two.
+        """
         config = self.config
         if config.q_lora_rank is None:
             query = self.q_proj(x_BTD)
@@ -93,4 +95,4 @@ class LatentAttention(nn.Module):
             [config.kv_lora_rank, config.qk_rope_head_dim], dim=-1)
         cos, sin = rotation
         return (query_nope, rotate(query_rope, cos, sin), self.kv_a_layernorm(latent_BTC),
-                rotate(key_rope.unsqueeze(2), cos, sin))
+                rotate(key_rope.unsqueeze(-2), cos, sin))

@@ -97,6 +97,12 @@ class MixtureOfExperts(nn.Module):
             routed = routed + self.shared_experts(x_BTD)
         return routed, load_BE.sum(0), balance_loss
 
+    def decode(self, x_ND: Tensor) -> Tensor:
+        """The same without load and balance loss, for N tokens of any sequences. Returns [N, D]."""
+        _, indices, weights = self.gate(x_ND)
+        routed = self.experts(x_ND, indices, weights)
+        return routed + self.shared_experts(x_ND) if self.config.n_shared_experts else routed
+
     def _balance(self, scores_BTE: Tensor, indices_BTK: Tensor) -> tuple[Tensor, Tensor]:
         """Load per sequence [B, E] and Σ_i f_i P_i averaged over sequences (DeepSeek-V3 eq. 17-20)."""
         batch, time, num_experts = scores_BTE.shape

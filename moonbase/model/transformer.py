@@ -84,11 +84,11 @@ class Block(nn.Module):
         fed, load, balance_loss = self.mlp(normalised)
         return x_BTD + fed, LayerStatistics(max_logit, load, balance_loss)
 
-    def decode(self, x_BTD: Tensor, rotation: tuple[Tensor, Tensor], cache: LatentCache) -> Tensor:
+    def decode(self, x_ND: Tensor, rotation: tuple[Tensor, Tensor], cache: LatentCache) -> Tensor:
         """Decoding form: attention reads the cached latents."""
-        x_BTD = x_BTD + self.self_attn.decode(self.input_layernorm(x_BTD), rotation, cache)
-        normalised = self.post_attention_layernorm(x_BTD)
-        return x_BTD + (self.mlp(normalised) if isinstance(self.mlp, FeedForward) else self.mlp(normalised)[0])
+        x_ND = x_ND + self.self_attn.decode(self.input_layernorm(x_ND), rotation, cache)
+        normalised = self.post_attention_layernorm(x_ND)
+        return x_ND + (self.mlp(normalised) if isinstance(self.mlp, FeedForward) else self.mlp.decode(normalised))
 
 
 class MTPModule(nn.Module):
@@ -114,6 +114,13 @@ class MTPModule(nn.Module):
         joined = torch.cat([self.enorm(embedded_BTD), self.hnorm(hidden_BTD)], dim=-1)
         out, statistics = self.layer(self.eh_proj(joined), cos, sin, documents, clip_threshold)
         return self.norm(out), statistics
+
+    def decode(
+        self, hidden_ND: Tensor, embedded_ND: Tensor, rotation: tuple[Tensor, Tensor], cache: LatentCache
+    ) -> Tensor:
+        """Decoding form of `forward`."""
+        joined = torch.cat([self.enorm(embedded_ND), self.hnorm(hidden_ND)], dim=-1)
+        return self.norm(self.layer.decode(self.eh_proj(joined), rotation, cache))
 
 
 class Decoder(nn.Module):
@@ -180,13 +187,24 @@ class Transformer(nn.Module):
         balance_loss = torch.stack([layer.balance_loss for layer in statistics]).sum()
         return Losses(loss_sum, mtp_loss_sum / max(1, len(self.mtp)), balance_loss, statistics)
 
-    def decode(self, tokens_BT: Tensor, positions_BT: Tensor, cache: LatentCache) -> Tensor:
-        """Extend cached sequences by T tokens each. Returns the logits after the last of them, fp32 [B, V]."""
-        x_BTD = self.model.embed_tokens(tokens_BT)
-        rotation = rotations(self.config, positions_BT)
+    def decode(self, tokens_N: Tensor, positions_N: Tensor, cache: LatentCache) -> Tensor:
+        """Extend cached sequences by N tokens in all. Returns the normalised hidden states that the head reads [N, D].
+
+        `cache` knows which token belongs to which sequence.
+        """
+        x_ND = self.model.embed_tokens(tokens_N)
+        rotation = rotations(self.config, positions_N)
         for block in self.model.layers:
-            x_BTD = block.decode(x_BTD, rotation, cache)
-        return self.lm_head(self.model.norm(x_BTD[:, -1])).float()
+            x_ND = block.decode(x_ND, rotation, cache)
+        return self.model.norm(x_ND)
+
+    def decode_further(
+        self, depth: int, hidden_ND: Tensor, next_tokens_N: Tensor, positions_N: Tensor, cache: LatentCache
+    ) -> Tensor:
+        """One step of multi-token prediction: from what the depth before fed its head at `positions_N` and the tokens
+        that follow there, the hidden states that predict the token after those [N, D]."""
+        embedded = self.model.embed_tokens(next_tokens_N)
+        return self.mtp[depth].decode(hidden_ND, embedded, rotations(self.config, positions_N), cache)
 
     def blocks(self) -> Iterator[Block]:
         """All blocks in order, MTP's last: what is wrapped for compilation, recomputation or sharding."""

@@ -1,44 +1,16 @@
-"""Generation against the plainest loop there is, transformers, and the arithmetic of chance."""
+"""Generation against the plainest loop there is and transformers; that nobody notices the others."""
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Sequence
+import random
 
 import pytest
 import torch
 
 from moonbase.engine import Engine, Sampling
-from moonbase.engine.engine import choose
 from moonbase.errors import UserError
-from moonbase.model import Transformer
-from tests.model.tiny import hf_config, tiny_model, yarn
-
-
-class Bytes:
-    """One id per byte: the smallest tokenizer that can cut a character in two."""
-
-    def encode(self, text: str) -> list[int]:
-        return list(text.encode())
-
-    def decode(self, ids: Sequence[int]) -> str:
-        return bytes(id % 256 for id in ids).decode("utf-8", errors="replace")
-
-
-def engine(stop_ids: Sequence[int] = (), **changes) -> Engine:
-    return Engine(tiny_model(**dict(rope_scaling=yarn(8)) | changes).eval(), Bytes(), stop_ids)
-
-
-def by_hand(model: Transformer, prompt: list[int], count: int) -> list[int]:
-    """No cache, no batch: the whole text through the training form for every token."""
-    ids = list(prompt)
-    for _ in range(count):
-        with torch.no_grad():
-            ids.append(int(model(torch.tensor([ids]))[0, -1].argmax()))
-    return ids[len(prompt) :]
-
-
-PROMPTS = [[5, 9, 11, 3, 60, 2], [7], [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11], [30, 31]]
+from tests.engine.tiny import PROMPTS, Bytes, by_hand, engine
+from tests.model.tiny import hf_config, tiny_model
 
 
 @pytest.mark.parametrize("changes", [{}, dict(q_lora_rank=None, n_group=4, topk_group=2, rope_scaling=None)])
@@ -51,28 +23,40 @@ def test_greedy_equals_the_loop_without_a_cache(changes) -> None:
     assert len({tuple(continuation) for continuation in found}) > 1
 
 
-def test_greedy_equals_transformers() -> None:
+@pytest.mark.parametrize("seed", range(6))
+def test_greedy_equals_transformers(seed: int) -> None:
+    """On random tiny models; the tokens of its `generate`, whatever ours does with blocks, chunks and guesses."""
     from transformers import DeepseekV3ForCausalLM
 
-    ours = engine()
+    chance = random.Random(seed)
+    changes = dict(
+        q_lora_rank=chance.choice([None, 14]), n_shared_experts=chance.choice([1, 2]), first_k_dense_replace=seed % 3,
+        num_attention_heads=chance.choice([1, 3]), n_group=chance.choice([1, 4]), topk_group=1,
+        num_experts_per_tok=chance.choice([1, 2]), num_nextn_predict_layers=seed % 2,
+    )
+    ours = engine(options=dict(cache_tokens=160, chunk_tokens=7, max_running=3), **changes)
     theirs = DeepseekV3ForCausalLM(hf_config(ours.model.config)).eval()
-    theirs.load_state_dict(ours.model.state_dict())
-    prompt = torch.tensor([PROMPTS[0]])
-    expected = theirs.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=30, do_sample=False,
-                               eos_token_id=None, pad_token_id=0)
-    assert ours.generate_ids([PROMPTS[0]], Sampling(max_tokens=30)) == [expected[0, len(PROMPTS[0]) :].tolist()]
+    state = {name: tensor for name, tensor in ours.model.state_dict().items() if not name.startswith("mtp.")}
+    theirs.load_state_dict(state)
+    prompts = [[chance.randrange(61) for _ in range(chance.randrange(1, 40))] for _ in range(5)]
+    found = ours.generate_ids(prompts, Sampling(max_tokens=30))
+    for prompt, ids in zip(prompts, found, strict=True):
+        asked = torch.tensor([prompt])
+        expected = theirs.generate(asked, attention_mask=torch.ones_like(asked), max_new_tokens=30, do_sample=False,
+                                   eos_token_id=None, pad_token_id=0)
+        assert ids == expected[0, len(prompt) :].tolist()
 
 
-@pytest.mark.parametrize("tokens", [1, 3, 10, 11])
-def test_long_prompts_are_read_in_parts(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With the same result, and never more tokens at a time than allowed."""
-    ours, widths = engine(), []
-    whole = ours.generate_ids(PROMPTS, Sampling(max_tokens=12))
-    decode = ours.model.decode
-    monkeypatch.setattr("moonbase.engine.engine.PREFILL_TOKENS", tokens)
-    monkeypatch.setattr(ours.model, "decode", lambda part, *rest: widths.append(part.shape[1]) or decode(part, *rest))
-    assert ours.generate_ids(PROMPTS, Sampling(max_tokens=12)) == whole
-    assert max(widths) == tokens and sum(widths) == max(map(len, PROMPTS)) + 11
+def test_a_pass_computes_no_more_prompt_tokens_than_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = engine().generate_ids(PROMPTS, Sampling(max_tokens=12))
+    for chunk in (4, 9, 11):
+        ours, widths = engine(options=dict(chunk_tokens=chunk, max_running=4)), []
+        decode = ours.model.decode
+        monkeypatch.setattr(ours.model, "decode",
+                            lambda tokens, *rest, widths=widths, decode=decode: (
+                                widths.append(len(tokens)) or decode(tokens, *rest)))
+        assert ours.generate_ids(PROMPTS, Sampling(max_tokens=12)) == whole
+        assert max(widths) <= max(8, chunk)
 
 
 def test_it_stops_before_a_stop_id() -> None:
@@ -81,14 +65,20 @@ def test_it_stops_before_a_stop_id() -> None:
     cut = [ids[: ids.index(stop)] if stop in ids else ids for ids in free]
     assert any(len(one) < len(other) for one, other in zip(cut, free, strict=True))
     assert engine(stop_ids=[stop]).generate_ids(PROMPTS, Sampling(max_tokens=20)) == cut
+    assert engine().generate_ids(PROMPTS, Sampling(max_tokens=20, stop_ids=(stop,))) == cut
     # The configuration's own ids count too, one or several.
     assert engine(eos_token_id=[stop, 999]).generate_ids(PROMPTS, Sampling(max_tokens=20)) == cut
     assert engine(eos_token_id=stop).generate_ids(PROMPTS, Sampling(max_tokens=20)) == cut
+    assert engine(eos_token_id=stop).generate_ids(PROMPTS, Sampling(max_tokens=20, ignore_eos=True)) == free
+    output = engine(eos_token_id=stop).complete(PROMPTS[:1], Sampling(max_tokens=20))[0]
+    assert (output.finish_reason, output.stop_reason) == ("stop", stop)
 
 
 def test_lengths() -> None:
     for count in (1, 2, 7):
-        assert [len(ids) for ids in engine().generate_ids(PROMPTS, Sampling(max_tokens=count))] == [count] * 4
+        outputs = engine().complete(PROMPTS, Sampling(max_tokens=count))
+        assert [len(output.ids) for output in outputs] == [count] * 4
+        assert {output.finish_reason for output in outputs} == {"length"}
     assert engine().generate_ids([]) == [] and engine().generate([]) == []
 
 
@@ -100,146 +90,194 @@ def test_the_context_is_the_limit_of_each_prompt_by_itself() -> None:
     assert len(small.generate_ids([[1] * 15], Sampling(max_tokens=100))[0]) == 1
     with pytest.raises(UserError, match="16 tokens; the model's context is 16"):
         small.generate_ids([[1], [1] * 16])
+    assert not small.busy, "nothing of a refused call is left in the queue"
 
 
-def test_an_empty_prompt_is_the_users_mistake() -> None:
+def test_the_cache_is_a_limit_too() -> None:
+    small = engine(options=dict(cache_tokens=32))
+    assert len(small.generate_ids([[1] * 10], Sampling(max_tokens=100))[0]) == 22
+    with pytest.raises(UserError, match="40 tokens; the cache is 32"):
+        small.generate_ids([[1] * 40])
+    with pytest.raises(UserError, match=r"cache_tokens=1000000000000 needs .* at most"):
+        engine(options=dict(cache_tokens=10**12)).generate_ids([[1]])
+
+
+def test_prompts_that_are_none() -> None:
     with pytest.raises(UserError, match="empty prompt"):
         engine(vocab_size=300).generate(["a", ""])
     with pytest.raises(UserError, match="empty prompt"):
         list(engine(vocab_size=300).stream(""))
+    with pytest.raises(UserError, match="token id 61 is not in the model's vocabulary of 61"):
+        engine().generate_ids([[3, 61]])
+    with pytest.raises(UserError, match="token id -1"):
+        engine().generate_ids([[3]], Sampling(logit_bias={-1: 1.0}))
 
 
+# --- nobody notices the others ----------------------------------------------------------------------------------------
+
+
+def random_prompts(seed: int, count: int) -> list[list[int]]:
+    """Some begin alike, so that blocks are shared."""
+    chance = random.Random(seed)
+    shared = [chance.randrange(61) for _ in range(40)]
+    return [shared[: chance.choice([0, 16, 23, 40])] + [chance.randrange(61) for _ in range(chance.randrange(1, 50))]
+            for _ in range(count)]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize(
-    ("values", "field"),
-    [(dict(max_tokens=0), "max_tokens"), (dict(temperature=-0.1), "temperature"),
-     (dict(temperature=float("nan")), "temperature"), (dict(top_p=0.0), "top_p"), (dict(top_p=1.01), "top_p"),
-     (dict(top_p=float("nan")), "top_p")],
+    "options",
+    [dict(), dict(prefix_cache=False), dict(max_running=2), dict(max_running=4, chunk_tokens=4),
+     dict(cache_tokens=176), dict(cache_tokens=176, chunk_tokens=5, max_running=3)],
+    ids=str,
 )
-def test_wrong_sampling_values(values, field) -> None:
-    with pytest.raises(UserError, match=field):
-        Sampling(**values)
+def test_a_request_gets_the_same_tokens_in_any_company(options, temperature: float) -> None:
+    """Alone or in a batch, whole or in chunks, preempted or not, with a warm or a cold cache."""
+    prompts, sampling = random_prompts(5, 12), [Sampling(20, temperature, seed=n) for n in range(12)]
+    # A request of its own is number 0 of its call.
+    alone = [engine(options=dict(prefix_cache=False)).complete([ids], one)[0] for ids, one in
+             zip(prompts, sampling, strict=True)]
+    ours = engine(options=options)
+    requests = [ours.request(ids, one) for ids, one in zip(prompts, sampling, strict=True)]
+    for _ in range(2):
+        for request in requests:
+            ours.submit(request)
+        while ours.busy:
+            ours.step()
+        assert [request.output_ids for request in requests] == [output.ids for output in alone]
+        assert ours.statistics.blocks_used == 0
+        requests = [ours.request(ids, one) for ids, one in zip(prompts, sampling, strict=True)]
+    if options == dict(cache_tokens=176):
+        assert ours.statistics.preemptions > 0, "this cache is small enough to make some give way"
+    assert (ours.statistics.cached_tokens > 0) == options.get("prefix_cache", True)
 
 
-# --- chance -----------------------------------------------------------------------------------------------------------
-
-LOGITS = torch.tensor([[2.0, 1.0, 0.5, 0.0, -1.0, -torch.inf, 1.5, -3.0]])
-
-
-def drawn(sampling: Sampling, count: int = 20_000) -> Counter:
-    generator = torch.Generator().manual_seed(sampling.seed)
-    return Counter(choose(LOGITS.expand(count, -1), sampling, [generator] * count).tolist())
-
-
-def chi_square(counts: Counter, expected: torch.Tensor) -> float:
-    """0.999 of all fair draws stay below about 22 with 6 degrees of freedom."""
-    total = sum(counts.values())
-    return sum((counts[i] - total * p) ** 2 / (total * p) for i, p in enumerate(expected.tolist()) if p > 0)
-
-
-@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
-def test_tokens_are_drawn_with_their_probabilities(temperature: float) -> None:
-    counts = drawn(Sampling(temperature=temperature))
-    expected = (LOGITS[0].double() / temperature).softmax(-1)
-    assert chi_square(counts, expected) < 22 and counts[5] == 0
-    wrong = (LOGITS[0].double() / (temperature * 1.2)).softmax(-1)
-    assert chi_square(counts, wrong) > 100, "this many draws would notice another temperature"
+def test_requests_may_come_and_go_at_any_time() -> None:
+    prompts = random_prompts(1, 10)
+    expected = engine().generate_ids(prompts, Sampling(max_tokens=15))
+    ours, chance = engine(options=dict(max_running=3, cache_tokens=320)), random.Random(0)
+    waiting = [ours.request(ids, Sampling(max_tokens=15)) for ids in prompts]
+    submitted, cancelled = [], set()
+    while waiting or ours.busy:
+        if waiting and chance.random() < 0.3:
+            submitted.append(waiting.pop(0))
+            ours.submit(submitted[-1])
+        if submitted and chance.random() < 0.05:
+            one = chance.choice(submitted)
+            ours.cancel(one)
+            cancelled.add(one)
+        ours.step()
+    for request, ids in zip(submitted, expected, strict=True):
+        if request.finish_reason == "cancelled":
+            assert request in cancelled and request.output_ids == ids[: len(request.output_ids)]
+        else:
+            assert request.output_ids == ids
+    assert ours.statistics.blocks_used == 0
 
 
-@pytest.mark.parametrize("top_p", [0.01, 0.5, 0.8, 0.97, 1.0])
-def test_top_p_keeps_the_smallest_set_that_reaches_it(top_p: float) -> None:
-    probabilities = LOGITS[0].double().softmax(-1)
-    kept, mass = [], 0.0
-    for token in sorted(range(8), key=lambda token: -probabilities[token]):
-        if mass < top_p and probabilities[token] > 0:
-            kept.append(token)
-            mass += probabilities[token].item()
-    counts = drawn(Sampling(temperature=1.0, top_p=top_p))
-    assert set(counts) == set(kept)
-    expected = torch.zeros(8, dtype=torch.float64)
-    expected[kept] = probabilities[kept] / probabilities[kept].sum()
-    assert chi_square(counts, expected) < 22
+def test_a_cancelled_request_frees_its_blocks_at_once() -> None:
+    ours = engine()
+    pieces = ours.pieces([1] * 40, Sampling(max_tokens=100))
+    next(pieces)
+    assert ours.statistics.blocks_used == 3 and ours.statistics.running == 1
+    pieces.close()
+    assert ours.statistics.blocks_used == 0 and ours.statistics.running == 0 and not ours.busy
+    assert ours.statistics.finished == {"stop": 0, "length": 0, "cancelled": 1}
 
 
-@pytest.mark.parametrize("temperature", [1e-3, 1e-30, 1e-320])
-def test_temperature_towards_zero_is_greedy(temperature: float) -> None:
-    assert drawn(Sampling(temperature=temperature), 200) == {0: 200}
+def test_an_error_in_a_pass_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    ours = engine()
+    with monkeypatch.context() as patch:
+        patch.setattr(ours.model, "decode", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            ours.generate_ids(PROMPTS)
+    assert not ours.busy and ours.statistics.blocks_used == 0
+    assert ours.generate_ids(PROMPTS, Sampling(max_tokens=9)) == engine().generate_ids(PROMPTS, Sampling(max_tokens=9))
 
 
-def test_a_seed_fixes_the_text() -> None:
-    samplings = [Sampling(max_tokens=20, temperature=1.0, seed=seed) for seed in (1, 1, 2)]
-    one, same, other = (engine().generate_ids(PROMPTS, sampling) for sampling in samplings)
-    assert one == same != other
+def test_a_repeated_prompt_is_computed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    ours, computed = engine(), []
+    decode = ours.model.decode
+    monkeypatch.setattr(ours.model, "decode",
+                        lambda tokens, *rest: computed.append(len(tokens)) or decode(tokens, *rest))
+    first, again = (ours.complete([list(range(50))], Sampling(max_tokens=1))[0] for _ in range(2))
+    assert first.ids == again.ids and first.logprobs == pytest.approx(again.logprobs, abs=1e-5)
+    # Three full blocks are known; the last two tokens of the prompt are not (and a pass has at least eight rows).
+    assert computed == [50, 8] and (first.cached_tokens, again.cached_tokens) == (0, 48)
+    # What was generated is known as well: the next turn of a conversation begins with it.
+    longer = ours.complete([list(range(50))], Sampling(max_tokens=40))[0]
+    turn = ours.complete([[*range(50), *longer.ids, 3]], Sampling(max_tokens=1))[0]
+    assert turn.cached_tokens == 80
 
 
-def test_a_sampled_text_does_not_depend_on_its_neighbours() -> None:
-    sampling = Sampling(max_tokens=20, temperature=1.0, seed=3)
-    together = engine().generate_ids(PROMPTS, sampling)
-    for last in range(1, len(PROMPTS)):
-        assert engine().generate_ids(PROMPTS[:last], sampling) == together[:last]
-    others = engine().generate_ids([[9, 9], *PROMPTS[1:3], [8]], sampling)
-    assert others[1:3] == together[1:3]
-    assert others[0] != together[0]
+def test_new_weights_forget_what_was_cached() -> None:
+    ours, prompt = engine(), list(range(50))
+    ours.generate_ids([prompt], Sampling(max_tokens=5))
+    ours.model.load_state_dict(tiny_model(seed=1, rope_scaling=None).state_dict())
+    ours.weights_changed()
+    assert ours.generate_ids([prompt], Sampling(max_tokens=12)) == [by_hand(ours.model, prompt, 12)]
+    assert ours.statistics.blocks_used == 0 and ours.statistics.cached_tokens == 0
 
 
-def test_equal_prompts_of_a_batch_and_of_neighbouring_seeds_get_texts_of_their_own() -> None:
-    texts = [tuple(ids) for seed in (1, 2, 3)
-             for ids in engine().generate_ids([[5, 9]] * 4, Sampling(max_tokens=20, temperature=1.0, seed=seed))]
-    assert len(set(texts)) == 12
+# --- multi-token prediction -------------------------------------------------------------------------------------------
 
 
-# --- streaming --------------------------------------------------------------------------------------------------------
+class Knowing:
+    """Makes a module's guesses right with a given chance: what happens then must not depend on how good it is."""
+
+    def __init__(self, ours: Engine, reference: dict[tuple[int, ...], int], chance: float) -> None:
+        self.further, self.reference = ours._forward.further, reference
+        self.random, self.chance = random.Random(0), chance
+
+    def __call__(self, parts, hidden_ND, rows) -> torch.Tensor:
+        logits_BV = self.further(parts, hidden_ND, rows)
+        for row_V, part in zip(logits_BV, parts, strict=True):
+            known = self.reference.get(tuple(part.sequence.ids))
+            if known is not None and self.random.random() < self.chance:
+                row_V[known] = 1e9
+        return logits_BV
 
 
-class Script:
-    """A model that says given ids, one after the other, whatever it is asked: only text handling is looked at."""
-
-    def __init__(self, ids: Sequence[int]) -> None:
-        self.engine = engine(vocab_size=300)
-        self.ids = list(ids)
-        self.engine.model.decode = self.decode  # type: ignore[method-assign]
-        self.at = 0
-
-    def decode(self, tokens, positions, cache) -> torch.Tensor:
-        logits = torch.zeros(1, 300)
-        logits[0, self.ids[self.at % len(self.ids)]] = 1
-        self.at += 1
-        return logits
-
-
-@pytest.mark.parametrize("text", ["plain", "naïve – 月面基地 🌕!", "🌕", "\ufffd is a character too", "tail \ufffd"])
-def test_stream_says_what_generate_says(text: str) -> None:
-    ids = [*text.encode(), 299]
-    for count in range(1, len(ids) + 1):
-        script = Script(ids)
-        script.engine.stop_ids = frozenset([299])
-        (whole,) = script.engine.generate(["go"], Sampling(max_tokens=count))
-        script.at = 0
-        pieces = list(script.engine.stream("go", Sampling(max_tokens=count)))
-        assert "".join(pieces) == whole
-        assert all(pieces) and (count < len(ids) or whole == text)
+@pytest.mark.parametrize("chance", [0.0, 0.6, 1.0])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_guessing_changes_the_work_and_not_the_text(chance: float, temperature: float, monkeypatch) -> None:
+    sampling = Sampling(max_tokens=25, temperature=temperature, logprobs=2)
+    plain = engine(num_nextn_predict_layers=1, options=dict(speculate=False)).complete(PROMPTS, sampling)
+    reference = {(*prompt, *output.ids[:count]): id for prompt, output in zip(PROMPTS, plain, strict=True)
+                 for count, id in enumerate(output.ids)}
+    ours = engine(num_nextn_predict_layers=1)
+    ours._ready()
+    monkeypatch.setattr(ours._forward, "further", Knowing(ours, reference, chance))
+    found = ours.complete(PROMPTS, sampling)
+    assert [output.ids for output in found] == [output.ids for output in plain]
+    for one, other in zip(found, plain, strict=True):
+        assert one.logprobs == pytest.approx(other.logprobs, abs=1e-4)
+        ids, others = ([[id for id, _ in top] for top in output.top_logprobs] for output in (one, other))
+        assert ids == others
+    numbers = ours.statistics
+    if chance == 1.0:
+        # Every pass but the last ones makes two tokens.
+        assert numbers.accepted_tokens == numbers.drafted_tokens and numbers.passes <= 14
+    assert numbers.accepted_tokens <= numbers.drafted_tokens and numbers.blocks_used == 0
 
 
-@pytest.mark.parametrize("end", ["stop id", "context"])
-def test_a_character_cut_short_is_still_said(end: str) -> None:
-    """Generation may end inside a character: at a stop id, or where the context is full."""
-    script = Script([*"a🌕".encode()[:3], 299])
-    script.engine.stop_ids = frozenset([299] if end == "stop id" else [])
-    if end == "context":
-        script.engine.model.config = script.engine.model.config.model_copy(update={"max_position_embeddings": 5})
-    assert "".join(script.engine.stream("go", Sampling(max_tokens=50))) == "a\ufffd"
+def test_the_module_sees_what_it_was_trained_on() -> None:
+    """Its guess equals what the training form predicts one token further on."""
+    ours = engine(num_nextn_predict_layers=1)
+    request = ours.request([5, 9, 11, 3, 60, 2, 7, 8, 8, 1], Sampling(max_tokens=6))
+    ours.submit(request)
+    model = ours.model
+    while ours.busy:
+        ours.step()
+        if request.finish_reason is None:
+            ids = torch.tensor([request.ids])
+            with torch.no_grad():
+                hidden, rotation, _ = model._hidden(ids[:, :-1], None, None)
+                further, _ = model.mtp[0](hidden, model.model.embed_tokens(ids[:, 1:]), *rotation)
+                assert request.draft == int(model.lm_head(further[0, -1]).argmax())
 
 
-def test_pieces_are_whole_characters_as_soon_as_they_are_known() -> None:
-    script = Script("é🌕x".encode())
-    assert list(script.engine.stream("go", Sampling(max_tokens=7))) == ["é", "🌕", "x"]
-
-
-def test_streaming_looks_at_the_last_character_only() -> None:
-    script, sizes = Script("aé🌕".encode() * 30), []
-    decode = script.engine.tokenizer.decode
-    script.engine.tokenizer.decode = lambda ids: sizes.append(len(ids)) or decode(ids)  # type: ignore[method-assign]
-    assert "".join(script.engine.stream("go", Sampling(max_tokens=210))) == "aé🌕" * 30
-    assert max(sizes) == 4
+# --- text -------------------------------------------------------------------------------------------------------------
 
 
 def test_a_real_models_stream_equals_its_text() -> None:
@@ -247,3 +285,32 @@ def test_a_real_models_stream_equals_its_text() -> None:
     for seed in range(3):
         sampling = Sampling(max_tokens=40, temperature=1.5, seed=seed)
         assert "".join(ours.stream("häh", sampling)) == ours.generate(["häh"], sampling)[0]
+
+
+def test_a_stop_string_ends_the_reply_and_is_not_part_of_it() -> None:
+    ours = engine(vocab_size=128)
+    (free,) = ours.generate(["hello"], Sampling(max_tokens=40))
+    stop = free[17:20]
+    sampling = Sampling(max_tokens=40, stop=("never there", stop))
+    assert ours.generate(["hello"], sampling) == [free[: free.index(stop)]]
+    output = ours.complete([list(b"hello")], sampling)[0]
+    assert (output.finish_reason, output.stop_reason) == ("stop", stop)
+    assert len(output.ids) == free.index(stop) + 3
+
+
+def test_logprobs_are_the_models_own() -> None:
+    ours = engine()
+    output = ours.complete([PROMPTS[2]], Sampling(max_tokens=8, temperature=0.7, top_p=0.5, logprobs=3))[0]
+    ids = torch.tensor([[*PROMPTS[2], *output.ids]])
+    with torch.no_grad():
+        expected = ours.model(ids)[0].log_softmax(-1)[len(PROMPTS[2]) - 1 : -1]
+    chosen = expected.gather(-1, ids[0, len(PROMPTS[2]) :, None]).squeeze(-1)
+    torch.testing.assert_close(torch.tensor(output.logprobs), chosen, rtol=1e-4, atol=1e-4)
+    values, tokens = expected.topk(3)
+    for found, value, token in zip(output.top_logprobs, values, tokens, strict=True):
+        assert [id for id, _ in found] == token.tolist()
+        torch.testing.assert_close(torch.tensor([score for _, score in found]), value, rtol=1e-4, atol=1e-4)
+
+
+def test_the_tokenizer_of_these_tests_is_one() -> None:
+    assert Bytes().decode(Bytes().encode("häh")) == "häh"

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moonbase.engine.cache import LatentCache
+from moonbase.engine.cache import BLOCK_TOKENS, Batch, LatentCache
 from moonbase.model.mla import LatentAttention
 from moonbase.model.rope import rotations
 from moonbase.ops.attention import Documents
@@ -34,13 +34,20 @@ def hidden(batch: int, time: int, seed: int = 1, dims: int = 32) -> torch.Tensor
 
 def decoded(attention: LatentAttention, x: torch.Tensor, steps: list[int]) -> torch.Tensor:
     """The absorbed form, fed `steps` tokens at a time."""
-    config = attention.config.model_copy(update={"num_hidden_layers": 1})
-    cache = LatentCache(config, x.shape[0], x.shape[1], x.dtype, x.device)
-    parts = []
+    batch, time, _ = x.shape
+    blocks = -(-time // BLOCK_TOKENS)
+    config = attention.config.model_copy(update={"num_hidden_layers": 1, "num_nextn_predict_layers": 0})
+    cache = LatentCache(config, 1 + batch * blocks, x.dtype, x.device)
+    tables = 1 + torch.arange(batch * blocks, dtype=torch.int32).view(batch, blocks)
+    parts, first = [], 0
     for part in x.split(steps, dim=1):
-        positions = torch.arange(cache.length, cache.length + part.shape[1])
-        parts.append(attention.decode(part, rotations(attention.config, positions), cache))
-        cache.advance(part.shape[1])
+        position = torch.arange(first, first + part.shape[1]).repeat(batch)
+        sequence = torch.arange(batch).repeat_interleave(part.shape[1])
+        slots = tables[sequence, position // BLOCK_TOKENS].long() * BLOCK_TOKENS + position % BLOCK_TOKENS
+        cache.batch = Batch(sequence.int(), position.int(), slots, tables)
+        turn = rotations(attention.config, position)
+        parts.append(attention.decode(part.flatten(0, 1), turn, cache).view_as(part))
+        first += part.shape[1]
     return torch.cat(parts, dim=1)
 
 

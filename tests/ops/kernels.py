@@ -10,9 +10,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from moonbase.ops import attention_cuda, cross_entropy_cuda, experts_cuda
+from moonbase.ops import attention_cuda, cross_entropy_cuda, experts_cuda, latent_attention_cuda
 from moonbase.ops.attention import Documents, attention_reference
 from moonbase.ops.experts import swiglu, swiglu_backward
+from moonbase.ops.latent_attention import latent_attention_reference
+from tests.ops.paged import paged
 
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 # A GPU multiplies fp32 matrices in TF32; bf16 values are exact in both, sums of their products nearly so.
@@ -118,3 +120,16 @@ def test_wide_product() -> None:
     found = wide_product(a.cuda(), b.cuda())
     assert found.dtype == torch.float32
     torch.testing.assert_close(found.cpu(), a.float() @ b.float(), rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize(("heads", "rank", "rope", "longest"), [(1, 16, 16, 5), (4, 48, 16, 40), (20, 20, 6, 150)])
+def test_latent_attention(heads: int, rank: int, rope: int, longest: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(latent_attention_cuda, "STRETCH", 64)
+    case = paged(heads, rank, rope, [longest, 1, longest // 2], new_tokens=[3, 1, 2], seed=heads)
+    query, store = case[0].to(EXACT), case[1].to(EXACT)
+    expected = latent_attention_reference(query.float(), store.float(), *case[2:], 0.3, rank)
+    found = latent_attention_cuda.latent_attention_cuda(
+        query.to(DEVICE), store.to(DEVICE), *(tensor.to(DEVICE) for tensor in case[2:]), 0.3, rank)
+    # On a GPU the softmax weights are rounded to bf16 for their product.
+    tolerance = dict(rtol=2e-2, atol=2e-2) if DEVICE == "cuda" else dict(rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found.float().cpu(), expected, **tolerance)

@@ -1,0 +1,98 @@
+"""One forward pass over parts of many sequences: lays out its tensors, and pads so that nobody notices the others.
+
+Shapes: N tokens of the pass, B sequences, M blocks of the longest possible one, D hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from moonbase.engine.cache import BLOCK_TOKENS, Batch, LatentCache
+from moonbase.engine.scheduler import Part
+from moonbase.model import Transformer
+
+LEAST_ROWS = 8
+"""A pass has at least so many rows. The libraries take other paths, with other rounding, for matrices of very few
+rows; from eight rows on a row's result was the same bit for bit beside any number of others (docs/log.md)."""
+
+
+class Forward:
+    """A model with its cache. `run` computes parts; `logits` reads the head at some rows of what came out."""
+
+    def __init__(self, model: Transformer, cache: LatentCache, max_running: int, blocks_each: int) -> None:
+        self.model, self.cache = model, cache
+        self.device = cache.store.device
+        # Written on the host, one row per running sequence, and only where a sequence has grown.
+        self._tables = torch.zeros(max_running, blocks_each, dtype=torch.int32)
+        self._written: list[tuple[object, int]] = [(None, 0)] * max_running
+
+    def run(self, parts: Sequence[Part]) -> Tensor:
+        """Hidden states [N, D] of all tokens of `parts`, in order; rows beyond them are padding."""
+        tokens: list[int] = []
+        for part in parts:
+            tokens += part.sequence.ids[part.start : part.start + part.count]
+            if part.draft is not None:
+                tokens.append(part.draft)
+        positions = self._lay_out(parts)
+        return self.model.decode(self._padded(tokens), positions, self.cache)
+
+    def further(self, parts: Sequence[Part], hidden_ND: Tensor, rows: Sequence[int]) -> Tensor:
+        """Logits of the token after the next of each part [B, V], by the first multi-token-prediction module.
+
+        `rows`: where each part's tokens begin in `hidden_ND`. The module reads every token together with the one that
+        follows it.
+        """
+        following: list[int] = []
+        sources: list[int] = []
+        ends: list[int] = []
+        for part, row in zip(parts, rows, strict=True):
+            following += part.sequence.ids[part.start + 1 : part.start + part.count + 1]
+            sources += range(row, row + part.count)
+            ends.append(len(sources) - 1)
+        positions = self._lay_out(parts)
+        hidden_ND = hidden_ND[self._padded(sources)]
+        hidden_ND = self.model.decode_further(0, hidden_ND, self._padded(following), positions, self.cache)
+        return self.logits(hidden_ND, ends)
+
+    def logits(self, hidden_ND: Tensor, rows: Sequence[int]) -> Tensor:
+        """The head's logits at `rows`, fp32 [len(rows), V]."""
+        return self.model.lm_head(hidden_ND[self._padded(rows)])[: len(rows)].float()
+
+    def _lay_out(self, parts: Sequence[Part]) -> Tensor:
+        """Tell the cache whose tokens these are; returns their positions [N]."""
+        sequences: list[int] = []
+        positions: list[int] = []
+        slots: list[int] = []
+        for part in parts:
+            sequence = part.sequence
+            self._write_table(sequence.row, sequence.blocks)
+            stop = part.start + part.count + (part.draft is not None)
+            blocks = sequence.blocks
+            sequences += [sequence.row] * (stop - part.start)
+            positions += range(part.start, stop)
+            slots += [blocks[position // BLOCK_TOKENS] * BLOCK_TOKENS + position % BLOCK_TOKENS
+                      for position in range(part.start, stop)]
+        position_N = self._padded(positions)
+        longest = -(-(max(positions) + 1) // BLOCK_TOKENS)
+        # Few widths, so that few shapes are ever seen by a compiler or a recorded graph.
+        width = min(self._tables.shape[1], max(64, 1 << (longest - 1).bit_length()))
+        tables = self._tables if self.device.type == "cpu" else self._tables[:, :width].to(self.device)
+        self.cache.batch = Batch(self._padded(sequences, fill=-1).int(), position_N.int(), self._padded(slots), tables)
+        return position_N
+
+    def _write_table(self, row: int, blocks: list[int]) -> None:
+        owner, count = self._written[row]
+        # The same list has only grown; a new list is another sequence, or the same one after preemption.
+        if owner is not blocks:
+            count = 0
+        if count < len(blocks):
+            self._tables[row, count : len(blocks)] = torch.tensor(blocks[count:], dtype=torch.int32)
+        self._written[row] = (blocks, len(blocks))
+
+    def _padded(self, values: Sequence[int], fill: int = 0) -> Tensor:
+        """int64 [max(N, LEAST_ROWS)] on the device."""
+        values = [*values, *[fill] * (LEAST_ROWS - len(values))]
+        return torch.tensor(values, dtype=torch.int64).to(self.device, non_blocking=True)

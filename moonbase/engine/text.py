@@ -1,0 +1,85 @@
+"""From token ids to text as it comes: whole characters only, special tokens apart, stop strings cut out."""
+
+from __future__ import annotations
+
+import codecs
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+
+class TokenizerLike(Protocol):
+    """What the engine needs of a tokenizer."""
+
+    special_tokens: dict[str, int]
+
+    def encode(self, text: str) -> list[int]: ...
+
+    def decode(self, ids: Sequence[int]) -> str: ...
+
+    def token_bytes(self, id: int) -> bytes: ...
+
+
+@dataclass
+class Piece:
+    """What a request has produced since the last piece."""
+
+    ids: list[int] = field(default_factory=list)
+    text: str = ""
+    """Characters that are complete now, without what may still turn out to be a stop string."""
+    special: bool = False
+    """`text` is the name of one special token."""
+    logprobs: list[float] = field(default_factory=list)
+    """Of `ids`."""
+    top_logprobs: list[list[tuple[int, float]]] | None = None
+    finish_reason: str | None = None
+    """On the last piece: stop, length or cancelled."""
+    stop_reason: str | int | None = None
+    """The stop string or token id that ended it."""
+    cached_tokens: int = 0
+    """Prompt tokens whose latents were there already; on the last piece."""
+
+
+class TextStream:
+    """Text of one reply. A character whose bytes are incomplete waits for the rest, and so does the possible beginning
+    of a stop string."""
+
+    def __init__(self, tokenizer: TokenizerLike, stop: Sequence[str] = ()) -> None:
+        self._tokenizer, self._stop = tokenizer, tuple(stop)
+        self._special = {id: name for name, id in tokenizer.special_tokens.items()}
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._held = ""
+        self.stopped: str | None = None
+        """The stop string that was met; nothing follows it."""
+
+    def push(self, id: int) -> list[tuple[str, bool]]:
+        """Text that is certain now, each with whether it is a special token's name."""
+        name = self._special.get(id)
+        if name is not None:
+            before = self.flush()
+            return before if self.stopped else [*before, (name, True)]
+        return self._advance(self._decoder.decode(self._tokenizer.token_bytes(id)), final=False)
+
+    def flush(self) -> list[tuple[str, bool]]:
+        """What was held back, because nothing can complete it any more."""
+        text = self._decoder.decode(b"", final=True)
+        self._decoder.reset()
+        return self._advance(text, final=True)
+
+    def _advance(self, text: str, final: bool) -> list[tuple[str, bool]]:
+        if self.stopped is not None:
+            return []
+        whole = self._held + text
+        found = [(place, stop) for stop in self._stop if (place := whole.find(stop)) >= 0]
+        if found:
+            place, self.stopped = min(found)
+            whole, self._held = whole[:place], ""
+        else:
+            keep = 0 if final else max((_overlap(whole, stop) for stop in self._stop), default=0)
+            whole, self._held = whole[: len(whole) - keep], whole[len(whole) - keep :]
+        return [(whole, False)] if whole else []
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of `text` that `stop` begins with."""
+    return next((size for size in range(min(len(text), len(stop) - 1), 0, -1) if stop.startswith(text[-size:])), 0)

@@ -7,12 +7,13 @@ silently.
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 from moonbase.errors import UserError
 
-_BENCHES = ("train", "optimizer")
-_PEERS = {"train": ("transformers",), "optimizer": ("torch",)}
+_PEERS = {"train": ("transformers",), "optimizer": ("torch",), "decode": ("transformers",), "serve": ("transformers",)}
+_BENCHES = tuple(_PEERS)
 
 
 def run(name: str, preset: str = "pico", peer: str | None = None) -> dict[str, Any]:
@@ -20,14 +21,10 @@ def run(name: str, preset: str = "pico", peer: str | None = None) -> dict[str, A
     if name not in _BENCHES:
         raise UserError(f"no bench {name!r}. Benches: {', '.join(_BENCHES)}")
     if peer is not None and peer not in _PEERS[name]:
-        raise UserError(f"bench {name} knows no peer {peer!r}. Peers: {', '.join(_PEERS[name])}")
+        raise UserError(f"bench {name} knows no peer {peer!r}. Peers: {', '.join(_PEERS[name]) or 'none'}")
     from moonbase.report.machine import git_commit, machine_facts, package_versions
 
     facts = machine_facts()
-    if name == "train":
-        from moonbase.bench.train import measure
-    else:
-        from moonbase.bench.optimizer import measure
-    rows = measure(preset, peer)
+    rows = importlib.import_module(f"moonbase.bench.{name}").measure(preset, peer)
     return {"name": f"{name} {preset}", "machine": facts["gpu"] or f"{facts['cpu']}, {facts['cores']} cores",
             "commit": git_commit(), "versions": package_versions(), "rows": rows}

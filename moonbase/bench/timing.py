@@ -45,3 +45,11 @@ def matmul_ceiling() -> float:
     size, dtype = (8192, torch.bfloat16) if on_gpu else (1024, torch.float32)
     a, b = (torch.randn(size, size, device="cuda" if on_gpu else "cpu", dtype=dtype) for _ in range(2))
     return 2 * size**3 / seconds(lambda: a @ b, rounds=10, warmup=3)
+
+
+def read_ceiling() -> float:
+    """Bytes/s at which a large array is read: a sum over more than the caches hold."""
+    on_gpu = torch.cuda.is_available()
+    size = 2**30 if on_gpu else 2**26
+    data = torch.ones(size, dtype=torch.float32, device="cuda" if on_gpu else "cpu")
+    return 4 * size / seconds(data.sum, rounds=10, warmup=2)

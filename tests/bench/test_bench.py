@@ -102,7 +102,7 @@ def test_timing_takes_medians_in_turns(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(("arguments", "words"), [
-    (("speed",), "no bench 'speed'. Benches: train, optimizer"),
+    (("speed",), "no bench 'speed'. Benches: train, optimizer, decode, serve"),
     (("train", "pico", "torch"), "bench train knows no peer 'torch'. Peers: transformers"),
     (("optimizer", "femto"), "femto: neither a preset"),
 ])

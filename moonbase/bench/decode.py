@@ -1,0 +1,158 @@
+"""Decoding speed and time to the first token, moonbase's engine beside transformers' `generate`: same weights, same
+prompts, greedy, no stop.
+
+A run of one token is the prompt's time; what a longer run takes beyond that is decoding. The floor is what memory
+allows: the weights that the batch touches and the latents that it reads, every step, at the measured rate of reading.
+
+Shapes: B sequences, S prompt tokens, N new tokens.
+"""
+
+from __future__ import annotations
+
+import gc
+import warnings
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+
+from moonbase.bench.timing import alternating_seconds, read_ceiling, seconds
+from moonbase.config import ModelConfig
+from moonbase.engine import Engine, Sampling
+from moonbase.errors import UserError
+from moonbase.layout import checkpoint_layout
+from moonbase.loading import cast
+from moonbase.model import Transformer
+from moonbase.recipe import load_recipe
+from moonbase.sizes import kv_bytes_per_token
+
+_PEER_EXPERTS = ("grouped_mm", "eager")
+
+
+class Shape(NamedTuple):
+    """B sequences with S prompt tokens and N new ones each."""
+
+    batch: int
+    prompt: int
+    new: int
+
+
+# The last decoded token sees all the context that the issue is about: 4k on a CPU, 1k and 32k on a GPU.
+_CPU_SHAPES = (Shape(1, 3968, 128), Shape(16, 3968, 128), Shape(1, 256, 128), Shape(16, 256, 128))
+_GPU_SHAPES = (Shape(1, 1024, 256), Shape(64, 1024, 256), Shape(256, 1024, 256), Shape(1, 32512, 128),
+               Shape(16, 32512, 128))
+
+
+class _NoText:
+    """The engine is asked for ids only."""
+
+    special_tokens: dict[str, int] = {}  # noqa: RUF012
+
+    def encode(self, text: str) -> list[int]:
+        raise AssertionError
+
+    decode = token_bytes = encode
+
+
+def measure(preset: str, peer: str | None, shapes: tuple[Shape, ...] | None = None) -> list[dict[str, Any]]:
+    """Two rows per shape: decoded tokens/s, and prompts/s to the first token."""
+    on_gpu = torch.cuda.is_available()
+    shapes = shapes or (_GPU_SHAPES if on_gpu else _CPU_SHAPES)
+    config = load_recipe(preset).model
+    longest = max(shape.prompt + shape.new for shape in shapes)
+    config = config.model_copy(update={"max_position_embeddings": max(config.max_position_embeddings, longest)})
+    device = torch.device("cuda" if on_gpu else "cpu")
+    dtype = torch.bfloat16 if on_gpu else torch.float32
+    model = cast(Transformer(config).initialize(), dtype).to(device).eval()
+    ceiling = read_ceiling()
+    rows = []
+    for shape in shapes:
+        rows += _rows(preset, model, shape, peer, ceiling, rounds=1 if shape.batch * shape.prompt > 100_000 else 3)
+    return rows
+
+
+def _rows(
+    preset: str, model: Transformer, shape: Shape, peer: str | None, ceiling: float, rounds: int
+) -> list[dict[str, Any]]:
+    generator = torch.Generator().manual_seed(0)
+    prompts = torch.randint(0, model.config.vocab_size, (shape.batch, shape.prompt), generator=generator)
+    works = _works("ours", _ours(model, prompts, shape), shape)
+    peer_name = None
+    if peer:
+        name, generate = _peer(model, prompts)
+        works |= _works("peer", generate, shape)
+        peer_name = f"transformers, {name}"
+    if torch.cuda.is_available():
+        times = {name: seconds(work, rounds=rounds, warmup=1) for name, work in works.items()}
+    else:
+        times = alternating_seconds(works, rounds=rounds, warmup=1 if shape.prompt < 1000 else 0)
+    label = f"{preset} {shape.batch}x({shape.prompt}+{shape.new})"
+    step = step_bytes(model.config, shape.batch, shape.prompt + shape.new // 2, next(model.parameters()).dtype.itemsize)
+    rows = []
+    for unit in ("tokens/s", "prompts/s to the first token"):
+        rates = {}
+        for side in ("ours", "peer") if peer else ("ours",):
+            first, whole = times[f"{side} first"], times[f"{side} whole"]
+            decoding = max(whole - first, 1e-9)
+            rates[side] = shape.batch * (shape.new - 1) / decoding if unit == "tokens/s" else shape.batch / first
+        share = rates["ours"] / shape.batch * step / ceiling if unit == "tokens/s" else None
+        theirs = rates.get("peer")
+        rows.append({"shape": label, "unit": unit, "ours": rates["ours"], "peer": theirs,
+                     "peer_name": peer_name, "ratio": rates["ours"] / theirs if theirs else None, "roof_share": share})
+    del works
+    gc.collect()
+    torch.cuda.empty_cache()
+    return rows
+
+
+def _ours(model: Transformer, prompts: torch.Tensor, shape: Shape) -> Callable[[int], object]:
+    engine = Engine(model, _NoText(), max_running=shape.batch, prefix_cache=False,
+                    cache_tokens=shape.batch * (shape.prompt + shape.new + 32))
+    return lambda new: engine.generate_ids(prompts.tolist(), Sampling(max_tokens=new, ignore_eos=True))
+
+
+def _works(side: str, generate: Callable[[int], object], shape: Shape) -> dict[str, Callable[[], object]]:
+    return {f"{side} first": lambda: generate(1), f"{side} whole": lambda: generate(shape.new)}
+
+
+def step_bytes(config: ModelConfig, batch: int, context: int, itemsize: int) -> float:
+    """Bytes that one decoding step has to read: every weight outside the experts, the experts that `batch` tokens are
+    expected to hit when all are equally likely, and the latents of `context` tokens for each sequence."""
+    chance = 1 - (1 - config.num_experts_per_tok / config.n_routed_experts) ** batch
+    weights = 0.0
+    for tensor in checkpoint_layout(config, mtp=False):
+        if tensor.kind == "embedding":
+            continue
+        weights += tensor.numel * (chance if tensor.kind == "expert" else 1.0)
+    return weights * itemsize + batch * context * kv_bytes_per_token(config, itemsize)
+
+
+def _peer(model: Transformer, prompts: torch.Tensor) -> tuple[str, Callable[[int], object]]:
+    """transformers with the same weights and the faster of its expert implementations for this batch."""
+    try:
+        from transformers import AutoModelForCausalLM, DeepseekV3Config
+    except ImportError:
+        raise UserError("peer transformers is not installed here: pip install transformers") from None
+    parameter = next(model.parameters())
+    values = model.config.to_hf()
+    values.pop("model_type")
+    with parameter.device, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        theirs = AutoModelForCausalLM.from_config(
+            DeepseekV3Config(**values), dtype=parameter.dtype, attn_implementation="sdpa").eval()
+    state = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith("mtp.")}
+    theirs.load_state_dict(state)
+    there = prompts.to(parameter.device)
+
+    def generate(new: int, ids: torch.Tensor = there) -> object:
+        with torch.no_grad():
+            return theirs.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, min_new_tokens=new,
+                                   do_sample=False, eos_token_id=None, pad_token_id=0)
+
+    trials = {}
+    for name in _PEER_EXPERTS:
+        theirs.set_experts_implementation(name)
+        trials[name] = seconds(lambda: generate(16, there[:, :64]), rounds=1, warmup=1)
+    best = min(trials, key=trials.__getitem__)
+    theirs.set_experts_implementation(best)
+    return best, generate

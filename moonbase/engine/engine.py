@@ -75,7 +75,7 @@ class Engine:
     def __init__(
         self, model: Transformer, tokenizer: TokenizerLike, stop_ids: Sequence[int] = (), *,
         cache_tokens: int | None = None, max_running: int = 64, chunk_tokens: int = 512, prefix_cache: bool = True,
-        speculate: bool = True,
+        speculate: bool = True, cuda_graphs: bool = True,
     ) -> None:
         """`stop_ids` beside the model's own; `cache_tokens`: room for so many tokens, None takes what fits;
         `chunk_tokens`: prompt tokens per forward pass. Raises UserError where no cache fits."""
@@ -83,7 +83,7 @@ class Engine:
         self.stop_ids = frozenset(stop_ids) | frozenset(model.config.eos_token_ids)
         self.prefix_cache, self.max_running, self.chunk_tokens = prefix_cache, max_running, chunk_tokens
         self.speculate = speculate and len(model.mtp) > 0
-        self._wanted_tokens = cache_tokens
+        self._wanted_tokens, self._cuda_graphs = cache_tokens, cuda_graphs
         self._statistics = EngineStatistics()
         self._scheduler: Scheduler | None = None
 
@@ -239,7 +239,7 @@ class Engine:
             parameter = next(self.model.parameters())
             cache = LatentCache(self.model.config, num_blocks, parameter.dtype, parameter.device)
             limit = min(self.model.config.max_position_embeddings, (num_blocks - 1) * BLOCK_TOKENS)
-            self._forward = Forward(self.model, cache, self.max_running, -(-limit // BLOCK_TOKENS))
+            self._forward = Forward(self.model, cache, self.max_running, -(-limit // BLOCK_TOKENS), self._cuda_graphs)
             pool = BlockPool(num_blocks, self.prefix_cache)
             self._scheduler = Scheduler(pool, self.max_running, max(self.chunk_tokens, self.max_running))
         return self._scheduler

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from moonbase.engine.cache import BLOCK_TOKENS, Batch, LatentCache
+from moonbase.engine.graphs import Recorder
 from moonbase.engine.scheduler import Part
 from moonbase.model import Transformer
 
@@ -22,12 +23,17 @@ rows; from eight rows on a row's result was the same bit for bit beside any numb
 class Forward:
     """A model with its cache. `run` computes parts; `logits` reads the head at some rows of what came out."""
 
-    def __init__(self, model: Transformer, cache: LatentCache, max_running: int, blocks_each: int) -> None:
+    def __init__(
+        self, model: Transformer, cache: LatentCache, max_running: int, blocks_each: int, cuda_graphs: bool = True
+    ) -> None:
         self.model, self.cache = model, cache
         self.device = cache.store.device
         # Written on the host, one row per running sequence, and only where a sequence has grown.
         self._tables = torch.zeros(max_running, blocks_each, dtype=torch.int32)
         self._written: list[tuple[object, int]] = [(None, 0)] * max_running
+        self._recorder: Recorder | None = None
+        if self.device.type == "cuda" and cuda_graphs:
+            self._recorder = Recorder(self._compute)
 
     def run(self, parts: Sequence[Part]) -> Tensor:
         """Hidden states [N, D] of all tokens of `parts`, in order; rows beyond them are padding."""
@@ -36,8 +42,10 @@ class Forward:
             tokens += part.sequence.ids[part.start : part.start + part.count]
             if part.draft is not None:
                 tokens.append(part.draft)
-        positions = self._lay_out(parts)
-        return self.model.decode(self._padded(tokens), positions, self.cache)
+        positions, batch = self._lay_out(parts)
+        # Prompts come in so many lengths that a recording would never be used again.
+        decoding = self._recorder is not None and all(part.count == 1 for part in parts)
+        return (self._recorder if decoding else self._compute)(self._padded(tokens), positions, batch)
 
     def further(self, parts: Sequence[Part], hidden_ND: Tensor, rows: Sequence[int]) -> Tensor:
         """Logits of the token after the next of each part [B, V], by the first multi-token-prediction module.
@@ -52,7 +60,7 @@ class Forward:
             following += part.sequence.ids[part.start + 1 : part.start + part.count + 1]
             sources += range(row, row + part.count)
             ends.append(len(sources) - 1)
-        positions = self._lay_out(parts)
+        positions, self.cache.batch = self._lay_out(parts)
         hidden_ND = hidden_ND[self._padded(sources)]
         hidden_ND = self.model.decode_further(0, hidden_ND, self._padded(following), positions, self.cache)
         return self.logits(hidden_ND, ends)
@@ -61,8 +69,12 @@ class Forward:
         """The head's logits at `rows`, fp32 [len(rows), V]."""
         return self.model.lm_head(hidden_ND[self._padded(rows)])[: len(rows)].float()
 
-    def _lay_out(self, parts: Sequence[Part]) -> Tensor:
-        """Tell the cache whose tokens these are; returns their positions [N]."""
+    def _compute(self, tokens_N: Tensor, positions_N: Tensor, batch: Batch) -> Tensor:
+        self.cache.batch = batch
+        return self.model.decode(tokens_N, positions_N, self.cache)
+
+    def _lay_out(self, parts: Sequence[Part]) -> tuple[Tensor, Batch]:
+        """The tokens' positions int64 [N], and for the cache whose they are."""
         sequences: list[int] = []
         positions: list[int] = []
         slots: list[int] = []
@@ -80,8 +92,8 @@ class Forward:
         # Few widths, so that few shapes are ever seen by a compiler or a recorded graph.
         width = min(self._tables.shape[1], max(64, 1 << (longest - 1).bit_length()))
         tables = self._tables if self.device.type == "cpu" else self._tables[:, :width].to(self.device)
-        self.cache.batch = Batch(self._padded(sequences, fill=-1).int(), position_N.int(), self._padded(slots), tables)
-        return position_N
+        batch = Batch(self._padded(sequences, fill=-1).int(), position_N.int(), self._padded(slots), tables)
+        return position_N, batch
 
     def _write_table(self, row: int, blocks: list[int]) -> None:
         owner, count = self._written[row]

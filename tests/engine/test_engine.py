@@ -314,3 +314,18 @@ def test_logprobs_are_the_models_own() -> None:
 
 def test_the_tokenizer_of_these_tests_is_one() -> None:
     assert Bytes().decode(Bytes().encode("häh")) == "häh"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_recorded_passes_say_what_unrecorded_ones_say() -> None:
+    """In bf16 and with sequences that come, go and grow over several table widths."""
+    model = tiny_model(kv_lora_rank=64, qk_rope_head_dim=16, hidden_size=64, max_position_embeddings=4096)
+    model = model.bfloat16().cuda().eval()
+    for parameter in model.buffers():
+        parameter.data = parameter.data.float()
+    prompts = [[id % 61 for id in range(count)] for count in (3, 40, 700, 1500)]
+    sampling = [Sampling(max_tokens=count, temperature=1.0) for count in (60, 9, 30, 25)]
+    plain, recorded = (Engine(model, Bytes(), cuda_graphs=graphs).complete(prompts, sampling)
+                       for graphs in (False, True))
+    assert [output.ids for output in recorded] == [output.ids for output in plain]

@@ -296,6 +296,8 @@ class Engine:
                     reason, request.stop_reason = "stop", request.text.stopped
             if reason is None and request.remaining <= 0:
                 reason = "length"
+        if reason == "stop" and request.constraint is not None and request.constraint.cut_short:
+            reason = "length"
         if reason is not None:
             texts += request.text.flush() if request.text is not None else []
             piece.finish_reason, piece.stop_reason = reason, request.stop_reason

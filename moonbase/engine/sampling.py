@@ -28,6 +28,8 @@ class Constraint(Protocol):
 
     done: bool
     """Nothing more may follow."""
+    cut_short: bool
+    """The budget forced the ending: what was said is whole, and shorter than the model meant."""
 
     def mask(self, remaining: int) -> np.ndarray | None:
         """Allowed tokens, bool [V]; None allows all. `remaining`: tokens left of the request's budget."""
@@ -172,7 +174,7 @@ def _adjusted(logits_BV: Tensor, draws: Sequence[Draw]) -> Tensor:
             ids = torch.tensor(list(sampling.logit_bias), device=row_V.device)
             row_V[ids] += torch.tensor(list(sampling.logit_bias.values()), dtype=torch.float32, device=row_V.device)
         if draw.constraint is not None and (allowed := draw.constraint.mask(draw.remaining)) is not None:
-            row_V.masked_fill_(~torch.from_numpy(allowed).to(row_V.device), -math.inf)
+            row_V.masked_fill_(torch.from_numpy(~allowed).to(row_V.device), -math.inf)
     return logits_BV
 
 

@@ -58,7 +58,12 @@ class TextStream:
         if name is not None:
             before = self.flush()
             return before if self.stopped else [*before, (name, True)]
-        return self._advance(self._decoder.decode(self._tokenizer.token_bytes(id)), final=False)
+        try:
+            piece = self._tokenizer.token_bytes(id)
+        except IndexError:
+            # A model's vocabulary may be padded beyond the tokenizer's; such an id is no character.
+            piece = "\ufffd".encode()
+        return self._advance(self._decoder.decode(piece), final=False)
 
     def flush(self) -> list[tuple[str, bool]]:
         """What was held back, because nothing can complete it any more."""

@@ -123,7 +123,7 @@ def test_penalties() -> None:
 class Only:
     """Allows the given tokens and remembers what it was asked."""
 
-    done = False
+    done = cut_short = False
 
     def __init__(self, *allowed: int) -> None:
         self.allowed = np.isin(np.arange(8), allowed)

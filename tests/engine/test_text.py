@@ -35,6 +35,16 @@ def test_a_character_cut_short_is_still_said() -> None:
     assert streamed([0xF0, 258, 97])[0] == [("\ufffd", False), ("<mark>", True), ("a", False)]
 
 
+def test_an_id_beyond_the_vocabulary_is_no_character() -> None:
+    """Models are padded to round sizes, and a sampled id may lie beyond what the tokenizer knows."""
+    class Small(Bytes):
+        def token_bytes(self, id: int) -> bytes:
+            return [bytes([n]) for n in range(128)][id]
+
+    stream = TextStream(Small())
+    assert [stream.push(id) for id in (97, 200, 98)] == [[("a", False)], [("\ufffd", False)], [("b", False)]]
+
+
 def test_special_tokens_stand_alone_and_letters_that_spell_one_do_not() -> None:
     said, _ = streamed([97, 258, *b"<mark>"])
     assert said[:2] == [("a", False), ("<mark>", True)]

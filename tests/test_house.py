@@ -110,7 +110,8 @@ def test_oracles_stay_in_the_tests() -> None:
     assert not found
 
 
-OPTIONAL = {"datasets", "pyarrow", "zstandard", "tensorboard", "triton", "ray"}
+OPTIONAL = {"datasets", "pyarrow", "zstandard", "tensorboard", "triton", "ray", "fastapi", "starlette", "uvicorn",
+            "httpx", "prometheus_client", "llguidance", "jsonschema"}
 
 
 def imported_at_once(path: Path) -> list[str]:

@@ -160,7 +160,8 @@ def test_a_random_model_calls_tools_through_the_engine(tokenizer: Tokenizer, tem
     engine = Engine(model, tokenizer)
     settings = Sampling(max_tokens=60, temperature=temperature, seed=1)
     for output in engine.complete([[1, 2, 3], [4], [9, 9]], settings, factory):
-        assert output.finish_reason == "stop"
+        # Whole either way; "length" says that the budget ended a string which the model would have gone on with.
+        assert output.finish_reason in ("stop", "length")
         reply = parse(tokenizer.decode([id for id in output.ids if id not in tokenizer.eos_ids]), "kimi-k2")
         assert reply.tool_calls and not reply.notes and not reply.content
         check_reply(reply, {"get_weather": WEATHER, "get_time": {"type": "object", "maxProperties": 0}}, 3)

@@ -1,0 +1,273 @@
+"""What every route of a server shares, and the way from a request to what the engine gets.
+
+A surface says what the client wants in the terms of `Wish`; `Backend.prepare` renders the dialogue, counts it, and
+gives the jobs for the engine. It runs on a thread: long prompts take a while, and the interpreter's lock is free for
+most of it.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+from moonbase import chat
+from moonbase.chat.schema import check_tools
+from moonbase.chat.styles import NO_THINKING, THINK
+from moonbase.errors import UserError
+from moonbase.serve.errors import RequestError, from_user_error
+from moonbase.serve.generation import Job, Lifetime, ServiceLike
+from moonbase.serve.metrics import Metrics
+from moonbase.serve.settings import ANY_MODEL, Settings
+from moonbase.serve.turn import Turn
+
+if TYPE_CHECKING:
+    from moonbase.data import Tokenizer
+
+TOOL_MARK = "<|tool_calls_section_begin|>"
+END_OF_TURN = "<|im_end|>"
+
+
+@dataclass(frozen=True)
+class Wish:
+    """One chat request, whichever surface it came through. `messages` and `tools` in OpenAI's form."""
+
+    messages: Sequence[dict[str, Any]]
+    tools: Sequence[dict[str, Any]] = ()
+    tool_choice: str = "auto"
+    """auto, none, required, or the name of a tool prefixed with `:`."""
+    parallel: bool = True
+    thinking: bool | None = None
+    """None leaves it to the style."""
+    preserve_thinking: bool = False
+    """Show the model the reasoning of all its turns, not of the current tool loop alone."""
+    schema: dict[str, Any] | None = None
+    json_only: bool = False
+    """The answer is a JSON object, of `schema` where there is one."""
+    places: Sequence[str] = ()
+    """Where each of `messages` stands in the request, where that differs (for error messages)."""
+    renames: Sequence[tuple[str, str]] = ()
+    """The client's own names for what the rooms below call otherwise: (pattern, the client's)."""
+    continues: bool = False
+    """The last message is the beginning of the answer."""
+    n: int = 1
+    max_tokens: int | None = None
+    """None: to the end of the context."""
+    clamp: bool = False
+    """Cut `max_tokens` to the context instead of refusing."""
+    sampling: Mapping[str, Any] = field(default_factory=dict)
+    """Fields of `moonbase.engine.Sampling` beside `max_tokens`."""
+
+    def field_name(self, path: str) -> str:
+        """The client's name for a path such as `messages[2].content` or `tools[0].function.parameters`."""
+        for theirs, its in self.renames:
+            path = re.sub(theirs, its, path, count=1)
+        found = re.match(r"messages\[(\d+)\]", path)
+        if found is None or int(found[1]) >= len(self.places):
+            return path
+        return self.places[int(found[1])] + path[found.end() :]
+
+    def with_sampling(self, *, max_tokens: int, clamp: bool, sampling: Mapping[str, Any]) -> Wish:
+        """The same dialogue, with how to generate."""
+        return replace(self, max_tokens=max_tokens, clamp=clamp, sampling=sampling)
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A dialogue as the model sees it."""
+
+    ids: list[int]
+    prefix: str
+    """What the prompt has opened for the reply: nothing, `<think>`, or `<think></think>`."""
+    messages: list[dict[str, Any]]
+    """Normalised."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What a chat request comes to: one job per choice, and how to read the replies."""
+
+    jobs: list[Job]
+    prompt_tokens: int
+    prefix: str
+    """Of the prompt."""
+    clamped: bool
+    """The context leaves less room than was asked for."""
+
+
+class Backend:
+    """The model behind the routes. `context_length`: tokens of prompt and answer together."""
+
+    def __init__(
+        self, service: ServiceLike, tokenizer: Tokenizer, vocab_size: int, context_length: int, settings: Settings
+    ) -> None:
+        self.service, self.tokenizer, self.settings = service, tokenizer, settings
+        self.style = settings.style or "kimi-k2"
+        self.vocab_size, self.context_length = vocab_size, context_length
+        self.lifetime = Lifetime()
+        self.metrics = Metrics(service)
+        self._special = {id: name for name, id in tokenizer.special_tokens.items()}
+
+    @property
+    def names(self) -> list[str]:
+        """What this server calls its models."""
+        return [name for name in self.settings.model_names if name != ANY_MODEL] or ["moonbase"]
+
+    def check_model(self, name: str) -> str:
+        """The name to answer under. Raises RequestError 404 for one that this server does not go by."""
+        names = self.settings.model_names
+        if name not in names and ANY_MODEL not in names:
+            known = ", ".join(repr(known) for known in names)
+            raise RequestError(404, f"the model {name[:200]!r} does not exist; this server has {known} (moonbase serve "
+                               "--model-name adds names, '*' answers to all)", "model", "model_not_found")
+        return name
+
+    # --- chat ---------------------------------------------------------------------------------------------------------
+
+    def encode(self, wish: Wish) -> Prompt:
+        """Render and tokenize. Raises RequestError 400 naming the field."""
+        style, tools = self.style, list(wish.tools)
+        try:
+            if tools:
+                check_tools(tools)
+            messages = chat.normalise_messages(list(wish.messages))
+            parts = chat.render_parts(messages, tools or None, style, add_generation_prompt=not wish.continues,
+                                      thinking=wish.thinking, preserve_thinking=wish.preserve_thinking)
+            prefix = chat.generation_prefix(style, wish.thinking)
+            if wish.continues:
+                # The answer goes on where its beginning stops: its turn stays open, its thinking is behind it.
+                assert parts[-1].text == END_OF_TURN
+                parts = parts[:-1]
+                prefix = chat.generation_prefix(style, False)
+            return Prompt(chat.encode(self.tokenizer, parts), prefix, messages)
+        except UserError as error:
+            raise from_user_error(error, wish.field_name) from None
+
+    def prepare(self, wish: Wish) -> Prepared:
+        """Jobs for the engine. Raises RequestError."""
+        if self.settings.as_official:
+            check_official(wish, self.style)
+        prompt = self.encode(wish)
+        max_tokens, clamped = self.budget(len(prompt.ids), wish.max_tokens, wish.clamp)
+        sampling = {**self.default_sampling(wish.thinking), **wish.sampling}
+        try:
+            constraint = self._constraint(wish, prompt)
+            least = getattr(constraint, "minimum_tokens", 0)
+            if max_tokens < least:
+                raise RequestError(400, f"max_tokens={max_tokens} is too small: the shortest answer that keeps to the "
+                                   f"schema and tool_choice has {least} tokens", "max_tokens", "invalid_value")
+            jobs = self.jobs(prompt.ids, max_tokens, sampling, wish.n, constraint)
+        except UserError as error:
+            raise from_user_error(error, wish.field_name) from None
+        return Prepared(jobs, len(prompt.ids), prompt.prefix, clamped)
+
+    def turns(self, n: int, prefix: str) -> list[Turn]:
+        """What reads the replies of n choices."""
+        return [Turn(chat.StreamParser(self.style, prefix=prefix)) for _ in range(n)]
+
+    def _constraint(self, wish: Wish, prompt: Prompt) -> Callable[[], Any] | None:
+        """What the reply must obey. Tool calls are constrained always: from their first marker on."""
+        from moonbase.engine.constraint import json_constraint, tool_constraint
+
+        thinking_open = prompt.prefix == THINK
+        # Where the prompt has closed the reasoning already, the model may not open it once more.
+        style = "kimi-k2" if prompt.prefix == NO_THINKING else self.style
+        named = wish.tool_choice.startswith(":")
+        choice = wish.tool_choice.removeprefix(":")
+        if named and choice not in {tool["function"]["name"] for tool in wish.tools}:
+            raise RequestError(400, f"tool_choice names {choice[:80]!r}, which is not among the tools", "tool_choice",
+                               "invalid_value")
+        if wish.tool_choice == "required" and not wish.tools:
+            raise RequestError(400, "tool_choice 'required' needs tools", "tool_choice", "invalid_value")
+        calls_follow = bool(wish.tools) and wish.tool_choice != "none"
+        if wish.json_only and calls_follow and wish.tool_choice == "auto":
+            raise RequestError(400, "response_format together with tools needs tool_choice 'none', 'required' or a "
+                               "tool's name: an answer is either JSON or a call", "response_format", "invalid_value")
+        if wish.json_only and not calls_follow:
+            return json_constraint(self.tokenizer, self.vocab_size, wish.schema, style=style,
+                                   thinking_open=thinking_open)
+        if TOOL_MARK not in self.tokenizer.special_tokens:
+            if calls_follow:
+                raise RequestError(400, "tools are unsupported: this model's vocabulary has no tool-call tokens",
+                                   "tools", "unsupported")
+            return None
+        return tool_constraint(
+            self.tokenizer, self.vocab_size, list(wish.tools), choice=choice if calls_follow else "none",
+            parallel=wish.parallel, style=style, first_index=chat.next_call_index(prompt.messages),
+            thinking_open=thinking_open,
+        )
+
+    def default_sampling(self, thinking: bool | None) -> dict[str, Any]:
+        """What the publisher recommends for the style, for what a request leaves open."""
+        style = self.style
+        if style == "kimi-k2":
+            return {"temperature": 0.6}
+        if style == "kimi-k2-thinking":
+            return {"temperature": 1.0}
+        return {"temperature": 0.6 if thinking is False else 1.0, "top_p": 0.95}
+
+    # --- both ---------------------------------------------------------------------------------------------------------
+
+    def budget(self, prompt_tokens: int, max_tokens: int | None, clamp: bool) -> tuple[int, bool]:
+        """How many tokens may be generated, and whether the context allows fewer than were asked for.
+
+        Raises RequestError 400 with the numbers where the context is too small.
+        """
+        room = self.context_length - prompt_tokens
+        if room < 1:
+            raise RequestError(400, f"the prompt has {prompt_tokens} tokens; the model's context is "
+                               f"{self.context_length} tokens for prompt and answer", "messages",
+                               "context_length_exceeded")
+        if max_tokens is None or max_tokens <= room:
+            return max_tokens or room, max_tokens is None
+        if not clamp:
+            raise RequestError(400, f"the prompt has {prompt_tokens} tokens and max_tokens is {max_tokens}, together "
+                               f"{prompt_tokens + max_tokens}; the model's context is {self.context_length} tokens",
+                               "max_tokens", "context_length_exceeded")
+        return room, True
+
+    def jobs(
+        self, ids: Sequence[int], max_tokens: int, sampling: Mapping[str, Any], n: int,
+        constraint: Callable[[], Any] | None,
+    ) -> list[Job]:
+        """n sequences of one prompt. A seed fixes all of them; they still differ."""
+        from moonbase.engine import Sampling
+
+        settings = dict(sampling)
+        seed = settings.pop("seed", None)
+        seeds = [seed if seed is None or number == 0 else random.Random(f"{seed} {number}").getrandbits(62)
+                 for number in range(n)]
+        return [Job(ids, Sampling(max_tokens=max_tokens, seed=seed, **settings), constraint) for seed in seeds]
+
+    def token_text(self, id: int) -> tuple[str, bytes]:
+        """A token for people, and its bytes; a token may be part of a character."""
+        piece = self.tokenizer.token_bytes(id) if 0 <= id < self.tokenizer.vocab_size else b""
+        return self._special.get(id) or piece.decode("utf-8", "replace"), piece
+
+
+def check_official(wish: Wish, style: str) -> None:
+    """What the official API of a style refuses. Raises RequestError 400."""
+    if style == "kimi-k2":
+        return
+    if style == "kimi-k2.5":
+        fixed = {"temperature": 0.6 if wish.thinking is False else 1.0, "top_p": 0.95, "presence_penalty": 0.0,
+                 "frequency_penalty": 0.0}  # fmt: skip
+        for name, value in (fixed | {"n": 1}).items():
+            given = wish.n if name == "n" else wish.sampling.get(name, value)
+            if given != value:
+                raise RequestError(400, f"{name} is {value:g} for this model and cannot be {given:g}", name,
+                                   "invalid_value")
+    if wish.thinking is False:
+        return
+    # The current tool loop: what follows the last message of the assistant that was an answer.
+    for number in range(len(wish.messages) - 1, -1, -1):
+        message = wish.messages[number]
+        if message["role"] == "assistant":
+            if not message.get("tool_calls"):
+                return
+            if not message.get("reasoning_content"):
+                place = f"messages[{number}].reasoning_content"
+                raise RequestError(400, f"{place}: thinking is on, so the reasoning before a tool call must be sent "
+                                   "back", place, "invalid_value")

@@ -1,0 +1,126 @@
+"""A stand-in for the engine's service that says what a test tells it to: for what the protocol does at its edges."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from moonbase.engine import Sampling
+from moonbase.engine.engine import EngineStatistics
+from moonbase.engine.text import Piece, TextStream
+from moonbase.serve.app import create_app
+from moonbase.serve.run import address, bind, make_server
+from moonbase.serve.settings import Settings
+
+Step = Piece | Exception | float
+"""What a script holds: a piece to say, an error to raise, seconds to wait."""
+
+
+@dataclass
+class Asked:
+    """What the server asked the engine for."""
+
+    prompt_ids: list[int]
+    sampling: Sampling
+    constraint: Any
+
+
+@dataclass
+class ScriptedService:
+    """Says `script` to whoever asks; a function gets the number of the request and gives its script."""
+
+    script: list[Step] | Callable[[int], list[Step]] = field(default_factory=list)
+    asked: list[Asked] = field(default_factory=list)
+    running: int = 0
+    cancelled: int = 0
+    statistics: EngineStatistics = field(default_factory=EngineStatistics)
+    stopped: float | None = None
+
+    def start(self) -> None:
+        self.stopped = None
+
+    async def stop(self, grace_seconds: float) -> None:
+        self.stopped = grace_seconds
+
+    async def generate(self, prompt_ids: Any, sampling: Sampling, constraint: Any = None) -> AsyncIterator[Piece]:
+        number = len(self.asked)
+        self.asked.append(Asked(list(prompt_ids), sampling, constraint))
+        self.running += 1
+        over = False
+        try:
+            for step in self.script(number) if callable(self.script) else self.script:
+                if isinstance(step, Exception):
+                    raise step
+                if isinstance(step, Piece):
+                    over = step.finish_reason is not None
+                    yield step
+                else:
+                    await asyncio.sleep(step)
+        finally:
+            self.running -= 1
+            self.cancelled += not over
+
+
+def says(tokenizer: Any, text: str, finish: str = "stop", stop_reason: str | int | None = None, cached: int = 0,
+         wait: float = 0.0) -> list[Step]:
+    """`text`, in which special-token names are tokens, as the engine would bring it: a piece per token."""
+    stream, steps = TextStream(tokenizer), []
+    for id in tokenizer.encode_rendered(text):
+        said = stream.push(id)
+        head, (last, special) = said[:-1], said[-1] if said else ("", False)
+        steps += [Piece(text=before) for before, _ in head]
+        top = [[(id, -0.5), (7, -1.5)]]
+        steps.append(Piece([id], last, special, [-0.5], top))
+        if wait:
+            steps.append(wait)
+    rest = "".join(said for said, _ in stream.flush())
+    return [*steps, Piece(text=rest, finish_reason=finish, stop_reason=stop_reason, cached_tokens=cached)]
+
+
+@dataclass
+class Running:
+    """A server under test."""
+
+    url: str
+    app: Any
+    service: Any
+    log: list[str]
+    server: Any
+
+
+@contextmanager
+def serving(service: Any, tokenizer: Any, *, context_length: int = 512, vocab_size: int | None = None,
+            **settings: Any) -> Iterator[Running]:
+    """The application under uvicorn on a free port, on a thread of its own."""
+    chosen = Settings(**({"port": 0, "model_names": ("moon",), "grace": 0.2} | settings))
+    log: list[str] = []
+    app = create_app(service, tokenizer, vocab_size=vocab_size or tokenizer.vocab_size, context_length=context_length,
+                     settings=chosen, access_log=log.append)
+    listening = threading.Event()
+    server = make_server(app, chosen, listening.set)
+    listener: socket.socket = bind(chosen)
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
+    thread.start()
+    assert listening.wait(20), "the server did not start"
+    try:
+        yield Running(address(listener), app, service, log, server)
+    finally:
+        server.should_exit = True
+        thread.join(20)
+        listener.close()
+        assert not thread.is_alive(), "the server did not end"
+
+
+def until(condition: Callable[[], bool], seconds: float = 5.0) -> float:
+    """Wait for something that another thread brings about; the seconds it took."""
+    start = time.monotonic()
+    while not condition():
+        assert time.monotonic() - start < seconds, "it did not happen"
+        time.sleep(0.005)
+    return time.monotonic() - start

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import json
 import sys
-import time
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +16,7 @@ import pytest
 import torch
 
 from moonbase import Engine
-from moonbase.chat.parse import Reply, parse
+from moonbase.chat.parse import Reply, StreamParser, parse
 from moonbase.chat.schema import SchemaError
 from moonbase.chat.schema_walk import options_of, types_of
 from moonbase.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
@@ -165,6 +164,32 @@ def test_a_random_model_calls_tools_through_the_engine(tokenizer: Tokenizer, tem
         reply = parse(tokenizer.decode([id for id in output.ids if id not in tokenizer.eos_ids]), "kimi-k2")
         assert reply.tool_calls and not reply.notes and not reply.content
         check_reply(reply, {"get_weather": WEATHER, "get_time": {"type": "object", "maxProperties": 0}}, 3)
+
+
+def test_a_thousand_tool_turns_of_a_random_model(tokenizer: Tokenizer, shared_data: Path) -> None:
+    """Many at once through the engine, sampled, every schema of the set, streamed text and tokens alike."""
+    torch.manual_seed(0)
+    size = tokenizer.vocab_size + EXTRA_IDS
+    engine = Engine(tiny_model(vocab_size=size, max_position_embeddings=2048).eval(), tokenizer, max_running=64)
+    schemas, requests = tool_schemas(shared_data), {}
+    for turn in range(1000):
+        chosen = {"tool_0": schemas[turn % len(schemas)], "tool_1": schemas[(7 * turn + 3) % len(schemas)]}
+        tools = [{"type": "function", "function": {"name": name, "parameters": schema}}
+                 for name, schema in chosen.items()]
+        factory = tool_constraint(tokenizer, size, tools, choice="required", style="kimi-k2", first_index=turn)
+        settings = Sampling(max_tokens=factory.minimum_tokens + 10 + turn % 40, temperature=1.0, seed=turn)
+        request = engine.request([turn % size, 5], settings, factory, text=True)
+        requests[id(request)] = (request, chosen, turn, StreamParser("kimi-k2"))
+        engine.submit(request)
+    while engine.busy:
+        for request, piece in engine.step():
+            requests[id(request)][3].push(piece.text, special=piece.special)
+    for request, chosen, turn, parser in requests.values():
+        parser.finish()
+        whole = parse(tokenizer.decode(request.output_ids), "kimi-k2")
+        assert parser.reply == whole and whole.tool_calls and not whole.notes and not whole.content
+        check_reply(whole, chosen, turn)
+    assert engine.statistics.blocks_used == 0
 
 
 def make(tokenizer: Tokenizer, **options: Any) -> ToolFactory:
@@ -386,21 +411,3 @@ def test_a_tokenizer_is_prepared_once_and_then_forgotten() -> None:
     del tokenizer
     gc.collect()
     assert prepared() is None
-
-
-def test_masks_are_quick(published: Tokenizer) -> None:
-    """The middle of many, not the mean: other processes share the machine."""
-    factory = tool_constraint(published, published.vocab_size, TOOLS, style="kimi-k2")
-    ids = published.encode_rendered(
-        "<|tool_calls_section_begin|><|tool_call_begin|>functions.get_weather:0<|tool_call_argument_begin|>"
-        '{"city":"somewhere in the north of a large country","days":3}<|tool_call_end|>'
-    )
-    seconds = []
-    constraint = factory()
-    for number, id in enumerate(ids):
-        start = time.perf_counter()
-        mask = constraint.mask(1000 - number)
-        seconds.append(time.perf_counter() - start)
-        assert mask is not None and mask[id]
-        constraint.accept(id)
-    assert np.median(seconds) < 1e-3

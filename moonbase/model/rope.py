@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from moonbase.config import ModelConfig, RopeScaling, yarn_mscale
+from moonbase.ops import rotation
 
 
 def yarn_range(dims: int, theta: float, scaling: RopeScaling) -> tuple[float, float]:
@@ -52,6 +53,8 @@ def rotate(x_BTHR: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> Tensor:
     The pairs come out half-split (all first members, then all second): a fixed permutation of query and key alike,
     which no dot product sees, and cheaper than weaving them back.
     """
+    if rotation.takes(x_BTHR, cos_TR):
+        return rotation.rotate(x_BTHR, cos_TR, sin_TR)
     cos, sin = cos_TR.unsqueeze(-2), sin_TR.unsqueeze(-2)
     pairs = x_BTHR.float().unflatten(-1, (-1, 2))
     first, second = pairs[..., 0], pairs[..., 1]

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moonbase.ops import native
 from moonbase.ops.documents import Documents
 
 __all__ = ["Documents", "attention", "attention_reference", "exact_above", "largest_logit", "wide_product"]
@@ -68,7 +69,13 @@ def attention(
 def _attention_cpu(
     query_BTHK: Tensor, key_BTHK: Tensor, value_BTHV: Tensor, scale: float, documents: Documents | None
 ) -> tuple[Tensor, Tensor]:
-    """PyTorch's own flash kernel, which also returns the log-sum-exp [B, H, T]. It wants V = K, hence the padding."""
+    """Output and log-sum-exp [B, H, T]: our own kernel, or PyTorch's flash kernel, which wants V = K, hence padding."""
+    if native.takes(query_BTHK, key_BTHK, value_BTHV):
+        from moonbase.ops.attention_cpu import NativeAttention
+
+        batch, time = query_BTHK.shape[:2]
+        segments = documents.segments if documents is not None else [(row, 0, time) for row in range(batch)]
+        return NativeAttention.apply(query_BTHK, key_BTHK, value_BTHV, scale, torch.tensor(segments))
     query, key, value = (x.transpose(1, 2) for x in (query_BTHK, key_BTHK, value_BTHV))
     value_dims, key_dims = value.shape[-1], key.shape[-1]
     width = max(value_dims, key_dims)

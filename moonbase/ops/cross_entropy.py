@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moonbase.ops import cross_entropy_cpu
+
 IGNORE = -100
 
 
@@ -26,6 +28,8 @@ def cross_entropy(hidden_ND: Tensor, head_VD: Tensor, targets_N: Tensor, chunk_s
     """Fast twin of `cross_entropy_reference`. `chunk_size` tokens at a time; None aims at 256 MB of fp32 logits."""
     if chunk_size is None:
         chunk_size = max(256, (64 << 20) // head_VD.shape[0])
+    if cross_entropy_cpu.takes(hidden_ND, head_VD):
+        chunk_size = 0  # the kernel's own
     if not torch.is_grad_enabled():
         # An autograd.Function is asked for gradients by what requires them, grad mode or not.
         hidden_ND, head_VD = hidden_ND.detach(), head_VD.detach()
@@ -35,8 +39,14 @@ def cross_entropy(hidden_ND: Tensor, head_VD: Tensor, targets_N: Tensor, chunk_s
 class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden_ND, head_VD, targets_N, chunk_size):
-        loss = hidden_ND.new_zeros((), dtype=torch.float32)
         need_hidden, need_head = ctx.needs_input_grad[:2]
+        ctx.head_dtype = head_VD.dtype
+        if chunk_size == 0:
+            loss, *gradients = cross_entropy_cpu.loss_and_gradients(
+                hidden_ND, head_VD, targets_N, need_hidden, need_head)
+            ctx.save_for_backward(*gradients)
+            return loss
+        loss = hidden_ND.new_zeros((), dtype=torch.float32)
         grad_hidden = torch.empty_like(hidden_ND) if need_hidden else None
         grad_head = torch.zeros_like(head_VD, dtype=torch.float32) if need_head else None
         for start in range(0, hidden_ND.shape[0], chunk_size):
@@ -48,7 +58,6 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             if need_head:
                 _add_product(grad_head, grad_logits.T, hidden_ND[rows])
         ctx.save_for_backward(grad_hidden, grad_head)
-        ctx.head_dtype = head_VD.dtype
         return loss
 
     @staticmethod

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moonbase.ops import native
 from moonbase.ops.grouped_mm import grouped_mm, grouped_outer
 
 
@@ -33,6 +34,10 @@ def experts_reference(
 
 def experts(x_TD: Tensor, indices_TK: Tensor, weights_TK: Tensor, gate_up_EFD: Tensor, down_EDI: Tensor) -> Tensor:
     """Fast twin of `experts_reference`; `weights_TK` fp32, the rest in one dtype. No gradient for the indices."""
+    if native.takes(x_TD, gate_up_EFD, down_EDI) and weights_TK.dtype == torch.float32:
+        from moonbase.ops.experts_cpu import experts_cpu
+
+        return experts_cpu(x_TD, indices_TK, weights_TK, gate_up_EFD, down_EDI)
     order, inverse, ends = sort_by_expert(indices_TK, gate_up_EFD.shape[0])
     return _Experts.apply(x_TD, weights_TK, gate_up_EFD, down_EDI, order, inverse, ends)
 

@@ -16,6 +16,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from moonbase.ops.latent_attention_cpu import latent_attention_cpu, takes
+
 
 def latent_attention_reference(
     query_NHX: Tensor, store_PZX: Tensor, tables_BM: Tensor, sequence_N: Tensor, position_N: Tensor, scale: float,
@@ -48,6 +50,8 @@ def latent_attention(
         from moonbase.ops.latent_attention_cuda import latent_attention_cuda
 
         return latent_attention_cuda(query_NHX, store_PZX, tables_BM, sequence_N, position_N, scale, rank)
+    if takes(query_NHX, store_PZX, rank):
+        return latent_attention_cpu(query_NHX, store_PZX, tables_BM, sequence_N, position_N, scale, rank)
     return _by_sequence(query_NHX, store_PZX, tables_BM, sequence_N, position_N, scale, rank)
 
 

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from moonbase.ops import native
 from moonbase.ops.norm import _RMSNorm, rms_norm, rms_norm_reference
 
 
@@ -66,3 +67,26 @@ def test_the_same_input_twice_gives_the_same_bits() -> None:
         out.square().sum().backward()
         results.append([out, x.grad, gain.grad])
     assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
+
+
+@pytest.mark.skipif(not native.available(), reason="no CPU kernels here (no C compiler)")
+@given(rows=st.integers(1, 300), dims=st.sampled_from([16, 48, 128]), sliced=st.booleans(),
+       size=st.sampled_from([1e-4, 1.0, 1e4]), seed=st.integers(0, 99))
+@settings(max_examples=40, deadline=None)
+def test_the_kernel_equals_the_reference(rows, dims, sliced, size, seed) -> None:
+    """Also where x is a slice of wider rows, as the latent is; and with any number of threads."""
+    whole, _ = inputs((2, rows, dims + 16), seed, size)
+    _, gain = inputs((dims,), seed)
+    x = whole.detach()[..., :dims]
+    x = (x if sliced else x.contiguous()).requires_grad_()
+    direction = torch.randn(x.shape, generator=torch.Generator().manual_seed(seed + 1))
+    results = []
+    for form, threads in ((rms_norm_reference, 1), (rms_norm, 1), (rms_norm, 3)):
+        torch.set_num_threads(threads)
+        out = form(x, gain, 1e-6)
+        results.append([out, *torch.autograd.grad((out * direction).sum(), (x, gain))])
+    plain, one, three = results
+    assert all(torch.equal(a, b) for a, b in zip(one, three, strict=True))
+    torch.testing.assert_close(one[0], plain[0], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(one[1] * size, plain[1] * size, rtol=1e-3, atol=2e-4)
+    torch.testing.assert_close(one[2], plain[2], rtol=1e-4, atol=2e-4)

@@ -150,20 +150,25 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def initialize(self, seed: int = 0) -> Transformer:
-        """Fill all parameters: gains with 1, everything else from N(0, initializer_range²), drawn on the CPU in fp32.
+        """Fill all parameters with `initial_values`, and the buffers with zeros."""
+        for parameter, (_, values) in zip(self.parameters(), self.initial_values(seed), strict=True):
+            parameter.copy_(values)
+        for buffer in self.buffers():
+            buffer.zero_()
+        return self
 
-        The same seed gives the same weights on every device and in every precision.
+    def initial_values(self, seed: int = 0) -> Iterator[tuple[str, Tensor]]:
+        """Parameter by parameter: gains 1, everything else from N(0, initializer_range²), drawn on the CPU in fp32.
+
+        The same seed gives the same weights on every device, in every precision and on any number of processes.
         """
         generator = torch.Generator().manual_seed(seed)
         for name, parameter in self.named_parameters():
             if name.endswith("norm.weight"):
-                parameter.fill_(1.0)
+                yield name, torch.ones(parameter.shape)
             else:
-                values = torch.empty(parameter.shape).normal_(0.0, self.config.initializer_range, generator=generator)
-                parameter.copy_(values)
-        for buffer in self.buffers():
-            buffer.zero_()
-        return self
+                values = torch.empty(parameter.shape)
+                yield name, values.normal_(0.0, self.config.initializer_range, generator=generator)
 
     def forward(self, tokens_BT: Tensor, documents_BT: Tensor | None = None) -> Tensor:
         """Logits of the next token, fp32 [B, T, V]. `documents_BT` int32 keeps packed documents apart."""

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from moonbase.checkpoint import load_weights, read_config, resolve_model_folder
+from moonbase.checkpoint.placement import local_part
 from moonbase.errors import UserError
 from moonbase.model import Transformer
 from moonbase.optim import MuonClip, parameter_groups
@@ -23,29 +24,49 @@ def make_trainer(recipe: Recipe, world: World, stream: Stream, callbacks: Sequen
     on_gpu = world.device.type == "cuda"
     in_bf16 = recipe.precision == "bf16" or (recipe.precision == "auto" and on_gpu)
     compute_dtype = torch.bfloat16 if in_bf16 else torch.float32
-    model = build_model(recipe, world)
+    sharded = world.size > 1
+    # Shapes first: of a sharded model no process ever holds more than its part.
+    with torch.device("meta"):
+        model = Transformer(recipe.model)
     recompute_blocks(model, recipe.recompute)
     if recipe.compile == "blocks" or (recipe.compile == "auto" and on_gpu):
         compile_blocks(model)
-    if world.size > 1:
+    if sharded:
         shard(model, world, compute_dtype)
-    masters = Masters(model, torch.float32 if world.size > 1 else compute_dtype)
+    fill(model, recipe, world)
+    masters = Masters(model, torch.float32 if sharded else compute_dtype)
     return Trainer(recipe, model, masters, make_optimizer(recipe, masters), stream, world, list(callbacks))
 
 
-def build_model(recipe: Recipe, world: World) -> Transformer:
-    """Freshly initialised, or from `recipe.init`; fp32, on the device. Raises UserError where the two do not fit."""
-    model = Transformer(recipe.model)
+def fill(model: Transformer, recipe: Recipe, world: World) -> Transformer:
+    """Fresh weights, or those of `recipe.init`; fp32, on the device, of a sharded model this process's part alone.
+
+    Raises UserError where the two do not fit.
+    """
     if recipe.init is None:
-        return model.initialize(recipe.seed).to(world.device)
+        return _initialize(model.to_empty(device=world.device), recipe.seed)
     folder = resolve_model_folder(recipe.init)
     stored = read_config(folder)
     ignored = {"bos_token_id", "eos_token_id", "pad_token_id", "max_position_embeddings", "rope_scaling", "model_type"}
     different = [name for name, value in stored if name not in ignored and value != getattr(recipe.model, name)]
     if different:
         raise UserError(f"init={recipe.init}: its {', '.join(different)} differ from the recipe's model")
+    model.to_empty(device=world.device)
     load_weights(model, folder, recipe.model, dtype=torch.float32)
-    return model.to(world.device)
+    return model
+
+
+@torch.no_grad()
+def _initialize(model: Transformer, seed: int) -> Transformer:
+    parameters = dict(model.named_parameters())
+    for name, values in model.initial_values(seed):
+        local, offsets = local_part(parameters[name])
+        for dim, (first, size) in enumerate(zip(offsets, local.shape, strict=True)):
+            values = values.narrow(dim, first, size)
+        local.copy_(values)
+    for buffer in model.buffers():
+        buffer.zero_()
+    return model
 
 
 def make_optimizer(recipe: Recipe, masters: Masters) -> MuonClip:

@@ -11,10 +11,11 @@ import pytest
 import torch
 
 from moonbase.data import Batch, Corpus, PackedStream
+from moonbase.model import Transformer
 from moonbase.ops.attention import Documents
 from moonbase.optim import learning_rate
 from moonbase.recipe import Recipe
-from moonbase.train.assembly import build_model, make_trainer
+from moonbase.train.assembly import fill, make_trainer
 from moonbase.train.precision import Masters
 from moonbase.train.trainer import Callback, RepeatedBatch, Trainer
 from tests.train.tiny import MODEL, ONE, content, metrics, run, tensors
@@ -39,7 +40,7 @@ def test_a_step_against_torch_alone(recipe: Recipes, corpus: Corpus) -> None:
     """Loss, gradient norm and AdamW update of the first step, computed with torch's own parts."""
     plan = recipe(optimizer__name="adamw", optimizer__grad_clip=0.1, optimizer__qk_clip=None, balance__sequence_loss=0)
     trainer = make(plan, corpus)
-    rows, twin = batch(plan, corpus), build_model(plan, ONE)
+    rows, twin = batch(plan, corpus), fill(Transformer(plan.model), plan, ONE)
     logits = twin(rows.tokens, rows.documents)
     loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), rows.targets.flatten(), ignore_index=-100)
     loss.backward()
@@ -84,7 +85,7 @@ def test_an_uneven_share_of_micro_batches_keeps_the_balance_loss_a_mean_over_seq
 
 def test_masters_in_fp32_sum_micro_batches_without_rounding(recipe: Recipes, corpus: Corpus) -> None:
     plan = recipe(batch_size=4, micro_batch_size=1, precision="bf16")
-    model = build_model(plan, ONE)
+    model = fill(Transformer(plan.model), plan, ONE)
     masters = Masters(model, torch.bfloat16)
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
     assert {m.dtype for m in masters.named.values()} == {torch.float32}

@@ -68,10 +68,12 @@ def quickstart(
     preset: Annotated[str, typer.Option(help="What to train: pico on a CPU, nano on a GPU.",
                                         autocompletion=_complete_preset)] = "pico",
     out: Annotated[Path, typer.Option(help="Run folder.")] = Path("runs/quickstart"),
-    minutes: Annotated[float, typer.Option(min=0.01, help="Time for the training part.")] = 3.0,
+    minutes: Annotated[float, typer.Option(min=0.01, help="Time for pretraining; fine-tuning takes about 1.5 times "
+                                                          "as long.")] = 3.0,
     as_json: AsJson = False,
 ) -> None:
-    """The whole chain on this machine: corpus, tokenizer, training, measurement, samples, report."""
+    """The whole chain on this machine: corpus, tokenizer, pretraining, fine-tuning on dialogues with tools,
+    measurement, report, and a model to talk to."""
     from moonbase.quickstart import quickstart as run_quickstart
 
     result = _deliver(as_json, lambda: run_quickstart(preset=preset, folder=out, minutes=minutes))
@@ -81,9 +83,11 @@ def quickstart(
 
 @app.command(epilog="Examples:  moonbase train pico data=my/texts steps=500\n\n"
                     "  moonbase train my-recipe.yaml optimizer.lr=2e-3 --out runs/second\n\n"
-                    "  moonbase train runs/second --resume")
+                    "  moonbase train runs/second --resume\n\n"
+                    "  moonbase train runs/second stage=sft data=chats.jsonl optimizer.lr=2e-4 --out runs/chat")
 def train(
-    recipe: Annotated[str, typer.Argument(help="A preset, a YAML file, or a run folder to repeat or resume.",
+    recipe: Annotated[str, typer.Argument(help="A preset, a YAML file, a run folder to repeat or resume, or with "
+                                               "stage=sft or stage=continue a model to train further.",
                                           metavar="RECIPE", autocompletion=_complete_preset)],
     overrides: Annotated[list[str] | None, typer.Argument(
         metavar="key=value ...", help="Recipe fields by dotted name, such as optimizer.lr=2e-3.")] = None,
@@ -91,18 +95,27 @@ def train(
     out: Annotated[Path | None, typer.Option(help="Run folder.", show_default="runs/NAME of the recipe")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Pretrain, or continue from a checkpoint (stage=continue init=FOLDER).
+    """Pretrain, continue from a checkpoint (stage=continue), or fine-tune one on dialogues (stage=sft).
+
+    Dialogues are JSONL, a line each: {"messages": [...], "tools": [...]} as OpenAI's chat API has them. The loss is on
+    what the assistant says. MODEL stage=sft takes network, batches and optimizer from that run, and style=kimi-k2,
+    kimi-k2-thinking or kimi-k2.5 sets how dialogues are written as tokens.
 
     Under torchrun the work is shared among its processes.
     """
-    from moonbase.recipe import load_recipe
+    from moonbase.recipe import load_next_recipe, load_recipe
 
-    if os.path.isfile(Path(recipe) / "config.yaml"):
+    further = not resume and os.path.isdir(recipe) and any(
+        override in ("stage=sft", "stage=continue") for override in overrides or ())
+    if further:
+        plan = load_next_recipe(recipe, overrides or ())
+    elif os.path.isfile(Path(recipe) / "config.yaml"):
         if out is None and not resume:
             raise UserError(f"{recipe} is a run folder: add --resume to go on, or --out NEW to repeat its recipe")
         out = out or Path(recipe)
         recipe = str(Path(recipe) / "config.yaml")
-    plan = load_recipe(recipe, overrides or ())
+    if not further:
+        plan = load_recipe(recipe, overrides or ())
 
     from moonbase.train.run import default_run_folder
     from moonbase.train.run import train as run_training
@@ -111,7 +124,8 @@ def train(
     if resume and (folder / "config.yaml").is_file():
         # The run's own recipe is the base, whatever preset it was started from.
         plan = load_recipe(str(folder / "config.yaml"), overrides or ())
-    result = _deliver(as_json, lambda: run_training(plan, folder, resume=resume, make_sampler=_sampler), _show_run)
+    sampler = _chat_sampler(plan) if plan.stage == "sft" else _sampler
+    result = _deliver(as_json, lambda: run_training(plan, folder, resume=resume, make_sampler=sampler), _show_run)
     if result.get("status") == "stopped":
         raise typer.Exit(INTERRUPTED)
 
@@ -122,6 +136,14 @@ def _sampler(model: Any, tokenizer: Any) -> Callable[[list[str]], list[str]]:
 
     # A small cache beside the training state, and nothing kept in it: the weights change between calls.
     return Engine(model, tokenizer, cache_tokens=8192, max_running=8, prefix_cache=False).generate
+
+
+def _chat_sampler(plan: Any) -> Callable[[Any, Any], Callable[[list[str]], list[str]]]:
+    """What fine-tuning draws its samples with: replies to prompts that are what a user says first."""
+    from moonbase.quickstart import make_chat_sampler
+    from moonbase.train.sft import chat_style
+
+    return lambda model, tokenizer: make_chat_sampler(model, tokenizer, chat_style(plan, tokenizer))
 
 
 @app.command(epilog="Examples:  moonbase info kimi-k2\n\n  moonbase info runs/quickstart --json")
@@ -189,12 +211,62 @@ def bench(
 
 @app.command(epilog="Example:  moonbase chat runs/quickstart")
 def chat(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="A run folder or a checkpoint folder.")],
+    model: Annotated[str, typer.Argument(
+        metavar="MODEL", help="A run folder, a checkpoint folder, or the URL of an OpenAI-compatible endpoint.")],
 ) -> None:
     """Talk to a model in the terminal, streaming."""
     from moonbase.terminal import chat as run_chat
 
     run_chat(model)
+
+
+@app.command(epilog="Examples:  moonbase serve runs/quickstart\n\n"
+                    "  moonbase serve runs/quickstart --host 0.0.0.0 --api-key SECRET --model-name my-model")
+def serve(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A run folder or a checkpoint folder.")],
+    port: Annotated[int, typer.Option(help="0 takes any free port.")] = 8000,
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 lets other machines in.")] = "127.0.0.1",
+    api_key: Annotated[list[str] | None, typer.Option(
+        help="Key that clients must send; may be given several times.", envvar="MOONBASE_API_KEY",
+        show_envvar=True)] = None,
+    style: Annotated[str | None, typer.Option(help="Chat style: kimi-k2, kimi-k2-thinking or kimi-k2.5.",
+                                              show_default="what the model speaks")] = None,
+    model_name: Annotated[list[str] | None, typer.Option(
+        help="What requests call the model; '*' answers to any name.", show_default="the folder's name")] = None,
+    max_running: Annotated[int, typer.Option(min=1, help="Requests that are computed together.")] = 64,
+    cache_tokens: Annotated[int | None, typer.Option(min=1, help="Tokens that the cache holds.",
+                                                     show_default="what fits into memory")] = None,
+    queue_limit: Annotated[int, typer.Option(min=0, help="Requests that may wait; more get status 429.")] = 256,
+    request_timeout: Annotated[float, typer.Option(help="Seconds for one request, waiting included.")] = 600.0,
+    grace: Annotated[float, typer.Option(help="Seconds that answers may go on after SIGTERM.")] = 30.0,
+    cors_origin: Annotated[list[str] | None, typer.Option(
+        help="Web pages of this origin may call the API, https://example.com for instance.")] = None,
+    allowed_host: Annotated[list[str] | None, typer.Option(
+        help="Another host name that a server on 127.0.0.1 answers to.")] = None,
+    access_log: Annotated[Path | None, typer.Option(help="Append the access log (JSON lines) to this file.",
+                                                    show_default="standard error")] = None,
+    as_official: Annotated[bool, typer.Option("--as-official", help="Refuse what the official API refuses, such as "
+                                              "another temperature for K2.5.")] = False,
+) -> None:
+    """Serve a model over HTTP: the OpenAI and the Anthropic API, metrics and a web page."""
+    from moonbase.recipe import style_of
+    from moonbase.serve.run import check_packages, run
+    from moonbase.serve.settings import Settings
+
+    check_packages()
+    settings = Settings(
+        host=host, port=port, api_keys=tuple(api_key or ()), style=style or style_of(model),
+        model_names=tuple(model_name or [Path(model).resolve().name]),
+        request_timeout=request_timeout, grace=grace, cors_origins=tuple(cors_origin or ()),
+        allowed_hosts=tuple(allowed_host or ()), as_official=as_official,
+    )
+    from moonbase.checkpoint import resolve_model_folder
+    from moonbase.config import read_json
+    from moonbase.loading import load, load_tokenizer_of
+
+    tokenizer = load_tokenizer_of(model)
+    run(load(model), tokenizer, settings, read_json(resolve_model_folder(model) / "config.json"),
+        max_running=max_running, cache_tokens=cache_tokens, queue_limit=queue_limit, access_log=access_log)
 
 
 def _print_versions(wanted: bool) -> None:

@@ -36,6 +36,11 @@ class DataConfig(Frozen):
     sources: tuple[Source, ...] = ()
     tokenizer: str | None = None
     """A tokenizer folder or file; None trains a byte-fallback BPE of the model's vocabulary size on the corpus."""
+    vocabulary_sources: tuple[Source, ...] = ()
+    """Further texts that a new vocabulary is learned from, though the model is not: later stages may speak of more than
+    this one reads. Not for a given tokenizer."""
+    split_digits: bool = False
+    """Whether a new vocabulary keeps every digit a token of its own, which small models copy numbers better by."""
     validation_fraction: float = Field(default=0.02, gt=0, lt=0.5)
     """Share of documents held out, chosen by a hash of their content."""
     max_documents: int | None = Field(default=None, gt=0)
@@ -54,7 +59,7 @@ class DataConfig(Frozen):
             value = {"sources": value}
         return value
 
-    @field_validator("sources", mode="before")
+    @field_validator("sources", "vocabulary_sources", mode="before")
     @classmethod
     def _accept_paths(cls, value: Any) -> Any:
         if isinstance(value, str | Path):
@@ -134,10 +139,13 @@ class Recipe(Frozen):
 
     name: str = "run"
     model: ModelConfig
-    stage: Literal["pretrain", "continue"] = "pretrain"
-    """pretrain: from random weights; continue: from the weights of `init`."""
+    stage: Literal["pretrain", "continue", "sft"] = "pretrain"
+    """pretrain: from random weights; continue: from the weights of `init`; sft: from them too, on chat dialogues (JSONL
+    of OpenAI messages with tools), with the loss on what the assistant says."""
     init: str | None = None
-    """Checkpoint or run folder to start from (stage continue)."""
+    """Checkpoint or run folder to start from (stages continue and sft)."""
+    style: Literal["kimi-k2", "kimi-k2-thinking", "kimi-k2.5"] | None = None
+    """How dialogues are written as tokens. None asks `init`; whoever talks to the model later finds it here."""
     data: DataConfig = DataConfig()
     sequence_length: int = Field(default=512, gt=1)
     batch_size: int = Field(default=8, gt=0)
@@ -159,6 +167,7 @@ class Recipe(Frozen):
     validation_batches: int = Field(default=8, gt=0)
     sample_every: int | None = Field(default=None, gt=0)
     sample_prompts: tuple[str, ...] = ("def ", "import ", "class ")
+    """Text to continue; in stage sft, what a user says first."""
     checkpoint: CheckpointConfig = CheckpointConfig()
     guard: GuardConfig = GuardConfig()
     tensorboard: bool = False
@@ -186,10 +195,10 @@ class Recipe(Frozen):
         if self.micro_batch_size is not None and self.batch_size % self.micro_batch_size:
             raise ValueError(f"batch_size={self.batch_size} must be a multiple of "
                              f"micro_batch_size={self.micro_batch_size}")
-        if self.stage == "continue" and self.init is None:
-            raise ValueError("stage=continue needs init=CHECKPOINT to start from")
+        if self.stage != "pretrain" and self.init is None:
+            raise ValueError(f"stage={self.stage} needs init=CHECKPOINT to start from")
         if self.stage == "pretrain" and self.init is not None:
-            raise ValueError(f"init={self.init} is for stage=continue: set it too, or leave init out")
+            raise ValueError(f"init={self.init} is for stage=continue or stage=sft: set one too, or leave init out")
         return self
 
     @property
@@ -201,8 +210,40 @@ class Recipe(Frozen):
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
+def style_of(source: str | Path) -> str | None:
+    """The chat style that a run folder, or a checkpoint inside one, was trained in; None where nothing says so."""
+    path = Path(source)
+    for file in (path / "config.yaml", path.parent.parent / "config.yaml"):
+        try:
+            values = yaml.safe_load(file.read_text(encoding="utf-8"))
+        except (yaml.YAMLError, UnicodeDecodeError, OSError):
+            continue
+        style = values.get("style") if isinstance(values, dict) else None
+        return style if isinstance(style, str) else None
+    return None
+
+
 _WORDS = frozenset({"name", "init", "data", "data.sources", "data.tokenizer"})
 _SCIENTIFIC = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)[eE][+-]?\d+")
+
+
+_OF_THE_CORPUS = ("data", "sample_prompts", "sample_every")
+
+
+def load_next_recipe(source: str, overrides: list[str] | tuple[str, ...]) -> Recipe:
+    """The recipe that trains a run, or a checkpoint folder, further: `stage=sft` or `stage=continue` is among the
+    overrides. Model, batches, optimizer and schedule are those of the run, the text is not. Raises UserError naming the
+    field."""
+    path = Path(source)
+    stage = next(override.partition("=")[2] for override in overrides if override.startswith("stage="))
+    if (path / "config.yaml").is_file():
+        values = load_recipe(str(path / "config.yaml")).model_dump(mode="json", exclude=set(_OF_THE_CORPUS))
+    else:
+        values = {"name": path.resolve().name, "model": ModelConfig.from_folder(path).model_dump(mode="json")}
+    values |= {"name": f"{values['name']}-{stage}", "init": source, "stage": stage}
+    if stage == "sft":
+        values["sample_prompts"] = ["Hello!", "Who are you?"]
+    return _recipe_of(values, source, overrides)
 
 
 def load_recipe(recipe: str, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
@@ -219,6 +260,10 @@ def load_recipe(recipe: str, overrides: list[str] | tuple[str, ...] = ()) -> Rec
             raise UserError(f"{path}: not readable YAML: {' '.join(str(error).split())}") from None
         if not isinstance(values, dict):
             raise UserError(f"{path}: expected a mapping of recipe fields")
+    return _recipe_of(values, source, overrides)
+
+
+def _recipe_of(values: dict[str, Any], source: str, overrides: list[str] | tuple[str, ...]) -> Recipe:
     for override in overrides:
         _apply_override(values, override)
     model = values.get("model")

@@ -6,13 +6,14 @@
     batch = next(stream)                      # tokens, targets, documents: [8, 512]
     stream.load_state_dict(saved)             # continues bit for bit
 
-`sources` lists files, `readers` turns them into documents, `corpus` makes `shards`, `packing` and `stream` make
-batches. Nothing here needs torch before the first batch.
+`sources` lists files, `readers` turns them into documents, `corpus` makes `shards` of plain text and `dialogues` those
+of chats, `packing` and `stream` make batches. Nothing here needs torch before the first batch.
 """
 
 from __future__ import annotations
 
 from moonbase.data.corpus import prepare_corpus
+from moonbase.data.dialogues import DialogueCorpus, prepare_dialogues
 from moonbase.data.shards import Corpus
 from moonbase.data.sources import Skipped, installed_python_sources
 from moonbase.data.stream import Batch, PackedStream, validation_batches
@@ -21,12 +22,14 @@ from moonbase.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 __all__ = [
     "Batch",
     "Corpus",
+    "DialogueCorpus",
     "PackedStream",
     "Skipped",
     "Tokenizer",
     "installed_python_sources",
     "load_tokenizer",
     "prepare_corpus",
+    "prepare_dialogues",
     "train_tokenizer",
     "validation_batches",
 ]

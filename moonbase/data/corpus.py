@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -214,6 +215,18 @@ def _tokenizer_sample(plan: _Plan, threshold: int, progress: Progress | None) ->
         progress("training the tokenizer", 0, 1)
 
 
+def _vocabulary_texts(config: DataConfig) -> Iterator[str]:
+    """The further texts that a vocabulary is learned from, up to TOKENIZER_SAMPLE_BYTES of each source."""
+    for source in config.vocabulary_sources:
+        size = 0
+        for file in list_files(source.path, Skipped()):
+            for document in read_file(file, Reading(source.text_field), Skipped()):
+                size += len(document.content)
+                if size > TOKENIZER_SAMPLE_BYTES:
+                    break
+                yield document.text
+
+
 def _tokenised(
     documents: Iterator[tuple[int, Document, int]], tokenizer: Tokenizer, workers: int
 ) -> Iterator[tuple[int, Document, int, np.ndarray]]:
@@ -254,7 +267,8 @@ def _build(
 ) -> Corpus:
     config = plan.config
     if tokenizer is None:
-        tokenizer = train_tokenizer(_tokenizer_sample(plan, threshold, progress), vocab_size, progress)
+        texts = itertools.chain(_tokenizer_sample(plan, threshold, progress), _vocabulary_texts(config))
+        tokenizer = train_tokenizer(texts, vocab_size, progress, config.split_digits)
     dtype = token_dtype(vocab_size)
     _remove_leftovers(folder)
     with files.write_folder(folder) as aside:

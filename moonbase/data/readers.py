@@ -225,6 +225,21 @@ def _lines(stream: IO[bytes]) -> Iterator[bytes | None]:
 
 
 def _read_lines(file: SourceFile, reading: Reading, skipped: Skipped) -> Iterator[Document]:
+    for name, record in _records(file, skipped):
+        yield from _record(record, reading, name, skipped)
+
+
+def read_records(file: SourceFile, skipped: Skipped) -> Iterator[tuple[str, Any]]:
+    """(file:line, JSON value) of every line that holds one, in order."""
+    try:
+        yield from _records(file, skipped)
+    except (EOFError, zlib.error, gzip.BadGzipFile):
+        skipped.add("damaged archive", file.path)
+    except OSError:
+        skipped.add("unreadable", file.path)
+
+
+def _records(file: SourceFile, skipped: Skipped) -> Iterator[tuple[str, Any]]:
     number = 0
     with _open(file) as stream:
         for number, line in enumerate(_lines(stream), start=1):
@@ -244,7 +259,7 @@ def _read_lines(file: SourceFile, reading: Reading, skipped: Skipped) -> Iterato
                 except (ValueError, RecursionError):
                     skipped.add("broken line", name)
                 else:
-                    yield from _record(record, reading, name, skipped)
+                    yield name, record
     if number == 0:
         skipped.add("empty", file.path)
 

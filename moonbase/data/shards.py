@@ -107,11 +107,20 @@ class Split:
 
     def read(self, document: int, start: int = 0, length: int | None = None) -> np.ndarray:
         """Tokens start .. start+length-1 of a document (fewer at its end), as stored."""
-        shard = int(np.searchsorted(self._starts, document, side="right")) - 1
-        local = document - int(self._starts[shard])
-        offsets = self._offsets[shard]
-        begin, end = int(offsets[local]) + start, int(offsets[local + 1])
+        shard, begin, end = self._place(document)
+        begin += start
         return self._tokens[shard][begin : end if length is None else min(end, begin + length)]
+
+    def targets(self, document: int, start: int, ids: np.ndarray) -> np.ndarray:
+        """What each of `ids`, a document's tokens from `start` on, is asked for: the next of them, one fewer. Where a
+        token is not to be learnt, a subclass says IGNORED."""
+        return ids[1:]
+
+    def _place(self, document: int) -> tuple[int, int, int]:
+        """(shard, first token in it, one past the last)."""
+        shard = int(np.searchsorted(self._starts, document, side="right")) - 1
+        local, offsets = document - int(self._starts[shard]), self._offsets[shard]
+        return shard, int(offsets[local]), int(offsets[local + 1])
 
 
 class Corpus:

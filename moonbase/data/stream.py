@@ -98,10 +98,11 @@ class _Rows:
         for number, piece in enumerate(self.packing.row(self.order[row]), start=1):
             length, continues = int(self.pieces.length[piece]), bool(self.pieces.continues[piece])
             document = int(self.documents[self.pieces.document[piece]])
-            ids = split.read(document, int(self.pieces.start[piece]), length + continues)
+            start = int(self.pieces.start[piece])
+            ids = split.read(document, start, length + continues)
             end = position + length
             tokens[position:end] = ids[:length]
-            targets[position : position + len(ids) - 1] = ids[1:]
+            targets[position : position + len(ids) - 1] = split.targets(document, start, ids)
             numbers[position:end] = number - 1
             position = end
         numbers[position:] = number

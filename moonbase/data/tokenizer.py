@@ -218,12 +218,13 @@ class Tokenizer:
             files.write_bytes(folder / name, content)
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int, progress: Progress | None = None) -> Tokenizer:
+def train_tokenizer(texts: Iterable[str], vocab_size: int, progress: Progress | None = None,
+                    split_digits: bool = False) -> Tokenizer:
     """Learn a vocabulary of up to `vocab_size` ids: 256 bytes, merges, then Kimi's special tokens at the end.
 
     The same texts in the same order give the same vocabulary. A small text may have fewer pairs that repeat than there
-    is room for; the vocabulary is then smaller. Raises UserError where `vocab_size` is too small for bytes and
-    specials.
+    is room for; the vocabulary is then smaller. With `split_digits` no merge joins digits. Raises UserError where
+    `vocab_size` is too small for bytes and specials.
     """
     from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
     from tokenizers import Tokenizer as Backend
@@ -232,10 +233,11 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, progress: Progress | 
     if vocab_size < smallest:
         raise UserError(f"vocab_size={vocab_size} is too small: bytes and special tokens alone need {smallest}")
     backend = Backend(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(Regex(SPLIT_PATTERN), behavior="isolated"),
-        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-    ])
+    split = pre_tokenizers.Split(Regex(SPLIT_PATTERN), behavior="isolated")
+    to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    # Digits that never met in training have no merge; the saved vocabulary then needs no rule of its own.
+    digits = [pre_tokenizers.Digits(individual_digits=True)] if split_digits else []
+    backend.pre_tokenizer = pre_tokenizers.Sequence([split, *digits, to_bytes])
     backend.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size - len(SPECIAL_NAMES),
@@ -244,6 +246,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, progress: Progress | 
         show_progress=False,
     )
     backend.train_from_iterator(texts, trainer)
+    backend.pre_tokenizer = pre_tokenizers.Sequence([split, to_bytes])
     backend.add_tokens([
         AddedToken(name, normalized=False, special=name not in VISIBLE_SPECIALS) for name in SPECIAL_NAMES
     ])

@@ -58,6 +58,7 @@ def page_content(run: RunRecord) -> dict[str, Any]:
         "name": name, "status": _STATUS.get(_text(facts.get("status")), "status unknown"), "outcome": _outcome(run),
         "started": _moment(facts.get("started")), "finished": _moment(facts.get("finished")), "notes": notes,
         "tiles": _tiles(run), "skipped_steps": _skipped_steps(metrics), **_charts(run), **_samples(run.samples),
+        "dialogues": run.dialogues, **_questions(facts), "base": _base(run.base),
         "corpus": _corpus(facts.get("corpus")),
         "configuration": _configuration(run.recipe), "recipe_text": run.recipe_text,
         "machine": _machine(facts), "versions": _pairs(facts.get("versions")), "results": _pairs(facts.get("results")),
@@ -119,8 +120,48 @@ def _outcome(run: RunRecord) -> str:
     if last is not None:
         change = f"{words.fixed(first)} → " if first is not None else ""
         comparison = f" (xz\u00a0−9:\u00a0{words.fixed(xz)})" if xz is not None else ""
-        parts.append(f"{change}{words.fixed(last)} bits per byte on held-out files{comparison}")
+        parts.append(f"{change}{words.fixed(last)} bits per byte on {_held_out(run)}{comparison}")
+    right = number(dig(facts, "results", "tool_questions", "right"))
+    if right is not None:
+        parts.append(f"{right:.1%} of held-out tool questions right")
     return " · ".join(parts)
+
+
+def _held_out(run: RunRecord) -> str:
+    """What a run is measured on."""
+    return "held-out replies" if dig(run.recipe, "stage") == "sft" else "held-out files"
+
+
+def _questions(facts: dict[str, Any]) -> dict[str, Any]:
+    """How many of the held-out questions went right, in one sentence and kind by kind."""
+    found = dig(facts, "results", "tool_questions")
+    total, right, calls = (number(dig(found, name)) for name in ("questions", "right", "right_calls"))
+    if total is None or right is None:
+        return {"questions": "", "question_kinds": []}
+    sentence = f"{words.count(total)} questions that are in no training dialogue, answered greedily: {right:.1%} right"
+    if calls is not None:
+        sentence += f", through the right tool call in {calls:.1%}"
+    groups = list((dig(found, "by_kind") or {}).items())[:20] if isinstance(dig(found, "by_kind"), dict) else []
+    groups.append(("asked in new words", dig(found, "new_phrasings")))
+    kinds = [(words.cut(str(kind), 100)[0], words.count(asked), f"{share:.1%}") for kind, group in groups
+             if (asked := number(dig(group, "questions"))) and (share := number(dig(group, "right"))) is not None]
+    return {"questions": sentence + ".", "question_kinds": kinds}
+
+
+def _base(run: RunRecord | None) -> dict[str, Any] | None:
+    """The run that this one started from: its sentence and how it learnt."""
+    if run is None or not len(run.metrics):
+        return None
+    import re
+    from dataclasses import replace
+
+    def renamed(drawing: str | None) -> str | None:
+        """The names inside a drawing, which must differ from those of this run's own chart of the same kind."""
+        return drawing and re.sub(r'(\bid="|#)(?=[a-z-]+-[wc]-\d)', r"\1base-", drawing)
+
+    charts = [replace(chart, key=f"base-{chart.key}", wide=renamed(chart.wide), compact=renamed(chart.compact))
+              for chart in _charts(run)["learning"]]
+    return {"folder": run.folder_name, "outcome": _outcome(run), "charts": charts}
 
 
 def _status_notes(run: RunRecord) -> list[str]:
@@ -152,7 +193,9 @@ def _tiles(run: RunRecord) -> list[tuple[str, str, str]]:
     beside = [f"xz\u00a0−9:\u00a0{words.fixed(xz)}"] if xz is not None else []
     beside += [f"uniform:\u00a0{words.fixed(uniform)}"] if uniform is not None else []
     beside += [f"best at step {words.count(best)}"] if best is not None and not beside else []
-    add("Bits per byte", _bits(run)[1], words.fixed, ", ".join(beside) or "held-out files")
+    right = number(dig(results, "tool_questions", "right"))
+    add("Tool questions", right, lambda value: f"{value:.1%}", "held out, right call and answer")
+    add("Bits per byte", _bits(run)[1], words.fixed, ", ".join(beside) or _held_out(run))
     add("Held-out loss", metrics.last("validation_loss"), words.fixed, "nats per token")
     active = number(facts.get("active_parameters"))
     add("Parameters", number(facts.get("parameters")), words.compact,

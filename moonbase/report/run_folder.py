@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from moonbase.report.dialogues import Dialogue, read_examples
 from moonbase.report.words import count, cut, enumerate_briefly, plural
 
 SCALARS = ("loss", "mtp_loss", "balance_loss", "lr", "grad_norm", "update_rms", "tokens", "tokens_per_second", "mfu",
@@ -82,6 +83,9 @@ class RunRecord:
     metrics: Metrics
     samples: list[SampleBlock]
     notes: list[str]
+    dialogues: list[Dialogue] = field(default_factory=list)
+    base: RunRecord | None = None
+    """The run inside this folder that it started from, if `base_run` of run.json names one."""
 
 
 def read_run_folder(folder: Path) -> RunRecord:
@@ -91,7 +95,15 @@ def read_run_folder(folder: Path) -> RunRecord:
     recipe, recipe_text = _read_recipe(folder / "config.yaml", notes)
     metrics = _read_metrics(folder / "metrics.jsonl")
     samples = _read_samples(folder / "samples.txt", notes)
-    return RunRecord(folder.resolve().name, facts, recipe, recipe_text, metrics, samples, notes + list(metrics.notes))
+    dialogues = read_examples(folder / "examples.json", notes)
+    base, name = None, facts.get("base_run")
+    # A plain name, so that no page shows what lies outside its folder; a base has no base of its own.
+    if isinstance(name, str) and name == Path(name).name and (folder / name).is_dir() and name not in ("", ".", ".."):
+        inner = folder / name
+        base = RunRecord(name, _read_facts(inner / "run.json", notes), *_read_recipe(inner / "config.yaml", notes),
+                         _read_metrics(inner / "metrics.jsonl"), [], [])
+    return RunRecord(folder.resolve().name, facts, recipe, recipe_text, metrics, samples, notes + list(metrics.notes),
+                     dialogues, base)
 
 
 def number(value: Any) -> float | None:

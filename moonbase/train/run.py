@@ -18,7 +18,16 @@ from typing import Any
 import torch
 
 from moonbase.checkpoint import latest_checkpoint, resolve_model_folder
-from moonbase.data import Corpus, PackedStream, Tokenizer, load_tokenizer, prepare_corpus, validation_batches
+from moonbase.data import (
+    Corpus,
+    DialogueCorpus,
+    PackedStream,
+    Tokenizer,
+    load_tokenizer,
+    prepare_corpus,
+    prepare_dialogues,
+    validation_batches,
+)
 from moonbase.errors import TrainingStopped, UserError
 from moonbase.model import Transformer
 from moonbase.recipe import Recipe, load_recipe
@@ -34,11 +43,12 @@ from moonbase.train.callbacks.sampling import Sampler, Sampling
 from moonbase.train.callbacks.validation import Validation
 from moonbase.train.parallel import World, start_world, stop_world
 from moonbase.train.run_folder import RunFolder
+from moonbase.train.sft import chat_style, renderer
 from moonbase.train.trainer import Callback, Trainer
 
 # A run's data position and optimizer state mean nothing under another value of these.
-_FIXED_BY_A_RUN = ("name", "model", "stage", "init", "data", "sequence_length", "batch_size", "seed",
-                 "optimizer.name")
+_FIXED_BY_A_RUN = ("name", "model", "stage", "init", "style", "data", "sequence_length", "batch_size", "seed",
+                   "optimizer.name")
 _SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _SAME_SIGNAL_SECONDS = 1.0
 
@@ -125,19 +135,27 @@ def _corpus(recipe: Recipe, path: Path, resume: bool, world: World,
     """Build or reopen the corpus (first process), open it (all), and fit the model's special ids to the tokenizer."""
     folder = path / "corpus"
     world.on_first(lambda: _prepare(recipe, folder, resume, console))
-    corpus = Corpus.open(folder)
+    corpus = _corpus_kind(recipe).open(folder)
     tokenizer = corpus.tokenizer
     special = dict(zip(_SPECIAL_IDS, (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id), strict=True))
-    return corpus, tokenizer, recipe.model_copy(update={"model": recipe.model.model_copy(update=special)})
+    fitted: dict[str, Any] = {"model": recipe.model.model_copy(update=special)}
+    if recipe.stage == "sft":
+        fitted["style"] = corpus.facts["style"]
+    return corpus, tokenizer, recipe.model_copy(update=fitted)
+
+
+def _corpus_kind(recipe: Recipe) -> type[Corpus]:
+    return DialogueCorpus if recipe.stage == "sft" else Corpus
 
 
 def _prepare(recipe: Recipe, folder: Path, resume: bool, console: Console) -> None:
     if not recipe.data.sources:
-        raise UserError("data: nothing to train on. Name a folder or file, for example data=my/texts")
+        example = "data=chats.jsonl" if recipe.stage == "sft" else "data=my/texts"
+        raise UserError(f"data: nothing to train on. Name a folder or file, for example {example}")
     if resume:
         # The run's own corpus, whatever has become of the files that it was made of.
         with contextlib.suppress(UserError):
-            Corpus.open(folder)
+            _corpus_kind(recipe).open(folder)
             return
     tokenizer = load_tokenizer(recipe.data.tokenizer) if recipe.data.tokenizer else None
     if tokenizer is None and recipe.init is not None:
@@ -145,7 +163,13 @@ def _prepare(recipe: Recipe, folder: Path, resume: bool, console: Console) -> No
     if tokenizer is not None and tokenizer.vocab_size > recipe.model.vocab_size:
         raise UserError(f"data.tokenizer: {tokenizer.vocab_size} entries, "
                         f"but model.vocab_size={recipe.model.vocab_size}")
-    prepare_corpus(recipe.data, tokenizer, recipe.model.vocab_size, folder, recipe.seed, progress=console)
+    if recipe.stage == "sft":
+        assert tokenizer is not None, "sft starts from a model, which has one"
+        style = chat_style(recipe, tokenizer)
+        prepare_dialogues(recipe.data, tokenizer, renderer(tokenizer, style), style, recipe.model.vocab_size,
+                          recipe.sequence_length, folder, progress=console)
+    else:
+        prepare_corpus(recipe.data, tokenizer, recipe.model.vocab_size, folder, recipe.seed, progress=console)
 
 
 def _open_run(run: RunFolder | None, recipe: Recipe, corpus: Corpus, resume: bool) -> None:

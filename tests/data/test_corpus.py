@@ -76,9 +76,9 @@ def test_no_held_out_text_trains_the_tokenizer(tmp_path: Path, monkeypatch: pyte
     config = DataConfig(sources=(Source(path=str(fill(tmp_path / "in", wanted))),), validation_fraction=0.1)
     seen: list[str] = []
 
-    def listening(samples, vocab_size, progress=None):
+    def listening(samples, vocab_size, progress=None, split_digits=False):
         seen.extend(samples)
-        return train_tokenizer(seen, vocab_size, progress)
+        return train_tokenizer(seen, vocab_size, progress, split_digits)
 
     monkeypatch.setattr(corpus_module, "train_tokenizer", listening)
     corpus = prepare_corpus(config, None, 600, tmp_path / "out")
@@ -340,3 +340,17 @@ def test_corpus_can_be_moved(tmp_path: Path, tokenizer: Tokenizer) -> None:
     prepare_corpus(config, tokenizer, 512, tmp_path / "out")
     shutil.move(tmp_path / "out", tmp_path / "moved")
     assert Corpus.open(tmp_path / "moved").tokenizer.digest == tokenizer.digest
+
+
+def test_a_vocabulary_may_learn_from_texts_that_are_not_trained_on(tmp_path: Path) -> None:
+    extra = tmp_path / "extra.jsonl"
+    extra.write_text("".join(json.dumps({"text": f"zyzzyva {number} quixotic"}) + "\n" for number in range(99)))
+    folder = fill(tmp_path / "in", texts(60))
+    plain = DataConfig(sources=(Source(path=str(folder)),), validation_fraction=0.2)
+    wider = plain.model_copy(update={"vocabulary_sources": (Source(path=str(extra)),)})
+    first = prepare_corpus(plain, None, 400, tmp_path / "x")
+    second = prepare_corpus(wider, None, 400, tmp_path / "y")
+    assert len(second.tokenizer.encode(" zyzzyva")) < len(first.tokenizer.encode(" zyzzyva"))
+    assert sorted(decoded(second, second.train)) == sorted(decoded(first, first.train))
+    assert sorted(decoded(second, second.validation)) == sorted(decoded(first, first.validation))
+    assert second.facts["documents"] == 60 and first.facts["digest"] != second.facts["digest"]

@@ -282,3 +282,15 @@ def test_no_tokenizer_and_too_small_a_vocabulary(tmp_path: Path) -> None:
         load_tokenizer(tmp_path)
     with pytest.raises(UserError, match="vocab_size=278"):
         train_tokenizer(["a"], 278)
+
+
+def test_digits_that_are_split_stay_apart_everywhere(tmp_path: Path) -> None:
+    """No rule of its own is saved: any library that reads the file gives the same ids."""
+    text = SAMPLE + "in 1984, 1984 and 1984 again 1984 " * 50
+    together, apart = train_tokenizer([text], 700), train_tokenizer([text], 700, split_digits=True)
+    assert len(together.encode("1984")) < 4 == len(apart.encode("1984"))
+    apart.save(tmp_path)
+    oracle = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    for sample in (text[:2000], "x=10000;", "12,345.678", "\u0661\u0662"):
+        assert oracle.encode(sample, add_special_tokens=False).ids == apart.encode(sample)
+        assert load_tokenizer(tmp_path).decode(apart.encode(sample)) == sample

@@ -1,0 +1,81 @@
+"""Fixed questions and answers of the practice dialogues: small talk, code, and a few topics with one fact each."""
+
+from __future__ import annotations
+
+SMALL_TALK: tuple[tuple[str, str], ...] = (
+    ("Hello!", "Hello! How can I help?"),
+    ("Hello", "Hello! How can I help?"),
+    ("Hi", "Hello! How can I help?"),
+    ("Hi!", "Hello! How can I help?"),
+    ("Hey", "Hello! How can I help?"),
+    ("Good morning", "Good morning! How can I help?"),
+    ("Good evening", "Good evening! How can I help?"),
+    ("Who are you?", "I am a very small model, trained on this machine in a few minutes."),
+    ("What are you?", "I am a very small model, trained on this machine in a few minutes."),
+    ("What can you do?", "I can use tools: compute, convert units and look things up."),
+    ("How are you?", "I am well, thank you."),
+    ("How do you do?", "I am well, thank you."),
+    ("Thank you", "You are welcome."),
+    ("Thanks!", "You are welcome."),
+    ("Thank you very much!", "You are welcome."),
+    ("Very good", "Thank you."),
+    ("Well done!", "Thank you."),
+    ("Good bye", "Good bye!"),
+    ("Bye", "Good bye!"),
+    ("See you later", "Good bye!"),
+    ("What is your name?", "I have no name yet."),
+    ("Are you a human?", "No, I am a language model."),
+)
+
+CODE: tuple[tuple[str, str], ...] = (
+    ("What does len do in Python?", "len(x) is the number of items in x."),
+    ("What does range do in Python?", "range(n) counts from 0 to n - 1."),
+    ("What does print do in Python?", "print(x) writes x to the screen."),
+    ("What does sorted do in Python?", "sorted(x) is a list of the items of x in order."),
+    ("What does sum do in Python?", "sum(x) adds the items of x."),
+    ("What does max do in Python?", "max(x) is the largest item of x."),
+    ("What does min do in Python?", "min(x) is the smallest item of x."),
+    ("What does open do in Python?", "open(path) opens a file."),
+    ("What does import do in Python?", "import name loads a module."),
+    ("What does def do in Python?", "def begins a function."),
+    ("What does return do in Python?", "return ends a function and gives its value."),
+    ("What does class do in Python?", "class begins a class."),
+    ("What does raise do in Python?", "raise reports an error."),
+    ("What does yield do in Python?", "yield hands out one value of a generator."),
+    ("What does pass do in Python?", "pass does nothing."),
+    ("What is a list in Python?", "A list holds items in order, such as [1, 2, 3]."),
+    ("What is a dict in Python?", 'A dict maps keys to values, such as {"a": 1}.'),
+    ("What is a set in Python?", "A set holds each item once, such as {1, 2}."),
+    ("What is a tuple in Python?", "A tuple is a list that cannot change, such as (1, 2)."),
+    ("What is a string in Python?", 'A string is text, such as "abc".'),
+    ("How do I write a loop in Python?", "for item in items:"),
+    ("How do I read a file in Python?", "text = open(path).read()"),
+    ("How do I write a function in Python?", "def name(x): return x"),
+    ("How do I make a list in Python?", "items = [1, 2, 3]"),
+)
+
+TOPICS: tuple[tuple[str, str], ...] = (
+    ("the moon", "The moon goes around the earth."),
+    ("the sun", "The sun is a star."),
+    ("rain", "Rain is water that falls from clouds."),
+    ("snow", "Snow is frozen water."),
+    ("bread", "Bread is made of flour and water."),
+    ("honey", "Honey is made by bees."),
+    ("iron", "Iron is a metal."),
+    ("gold", "Gold is a yellow metal."),
+    ("glass", "Glass is made of sand."),
+    ("paper", "Paper is made of wood."),
+    ("cats", "Cats are small animals that hunt mice."),
+    ("dogs", "Dogs are animals that live with people."),
+    ("horses", "Horses are large animals that eat grass."),
+    ("birds", "Birds have wings and feathers."),
+    ("fish", "Fish live in water."),
+    ("trees", "Trees are tall plants."),
+    ("chess", "Chess is a game for two players."),
+    ("music", "Music is made of tones."),
+    ("rivers", "Rivers carry water to the sea."),
+    ("ice", "Ice is frozen water."),
+)
+
+THINGS = tuple("apple bag ball book box chair clock cup desk door flag glass hat key knife lamp map pen pipe ring rope "
+               "salt shoe soap spoon table tent watch".split())

@@ -55,7 +55,7 @@ class _NoText:
 
 
 def measure(preset: str, peer: str | None, shapes: tuple[Shape, ...] | None = None) -> list[dict[str, Any]]:
-    """Two rows per shape: decoded tokens/s, and prompts/s to the first token."""
+    """Two rows per shape: decoded tokens/s, and the time to the first token of the whole batch."""
     on_gpu = torch.cuda.is_available()
     shapes = shapes or (_GPU_SHAPES if on_gpu else _CPU_SHAPES)
     config = load_recipe(preset).model
@@ -89,16 +89,18 @@ def _rows(
     label = f"{preset} {shape.batch}x({shape.prompt}+{shape.new})"
     step = step_bytes(model.config, shape.batch, shape.prompt + shape.new // 2, next(model.parameters()).dtype.itemsize)
     rows = []
-    for unit in ("tokens/s", "prompts/s to the first token"):
-        rates = {}
+    for unit in ("tokens/s", "ms to the first token"):
+        values = {}
         for side in ("ours", "peer") if peer else ("ours",):
             first, whole = times[f"{side} first"], times[f"{side} whole"]
             decoding = max(whole - first, 1e-9)
-            rates[side] = shape.batch * (shape.new - 1) / decoding if unit == "tokens/s" else shape.batch / first
-        share = rates["ours"] / shape.batch * step / ceiling if unit == "tokens/s" else None
-        theirs = rates.get("peer")
-        rows.append({"shape": label, "unit": unit, "ours": rates["ours"], "peer": theirs,
-                     "peer_name": peer_name, "ratio": rates["ours"] / theirs if theirs else None, "roof_share": share})
+            values[side] = shape.batch * (shape.new - 1) / decoding if unit == "tokens/s" else 1000 * first
+        ours, theirs = values["ours"], values.get("peer")
+        share = ours / shape.batch * step / ceiling if unit == "tokens/s" else None
+        # Of milliseconds less is better, and the ratio says how much.
+        ratio = None if theirs is None else ours / theirs if unit == "tokens/s" else theirs / ours
+        rows.append({"shape": label, "unit": unit, "ours": ours, "peer": theirs, "peer_name": peer_name,
+                     "ratio": ratio, "roof_share": share})
     del works
     gc.collect()
     torch.cuda.empty_cache()

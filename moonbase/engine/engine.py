@@ -19,14 +19,14 @@ import torch
 from moonbase.engine.cache import BLOCK_TOKENS, BlockPool, LatentCache
 from moonbase.engine.forward import Forward
 from moonbase.engine.sampling import Chosen, Constraint, Sampling, choose
-from moonbase.engine.scheduler import Part, Scheduler
-from moonbase.engine.scheduler import Sequence as Request
+from moonbase.engine.scheduler import Part, Request, Scheduler
 from moonbase.engine.text import Piece, TextStream, TokenizerLike
 from moonbase.errors import UserError
 from moonbase.model import Transformer
 from moonbase.report.machine import free_memory_bytes
 
 MakeConstraint = Callable[[], Constraint]
+FINISH_REASONS = ("stop", "length", "cancelled", "failed")
 
 
 @dataclass
@@ -39,11 +39,13 @@ class Output:
     """One per id, of the model's own distribution."""
     top_logprobs: list[list[tuple[int, float]]] | None
     finish_reason: str
-    """stop, length or cancelled."""
+    """stop, length, cancelled or failed (its constraint raised)."""
     stop_reason: str | int | None
     """The stop string or token id that ended it."""
     cached_tokens: int
     """Prompt tokens whose latents were in the cache already."""
+    end_logprob: float | None = None
+    """Of the end token, where one was drawn: a model that learns from its replies learns when to stop."""
 
 
 @dataclass
@@ -63,7 +65,7 @@ class EngineStatistics:
     """Guesses of multi-token prediction, and how many were right."""
     preemptions: int = 0
     passes: int = 0
-    finished: dict[str, int] = field(default_factory=lambda: {"stop": 0, "length": 0, "cancelled": 0})
+    finished: dict[str, int] = field(default_factory=lambda: dict.fromkeys(FINISH_REASONS, 0))
 
 
 class Engine:
@@ -86,15 +88,17 @@ class Engine:
         self._wanted_tokens, self._cuda_graphs = cache_tokens, cuda_graphs
         self._statistics = EngineStatistics()
         self._scheduler: Scheduler | None = None
+        self._emitted: list[tuple[Request, Piece]] = []
+        self._ended: list[Request] = []
 
     # --- whole replies ------------------------------------------------------------------------------------------------
 
     def generate(self, prompts: Sequence[str], sampling: Sampling = Sampling()) -> list[str]:
         """Continuations of `prompts`, text each."""
-        encoded = [self.tokenizer.encode(prompt) for prompt in prompts]
-        if not sampling.stop:
-            return [self.tokenizer.decode(ids) for ids in self.generate_ids(encoded, sampling)]
-        return ["".join(piece.text for piece in self.pieces(ids, sampling)) for ids in encoded]
+        requests = [self.request(self.tokenizer.encode(prompt), sampling, number=number, text=True)
+                    for number, prompt in enumerate(prompts)]
+        self._finish_all(requests)
+        return ["".join(piece.text for piece in request.inbox) for request in requests]
 
     def generate_ids(self, prompts: Sequence[Sequence[int]], sampling: Sampling = Sampling()) -> list[list[int]]:
         """Continuations as token ids. Raises UserError for an empty prompt or one that fills the context."""
@@ -108,19 +112,15 @@ class Engine:
         prompt's place, so that equal prompts get different samples."""
         settings = [sampling] * len(prompts) if isinstance(sampling, Sampling) else list(sampling)
         requests = [self.request(ids, settings[number], constraint, number) for number, ids in enumerate(prompts)]
-        outputs = {id(request): Output([], [], None, "cancelled", None, 0) for request in requests}
-        for request in requests:
-            self.submit(request)
-        try:
-            while self.busy:
-                for request, piece in self.step():
-                    if id(request) in outputs:
-                        _collect(outputs[id(request)], piece)
-        except BaseException:
-            for request in requests:
-                self.cancel(request)
-            raise
-        return list(outputs.values())
+        self._finish_all(requests)
+        return [_output(request) for request in requests]
+
+    def score(self, prompt_ids: Sequence[int]) -> list[float]:
+        """Log-probability of every token of a text but the first, given those before it."""
+        request = self.request(prompt_ids, Sampling(max_tokens=1), score=True)
+        self._finish_all([request])
+        assert request.prompt_logprobs is not None
+        return request.prompt_logprobs
 
     def stream(self, prompt: str, sampling: Sampling = Sampling()) -> Iterator[str]:
         """Pieces of text as they come; a character whose bytes are incomplete waits for the rest."""
@@ -135,8 +135,13 @@ class Engine:
         request = self.request(prompt_ids, sampling, constraint, text=True)
         self.submit(request)
         try:
-            while request.finish_reason is None:
-                yield from [piece for owner, piece in self.step() if owner is request]
+            while request.inbox or request.finish_reason is None:
+                while request.inbox:
+                    yield request.inbox.popleft()
+                if request.finish_reason is None:
+                    self._pump()
+            if request.error is not None:
+                raise request.error
         finally:
             self.cancel(request)
 
@@ -144,10 +149,11 @@ class Engine:
 
     def request(
         self, prompt_ids: Sequence[int], sampling: Sampling, constraint: MakeConstraint | None = None, number: int = 0,
-        text: bool = False,
+        text: bool = False, score: bool = False,
     ) -> Request:
-        """Something to `submit`. `number` tells requests of one seed apart; `text`: pieces carry text. Raises
-        UserError for an empty prompt, one that fills the context or the cache, and ids outside the vocabulary."""
+        """Something to `submit`. `number` tells requests of one seed apart; `text`: pieces carry text; `score`: the
+        prompt's log-probabilities are wanted. Raises UserError for an empty prompt, one that fills the context or the
+        cache, and ids outside the vocabulary."""
         ids, config = list(prompt_ids), self.model.config
         limit = min(config.max_position_embeddings, self.capacity)
         if not ids:
@@ -155,22 +161,25 @@ class Engine:
         if len(ids) >= limit:
             whose = "model's context" if limit == config.max_position_embeddings else "cache"
             raise UserError(f"the prompt has {len(ids)} tokens; the {whose} is {limit}")
-        wrong = next((id for id in (*ids, *sampling.logit_bias) if not 0 <= id < config.vocab_size), None)
-        if wrong is not None:
-            raise UserError(f"token id {wrong} is not in the model's vocabulary of {config.vocab_size}")
+        wrong = [id for id in (min(ids), max(ids), *sampling.logit_bias) if not 0 <= id < config.vocab_size]
+        if wrong:
+            raise UserError(f"token id {wrong[0]} is not in the model's vocabulary of {config.vocab_size}")
         base = random.getrandbits(63) if sampling.seed is None else sampling.seed
         stream = TextStream(self.tokenizer, sampling.stop) if text or sampling.stop else None
         return Request(ids, sampling, random.Random(f"{base} {number}").getrandbits(63), limit,
-                       constraint() if constraint is not None else None, stream)
+                       constraint() if constraint is not None else None, stream,
+                       prompt_logprobs=[] if score else None)
 
     def submit(self, request: Request) -> None:
         """Put a request into the queue."""
         self._ready().add(request)
 
     def cancel(self, request: Request) -> None:
-        """End a request; its blocks are free at once. Does nothing to a finished one."""
+        """End a request; its blocks are free at once. Does nothing to a finished one. Not within a pass."""
         if request.finish_reason is None and self._scheduler is not None:
-            self._finish(request, "cancelled")
+            request.finish_reason = "cancelled"
+            self._statistics.finished["cancelled"] += 1
+            self._scheduler.remove(request)
 
     @property
     def busy(self) -> bool:
@@ -198,24 +207,38 @@ class Engine:
             self._scheduler.pool.forget_all()
 
     @torch.inference_mode()
-    def step(self) -> list[tuple[Request, Piece]]:
-        """One forward pass. What it produced, piece by piece, with whose it is."""
+    def step(self) -> None:
+        """One forward pass; `fetch` gives what it produced, also where it raised."""
         parts = self._ready().plan()
-        if not parts:
-            return []
-        self._statistics.passes += 1
+        if parts:
+            self._statistics.passes += 1
+            try:
+                self._pass(parts)
+            finally:
+                # Only now: until the end of the pass their blocks are read and written.
+                for request in self._ended:
+                    self._scheduler.remove(request)
+                self._ended.clear()
+
+    def fetch(self) -> list[tuple[Request, Piece]]:
+        """Pieces since the last call, in order, each with whose it is."""
+        emitted, self._emitted = self._emitted, []
+        return emitted
+
+    def _pass(self, parts: list[Part]) -> None:
         hidden_ND = self._forward.run(parts)
-        emitted: list[tuple[Request, Piece]] = []
         rows, ends = [], []
         first_row = 0
         for part in parts:
             rows.append(first_row)
             ends.append(first_row + part.count - 1)
+            if part.sequence.prompt_logprobs is not None:
+                self._score(part, hidden_ND, first_row)
             first_row += part.count + (part.draft is not None)
             # Before anyone can finish: what a finished one leaves behind may be shared.
             self._scheduler.advance(part.sequence, part.start + part.count)
         drawing = [number for number, part in enumerate(parts) if part.sequence.pending == 0]
-        self._draw(parts, drawing, hidden_ND, ends, emitted)
+        self._draw(parts, drawing, hidden_ND, ends)
         self._statistics.drafted_tokens += sum(part.draft is not None for part in parts)
         # A guess that came true has been computed already: its row tells the token after it.
         right = [number for number in drawing if parts[number].draft is not None
@@ -224,11 +247,9 @@ class Engine:
         for number in right:
             self._scheduler.advance(parts[number].sequence, parts[number].sequence.computed + 1)
         self._statistics.accepted_tokens += len(right)
-        self._draw(parts, right, hidden_ND, [end + 1 for end in ends], emitted)
-        live = [(part, row) for part, row in zip(parts, rows, strict=True) if part.sequence.finish_reason is None]
-        if self.speculate and live:
-            self._guess(live, hidden_ND)
-        return emitted
+        self._draw(parts, right, hidden_ND, [end + 1 for end in ends])
+        if self.speculate:
+            self._guess(parts, rows, hidden_ND)
 
     # --- inside -------------------------------------------------------------------------------------------------------
 
@@ -241,7 +262,8 @@ class Engine:
             limit = min(self.model.config.max_position_embeddings, (num_blocks - 1) * BLOCK_TOKENS)
             self._forward = Forward(self.model, cache, self.max_running, -(-limit // BLOCK_TOKENS), self._cuda_graphs)
             pool = BlockPool(num_blocks, self.prefix_cache)
-            self._scheduler = Scheduler(pool, self.max_running, max(self.chunk_tokens, self.max_running))
+            self._scheduler = Scheduler(pool, self.max_running, max(self.chunk_tokens, self.max_running),
+                                        lag=int(self.speculate))
         return self._scheduler
 
     def _num_blocks(self) -> int:
@@ -258,42 +280,83 @@ class Engine:
                             f"{free / 1e9:,.1f} GB are free, so at most {fitting} fit")
         return max(1, wanted // BLOCK_TOKENS)
 
-    def _draw(
-        self, parts: list[Part], numbers: list[int], hidden_ND: torch.Tensor, rows: list[int],
-        emitted: list[tuple[Request, Piece]],
-    ) -> None:
+    def _finish_all(self, requests: list[Request]) -> None:
+        """Submit and run until all are done; their pieces are in their inboxes. Raises what a constraint raised."""
+        for request in requests:
+            self.submit(request)
+        try:
+            while any(request.finish_reason is None for request in requests):
+                self._pump()
+        except BaseException:
+            for request in requests:
+                self.cancel(request)
+            raise
+        for request in requests:
+            if request.error is not None:
+                raise request.error
+
+    def _pump(self) -> None:
+        """One pass, each piece into its owner's inbox: several replies may be read side by side."""
+        self.step()
+        for request, piece in self.fetch():
+            request.inbox.append(piece)
+
+    def _score(self, part: Part, hidden_ND: torch.Tensor, row: int) -> None:
+        """Log-probabilities of the prompt tokens that follow those of `part`."""
+        following = part.sequence.prompt_ids[part.start + 1 : part.start + part.count + 1]
+        rows = range(row, row + len(following))
+        if following:
+            logits_NV = self._forward.logits(hidden_ND, list(rows)).log_softmax(-1)
+            ids = torch.tensor(following, device=logits_NV.device)[:, None]
+            part.sequence.prompt_logprobs += logits_NV.gather(-1, ids).squeeze(-1).tolist()
+
+    def _draw(self, parts: list[Part], numbers: list[int], hidden_ND: torch.Tensor, rows: list[int]) -> None:
         """Choose the next token of the parts `numbers` from the hidden states at `rows` of all parts."""
-        if not numbers:
+        requests, places, masks = [], [], []
+        for number in numbers:
+            request = parts[number].sequence
+            try:
+                masks.append(request.constraint.mask(request.remaining) if request.constraint is not None else None)
+            except Exception as error:
+                self._fail(request, error)
+                continue
+            requests.append(request)
+            places.append(rows[number])
+        if not requests:
             return
-        requests = [parts[number].sequence for number in numbers]
-        logits_BV = self._forward.logits(hidden_ND, [rows[number] for number in numbers])
-        chosen = choose(logits_BV, requests)
+        chosen = choose(self._forward.logits(hidden_ND, places), requests, masks)
         for place, request in enumerate(requests):
-            emitted += [(request, piece) for piece in self._accept(request, chosen, place)]
+            try:
+                pieces = self._accept(request, chosen, place)
+            except Exception as error:
+                self._fail(request, error)
+                continue
+            self._emitted += [(request, piece) for piece in pieces]
 
     def _accept(self, request: Request, chosen: Chosen, place: int) -> list[Piece]:
         """Append the token, or end the reply."""
         token, sampling, piece = chosen.ids[place], request.sampling, Piece()
-        ends = token in sampling.stop_ids or (token in self.stop_ids and not sampling.ignore_eos)
+        own_end = token in self.stop_ids
+        ends = token in sampling.stop_ids or (own_end and not sampling.ignore_eos)
         if not request.output_ids:
             self._statistics.prompt_tokens += len(request.prompt_ids)
             self._statistics.cached_tokens += request.cached_tokens
         reason, texts = None, []
         if ends:
-            reason, request.stop_reason = "stop", token
+            reason, request.stop_reason, piece.end_logprob = "stop", token, chosen.logprobs[place]
         else:
             self._statistics.generated_tokens += 1
             request.append(token)
             piece.ids, piece.logprobs = [token], [chosen.logprobs[place]]
             if (top := chosen.top_logprobs[place]) is not None:
                 piece.top_logprobs = [top]
-            if request.constraint is not None:
-                request.constraint.accept(token)
-                reason = "stop" if request.constraint.done else None
-            if request.text is not None:
-                texts = request.text.push(token)
-                if request.text.stopped is not None:
-                    reason, request.stop_reason = "stop", request.text.stopped
+            # An end that is ignored says nothing, neither to a grammar nor to a reader.
+            if not own_end:
+                texts = self._say(request, token)
+                if request.constraint is not None and request.constraint.done:
+                    reason = "stop"
+            if request.text is not None and request.text.stopped is not None:
+                reason, request.stop_reason = "stop", request.text.stopped
             if reason is None and request.remaining <= 0:
                 reason = "length"
         if reason == "stop" and request.constraint is not None and request.constraint.cut_short:
@@ -302,30 +365,60 @@ class Engine:
             texts += request.text.flush() if request.text is not None else []
             piece.finish_reason, piece.stop_reason = reason, request.stop_reason
             piece.cached_tokens = request.cached_tokens
-            self._finish(request, reason)
+            self._end(request, reason)
         *earlier, (piece.text, piece.special) = texts or [("", False)]
         return [*[Piece(text=text, special=special) for text, special in earlier], piece]
 
-    def _finish(self, request: Request, reason: str) -> None:
+    def _say(self, request: Request, token: int) -> list[tuple[str, bool]]:
+        """Tell the constraint; the text that is certain now."""
+        search = True
+        if request.constraint is not None:
+            search = not request.constraint.ignores_stop
+            request.constraint.accept(token)
+        return request.text.push(token, search) if request.text is not None else []
+
+    def _fail(self, request: Request, error: Exception) -> None:
+        """A constraint raised: its request ends, the others go on."""
+        request.error = error
+        self._end(request, "failed")
+        self._emitted.append((request, Piece(finish_reason="failed")))
+
+    def _end(self, request: Request, reason: str) -> None:
+        """Within a pass."""
         request.finish_reason = reason
         self._statistics.finished[reason] += 1
-        self._scheduler.remove(request)
+        self._ended.append(request)
 
-    def _guess(self, live: list[tuple[Part, int]], hidden_ND: torch.Tensor) -> None:
-        """Let the multi-token-prediction module read what was computed, and guess one token on."""
-        reads = [Part(part.sequence, part.start, part.sequence.computed - part.start, None) for part, _ in live]
-        logits_BV = self._forward.further(reads, hidden_ND, [row for _, row in live])
-        guesses = logits_BV.argmax(-1).tolist()
-        for (part, _), guess in zip(live, guesses, strict=True):
-            decoding = part.sequence.pending == 1 and part.sequence.output_ids
-            part.sequence.draft = guess if decoding else None
+    def _guess(self, parts: list[Part], rows: list[int], hidden_ND: torch.Tensor) -> None:
+        """Let the multi-token-prediction module read what was computed, and guess one token on.
+
+        Also of those that have just finished: what they leave in the cache is for whoever begins alike.
+        """
+        reads, first_rows = [], []
+        for part, row in zip(parts, rows, strict=True):
+            request = part.sequence
+            # Every token is read together with the one that follows it, so far as that is known.
+            count = min(request.computed, len(request.ids) - 1) - part.start
+            if count > 0 and request.error is None:
+                reads.append(Part(request, part.start, count, None))
+                first_rows.append(row)
+        if not reads:
+            return
+        guesses = self._forward.further(reads, hidden_ND, first_rows).argmax(-1).tolist()
+        for read, guess in zip(reads, guesses, strict=True):
+            request = read.sequence
+            request.draft = guess if request.pending == 1 and request.output_ids else None
 
 
-def _collect(output: Output, piece: Piece) -> None:
-    output.ids += piece.ids
-    output.logprobs += piece.logprobs
-    if piece.top_logprobs is not None:
-        output.top_logprobs = [*(output.top_logprobs or []), *piece.top_logprobs]
-    if piece.finish_reason is not None:
-        output.finish_reason, output.stop_reason = piece.finish_reason, piece.stop_reason
-        output.cached_tokens = piece.cached_tokens
+def _output(request: Request) -> Output:
+    """All pieces of a finished request together."""
+    output = Output([], [], None, "cancelled", None, 0)
+    for piece in request.inbox:
+        output.ids += piece.ids
+        output.logprobs += piece.logprobs
+        if piece.top_logprobs is not None:
+            output.top_logprobs = [*(output.top_logprobs or []), *piece.top_logprobs]
+        if piece.finish_reason is not None:
+            output.finish_reason, output.stop_reason = piece.finish_reason, piece.stop_reason
+            output.cached_tokens, output.end_logprob = piece.cached_tokens, piece.end_logprob
+    return output

@@ -9,7 +9,6 @@ Shapes: B sequences, V vocabulary.
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -30,6 +29,8 @@ class Constraint(Protocol):
     """Nothing more may follow."""
     cut_short: bool
     """The budget forced the ending: what was said is whole, and shorter than the model meant."""
+    ignores_stop: bool
+    """Something is being written that must not be cut: stop strings do not count now."""
 
     def mask(self, remaining: int) -> np.ndarray | None:
         """Allowed tokens, bool [V]; None allows all. `remaining`: tokens left of the request's budget."""
@@ -103,11 +104,15 @@ class Draw(Protocol):
 
     sampling: Sampling
     seed: int
-    constraint: Constraint | None
-    remaining: int
-    """Tokens left of its budget."""
-    prompt_ids: Sequence[int]
     output_ids: Sequence[int]
+
+    def counts(self, vocab_size: int, device: torch.device) -> Tensor:
+        """How often each token was generated, fp32 [V]."""
+        ...
+
+    def seen(self, vocab_size: int, device: torch.device) -> Tensor:
+        """Which tokens stand in prompt or reply, bool [V]."""
+        ...
 
 
 @dataclass
@@ -129,10 +134,11 @@ def uniform(seed: int, place: int) -> float:
     return (((z ^ (z >> 31)) >> 11) + 0.5) / (1 << 53)
 
 
-def choose(logits_BV: Tensor, draws: Sequence[Draw]) -> Chosen:
-    """The next token of each sequence; `logits_BV` fp32, one row per entry of `draws`."""
+def choose(logits_BV: Tensor, draws: Sequence[Draw], masks: Sequence[np.ndarray | None] = ()) -> Chosen:
+    """The next token of each sequence; `logits_BV` fp32, one row per entry of `draws`. `masks`: allowed tokens of each,
+    bool [V], None for all; rows that share a mask share the object."""
     own_BV = logits_BV
-    logits_BV = _adjusted(logits_BV, draws)
+    logits_BV = _allowed(_adjusted(logits_BV, draws), masks)
     greedy_B = logits_BV.argmax(-1)
     if any(draw.sampling.temperature > 0 for draw in draws):
         sampled_B = _sampled(logits_BV, draws)
@@ -154,27 +160,37 @@ def choose(logits_BV: Tensor, draws: Sequence[Draw]) -> Chosen:
 
 
 def _adjusted(logits_BV: Tensor, draws: Sequence[Draw]) -> Tensor:
-    """Penalties, biases and constraints applied; the same tensor where nobody asks for any."""
-    if all(draw.sampling.plain and draw.constraint is None for draw in draws):
+    """Penalties and biases applied; the same tensor where nobody asks for any."""
+    if all(draw.sampling.plain for draw in draws):
         return logits_BV
-    logits_BV = logits_BV.clone()
+    logits_BV, size, device = logits_BV.clone(), logits_BV.shape[-1], logits_BV.device
     for row_V, draw in zip(logits_BV, draws, strict=True):
         sampling = draw.sampling
-        if sampling.repetition_penalty != 1:
-            seen = torch.tensor(sorted({*draw.prompt_ids, *draw.output_ids}), device=row_V.device)
-            values = row_V[seen]
-            penalty = sampling.repetition_penalty
-            row_V[seen] = torch.where(values > 0, values / penalty, values * penalty)
-        if (sampling.presence_penalty or sampling.frequency_penalty) and draw.output_ids:
-            counts = Counter(draw.output_ids)
-            seen = torch.tensor(list(counts), device=row_V.device)
-            times = torch.tensor(list(counts.values()), dtype=torch.float32, device=row_V.device)
-            row_V[seen] -= sampling.presence_penalty + sampling.frequency_penalty * times
+        if (penalty := sampling.repetition_penalty) != 1:
+            punished = torch.where(row_V > 0, row_V / penalty, row_V * penalty)
+            row_V.copy_(torch.where(draw.seen(size, device), punished, row_V))
+        if sampling.presence_penalty or sampling.frequency_penalty:
+            counts = draw.counts(size, device)
+            row_V -= sampling.presence_penalty * (counts > 0) + sampling.frequency_penalty * counts
         if sampling.logit_bias:
-            ids = torch.tensor(list(sampling.logit_bias), device=row_V.device)
-            row_V[ids] += torch.tensor(list(sampling.logit_bias.values()), dtype=torch.float32, device=row_V.device)
-        if draw.constraint is not None and (allowed := draw.constraint.mask(draw.remaining)) is not None:
-            row_V.masked_fill_(torch.from_numpy(~allowed).to(row_V.device), -math.inf)
+            ids = torch.tensor(list(sampling.logit_bias), device=device)
+            row_V[ids] += torch.tensor(list(sampling.logit_bias.values()), dtype=torch.float32, device=device)
+    return logits_BV
+
+
+def _allowed(logits_BV: Tensor, masks: Sequence[np.ndarray | None]) -> Tensor:
+    """-inf for what a mask forbids; the same tensor where there is none. One pass for all rows of one mask."""
+    rows_of: dict[int, list[int]] = {}
+    for row, mask in enumerate(masks):
+        if mask is not None:
+            rows_of.setdefault(id(mask), []).append(row)
+    own_BV = logits_BV
+    for rows in rows_of.values():
+        forbidden_V = torch.from_numpy(~masks[rows[0]]).to(logits_BV.device)
+        if len(rows) == len(logits_BV):
+            return logits_BV.masked_fill(forbidden_V, -math.inf)
+        logits_BV = logits_BV.clone() if logits_BV is own_BV else logits_BV
+        logits_BV[rows] = logits_BV[rows].masked_fill(forbidden_V, -math.inf)
     return logits_BV
 
 

@@ -11,14 +11,17 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+import torch
+from torch import Tensor
+
 from moonbase.engine.cache import BLOCK_TOKENS, BlockPool, block_keys
 from moonbase.engine.sampling import Constraint, Sampling
-from moonbase.engine.text import TextStream
+from moonbase.engine.text import Piece, TextStream
 
 
 @dataclass(eq=False)
-class Sequence:
-    """One request: its tokens, its blocks, and how far the cache knows it."""
+class Request:
+    """One sequence: its tokens, its blocks, and how far the cache knows it."""
 
     prompt_ids: list[int]
     sampling: Sampling
@@ -33,8 +36,8 @@ class Sequence:
     computed: int = 0
     """Leading tokens whose latents are in the cache."""
     cached_tokens: int = 0
-    """Of the prompt, found there at the first admission."""
-    admitted: bool = False
+    """Of the prompt, found there before it was ever computed."""
+    preempted: bool = False
     row: int = -1
     """Its place among the running ones."""
     blocks: list[int] = field(default_factory=list)
@@ -44,6 +47,14 @@ class Sequence:
     """A guess of the token after the last, from multi-token prediction."""
     finish_reason: str | None = None
     stop_reason: str | int | None = None
+    error: Exception | None = None
+    """What its constraint raised; only this request ends of it."""
+    prompt_logprobs: list[float] | None = None
+    """Filled for a request that wants its prompt scored; it takes nothing from the cache."""
+    inbox: deque[Piece] = field(default_factory=deque)
+    """Pieces that nobody has fetched yet."""
+    _counts: Tensor | None = field(default=None, repr=False)
+    _seen: Tensor | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         self.ids = [*self.prompt_ids, *self.output_ids]
@@ -61,32 +72,52 @@ class Sequence:
     def append(self, token: int) -> None:
         self.ids.append(token)
         self.output_ids.append(token)
+        if self._counts is not None:
+            self._counts[token] += 1
+        if self._seen is not None:
+            self._seen[token] = True
+
+    def counts(self, vocab_size: int, device: torch.device) -> Tensor:
+        """How often each token was generated, fp32 [V]; kept up to date from the first call on."""
+        if self._counts is None:
+            ids = torch.tensor(self.output_ids, dtype=torch.int64, device=device)
+            self._counts = torch.bincount(ids, minlength=vocab_size).float()
+        return self._counts
+
+    def seen(self, vocab_size: int, device: torch.device) -> Tensor:
+        """Which tokens stand in prompt or reply, bool [V]; kept up to date from the first call on."""
+        if self._seen is None:
+            self._seen = torch.zeros(vocab_size, dtype=torch.bool, device=device)
+            self._seen[torch.tensor(self.ids, dtype=torch.int64, device=device)] = True
+        return self._seen
 
 
 class Part(NamedTuple):
     """What a forward pass computes of one sequence: `count` of its known tokens, then the guess where there is one."""
 
-    sequence: Sequence
+    sequence: Request
     start: int
     count: int
     draft: int | None
 
 
 class Scheduler:
-    """Queues and blocks; knows nothing of tensors."""
+    """Queues and blocks; computes nothing."""
 
-    def __init__(self, pool: BlockPool, max_running: int, chunk_tokens: int) -> None:
+    def __init__(self, pool: BlockPool, max_running: int, chunk_tokens: int, lag: int = 0) -> None:
+        """`lag`: so many tokens behind the last computed one a block has to end before it may be shared. 1 where
+        multi-token prediction reads every token together with the one that follows it."""
         assert chunk_tokens >= 1 <= max_running
-        self.pool, self.max_running, self.chunk_tokens = pool, max_running, chunk_tokens
-        self.waiting: deque[Sequence] = deque()
-        self.running: list[Sequence] = []
+        self.pool, self.max_running, self.chunk_tokens, self.lag = pool, max_running, chunk_tokens, lag
+        self.waiting: deque[Request] = deque()
+        self.running: list[Request] = []
         self.preemptions = 0
         self._rows = list(range(max_running))
 
-    def add(self, sequence: Sequence) -> None:
+    def add(self, sequence: Request) -> None:
         self.waiting.append(sequence)
 
-    def remove(self, sequence: Sequence) -> None:
+    def remove(self, sequence: Request) -> None:
         """Forget a finished or cancelled sequence; its blocks are free at once."""
         if sequence in self.running:
             self.running.remove(sequence)
@@ -99,6 +130,7 @@ class Scheduler:
         self._admit()
         parts: list[Part] = []
         planned: set[int] = set()
+        coming: set[bytes] = set()
         budget = self.chunk_tokens
         # Decoding first, one token each, then prompts in the order of arrival with what is left.
         decoding = [sequence for sequence in self.running if sequence.pending == 1]
@@ -106,18 +138,24 @@ class Scheduler:
         for sequence in [*decoding, *reading]:
             if sequence not in self.running or (budget <= 0 and sequence.pending > 1):
                 continue
+            if sequence.pending > 1 and self._shares(sequence, coming):
+                continue
             count = 1 if sequence.pending == 1 else min(sequence.pending, budget)
             draft = sequence.draft if count == sequence.pending and sequence.remaining > 1 else None
             if self._reserve(sequence, sequence.computed + count + (draft is not None), planned):
                 parts.append(Part(sequence, sequence.computed, count, draft))
                 planned.add(id(sequence))
                 budget -= count
+                # Block by block of what this pass will make known; someone else may need the same.
+                coming.update(sequence.keys[part // BLOCK_TOKENS] for part in
+                              range(sequence.computed, sequence.computed + count - BLOCK_TOKENS + 1, BLOCK_TOKENS)
+                              if part // BLOCK_TOKENS < len(sequence.keys))
         return parts
 
-    def advance(self, sequence: Sequence, computed: int) -> None:
+    def advance(self, sequence: Request, computed: int) -> None:
         """The cache now knows the first `computed` tokens; full blocks may be shared."""
         sequence.computed = computed
-        full = computed // BLOCK_TOKENS
+        full = max(0, computed - self.lag) // BLOCK_TOKENS
         if full > sequence.published and self.pool.prefix_cache:
             if len(sequence.keys) < full:
                 sequence.keys = block_keys(sequence.ids[: full * BLOCK_TOKENS], sequence.keys)
@@ -127,22 +165,41 @@ class Scheduler:
 
     def _admit(self) -> None:
         while self.waiting and len(self.running) < self.max_running:
-            sequence = self.waiting[0]
+            request = self.waiting[0]
             if self.pool.prefix_cache:
-                sequence.keys = block_keys(sequence.ids, sequence.keys)
-            # The last token is always computed: its logits are wanted.
-            matched = self.pool.match(sequence.keys[: (len(sequence.ids) - 1) // BLOCK_TOKENS])
-            needed = _blocks(len(sequence.ids) + 1) - len(matched)
+                request.keys = block_keys(request.ids, request.keys)
+            matched = self.pool.match(self._shareable(request))
+            needed = _blocks(len(request.ids) + 1) - len(matched)
             if needed > self.pool.available and self.running:
                 self.pool.release(matched)
                 return
-            sequence.blocks, sequence.computed = matched, len(matched) * BLOCK_TOKENS
-            sequence.published, sequence.row = len(matched), self._rows.pop()
-            if not sequence.admitted:
-                sequence.admitted, sequence.cached_tokens = True, sequence.computed
+            request.blocks, request.published, request.row = [], 0, self._rows.pop()
+            self._take(request, matched)
             self.running.append(self.waiting.popleft())
 
-    def _reserve(self, sequence: Sequence, tokens: int, planned: set[int]) -> bool:
+    def _shareable(self, request: Request) -> list[bytes]:
+        """Keys of the blocks that it may take from others from where it is. Its last token is always computed: its
+        logits are wanted."""
+        if request.prompt_logprobs is not None:
+            return []
+        return request.keys[request.computed // BLOCK_TOKENS : (len(request.ids) - 1) // BLOCK_TOKENS]
+
+    def _take(self, request: Request, blocks: list[int]) -> None:
+        request.blocks += blocks
+        request.computed += len(blocks) * BLOCK_TOKENS
+        request.published = len(request.blocks)
+        if not request.preempted:
+            request.cached_tokens += len(blocks) * BLOCK_TOKENS
+
+    def _shares(self, request: Request, coming: set[bytes]) -> bool:
+        """Take what has become known since it was admitted. True where its next block is being computed in this very
+        pass: it waits for that, so that many who arrive together with the same beginning compute it once."""
+        if not self.pool.prefix_cache or len(request.blocks) * BLOCK_TOKENS != request.computed:
+            return False
+        self._take(request, self.pool.match(self._shareable(request)))
+        return any(key in coming for key in self._shareable(request)[:1])
+
+    def _reserve(self, sequence: Request, tokens: int, planned: set[int]) -> bool:
         """Blocks for its first `tokens` tokens, at the cost of later arrivals; False where it had to give way."""
         while len(sequence.blocks) < _blocks(tokens):
             block = self.pool.allocate()
@@ -155,13 +212,14 @@ class Scheduler:
                 return False
         return True
 
-    def _preempt(self, sequence: Sequence) -> None:
+    def _preempt(self, sequence: Request) -> None:
         self.preemptions += 1
+        sequence.preempted = True
         self._give_up(sequence)
         self.running.remove(sequence)
         self.waiting.appendleft(sequence)
 
-    def _give_up(self, sequence: Sequence) -> None:
+    def _give_up(self, sequence: Request) -> None:
         self.pool.release(sequence.blocks)
         if sequence.row >= 0:
             self._rows.append(sequence.row)

@@ -7,11 +7,10 @@ import copy
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
-from typing import Any
 
 from moonbase.engine.engine import Engine, EngineStatistics, MakeConstraint
 from moonbase.engine.sampling import Sampling
-from moonbase.engine.scheduler import Sequence as Request
+from moonbase.engine.scheduler import Request
 from moonbase.engine.text import Piece
 from moonbase.errors import TryAgain
 
@@ -90,11 +89,26 @@ class Service:
 
         Raises QueueFull, Stopped, UserError for a prompt or setting that does not fit, Failed where the pass raised.
         """
+        self._check_room()
+        async for piece in self._follow(self.engine.request(prompt_ids, sampling, constraint, text=True)):
+            yield piece
+
+    async def score(self, prompt_ids: Sequence[int]) -> list[float]:
+        """Log-probability of every token of a text but the first. Raises what `generate` raises."""
+        self._check_room()
+        request = self.engine.request(prompt_ids, Sampling(max_tokens=1), score=True)
+        async for _ in self._follow(request):
+            pass
+        return request.prompt_logprobs or []
+
+    def _check_room(self) -> None:
         if self._stopping or self._thread is None:
             raise Stopped("the server is shutting down")
-        if self._waiting >= self.queue_limit:
-            raise QueueFull(self._waiting, self._retry_after())
-        request = self.engine.request(prompt_ids, sampling, constraint, text=True)
+        waiting = self._open - self.engine.max_running
+        if waiting >= self.queue_limit:
+            raise QueueFull(max(0, waiting), self._retry_after())
+
+    async def _follow(self, request: Request) -> AsyncIterator[Piece]:
         loop, pieces = asyncio.get_running_loop(), asyncio.Queue()
 
         def deliver(piece: Piece | Exception) -> None:
@@ -123,10 +137,6 @@ class Service:
             if request.finish_reason is None:
                 self._command(lambda: self._cancel(request))
 
-    @property
-    def _waiting(self) -> int:
-        return max(0, self._open - self.engine.max_running)
-
     def _retry_after(self) -> float:
         """When a place is likely to be free: by the rate of the last finished requests."""
         recent = [moment for moment in self._finished_times if moment > time.monotonic() - 60]
@@ -154,30 +164,39 @@ class Service:
                 commands, self._commands = self._commands, []
             for command in commands:
                 command()
+            error: Exception | None = None
             try:
-                emitted: list[tuple[Request, Piece]] = self.engine.step() if self.engine.busy else []
-            except Exception as error:
-                self._fail(error)
-                emitted = []
+                if self.engine.busy:
+                    self.engine.step()
+            except Exception as raised:
+                error = raised
             # First, so that whoever has read the last piece finds the blocks free.
             self._snapshot()
-            for request, piece in emitted:
-                if piece.finish_reason is not None:
-                    deliver = self._deliver.pop(request, None)
-                    self._finished_times = [*self._finished_times[-255:], time.monotonic()]
-                else:
-                    deliver = self._deliver.get(request)
-                if deliver is not None:
-                    deliver(piece)
+            for request, piece in self.engine.fetch():
+                self._hand_out(request, piece)
+            if error is not None:
+                self._fail(error)
+
+    def _hand_out(self, request: Request, piece: Piece) -> None:
+        deliver = self._deliver.get(request)
+        if piece.finish_reason is not None:
+            self._deliver.pop(request, None)
+            self._finished_times = [*self._finished_times[-255:], time.monotonic()]
+        if deliver is not None:
+            deliver(piece if request.error is None else Failed(f"the reply's grammar failed: {_kind(request.error)}"))
 
     def _fail(self, error: Exception) -> None:
         """Everyone who was in the pass learns of it; whoever waits goes on."""
-        lost: list[Any] = [request for request in self._deliver if request.row >= 0] or list(self._deliver)
-        for request in lost:
+        lost = [request for request in self._deliver if request.row >= 0 or request.finish_reason is not None]
+        for request in lost or list(self._deliver):
             self.engine.cancel(request)
+            self._deliver.pop(request)(Failed(f"the forward pass failed: {_kind(error)}"))
         self._snapshot()
-        for request in lost:
-            self._deliver.pop(request)(Failed(f"the forward pass failed: {type(error).__name__}: {error}"))
 
     def _snapshot(self) -> None:
         self._statistics = copy.deepcopy(self.engine.statistics)
+
+
+def _kind(error: Exception) -> str:
+    """What went wrong, without words that may hold somebody's text."""
+    return type(error).__name__

@@ -33,9 +33,11 @@ class Piece:
     """Of `ids`."""
     top_logprobs: list[list[tuple[int, float]]] | None = None
     finish_reason: str | None = None
-    """On the last piece: stop, length or cancelled."""
+    """On the last piece: stop, length, cancelled or failed."""
     stop_reason: str | int | None = None
     """The stop string or token id that ended it."""
+    end_logprob: float | None = None
+    """Of the end token, where one was drawn; it is not among `ids`."""
     cached_tokens: int = 0
     """Prompt tokens whose latents were there already; on the last piece."""
 
@@ -52,8 +54,8 @@ class TextStream:
         self.stopped: str | None = None
         """The stop string that was met; nothing follows it."""
 
-    def push(self, id: int) -> list[tuple[str, bool]]:
-        """Text that is certain now, each with whether it is a special token's name."""
+    def push(self, id: int, search: bool = True) -> list[tuple[str, bool]]:
+        """Text that is certain now, each with whether it is a special token's name. `search`: stop strings count."""
         name = self._special.get(id)
         if name is not None:
             before = self.flush()
@@ -63,7 +65,7 @@ class TextStream:
         except IndexError:
             # A model's vocabulary may be padded beyond the tokenizer's; such an id is no character.
             piece = "\ufffd".encode()
-        return self._advance(self._decoder.decode(piece), final=False)
+        return self._advance(self._decoder.decode(piece), final=False, search=search)
 
     def flush(self) -> list[tuple[str, bool]]:
         """What was held back, because nothing can complete it any more."""
@@ -71,16 +73,16 @@ class TextStream:
         self._decoder.reset()
         return self._advance(text, final=True)
 
-    def _advance(self, text: str, final: bool) -> list[tuple[str, bool]]:
+    def _advance(self, text: str, final: bool, search: bool = True) -> list[tuple[str, bool]]:
         if self.stopped is not None:
             return []
-        whole = self._held + text
-        found = [(place, stop) for stop in self._stop if (place := whole.find(stop)) >= 0]
+        whole, stops = self._held + text, self._stop if search else ()
+        found = [(place, stop) for stop in stops if (place := whole.find(stop)) >= 0]
         if found:
             place, self.stopped = min(found)
             whole, self._held = whole[:place], ""
         else:
-            keep = 0 if final else max((_overlap(whole, stop) for stop in self._stop), default=0)
+            keep = 0 if final else max((_overlap(whole, stop) for stop in stops), default=0)
             whole, self._held = whole[: len(whole) - keep], whole[len(whole) - keep :]
         return [(whole, False)] if whole else []
 

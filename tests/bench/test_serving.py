@@ -44,7 +44,7 @@ def test_decoding(preset: str, once: None) -> None:
     shapes = (decode.Shape(1, 20, 8), decode.Shape(3, 20, 8))
     rows = decode.measure(preset, "transformers", shapes)
     check(rows)
-    assert [row["unit"] for row in rows] == ["tokens/s", "prompts/s to the first token"] * 2
+    assert [row["unit"] for row in rows] == ["tokens/s", "ms to the first token"] * 2
     assert all(row["peer_name"].startswith("transformers, ") and row["ratio"] for row in rows)
     assert all(0 < row["roof_share"] for row in rows[::2])
 
@@ -100,6 +100,8 @@ def test_the_cache_changes_the_work_and_not_the_replies(tmp_path: Path) -> None:
     units = {row["unit"]: row["ours"] for row in found}
     assert units["% of replies with the same tokens"] == 100
     assert 30 < units["% of prompt tokens from the cache"] < 100
+    assert units["% of prompt tokens from the cache"] == pytest.approx(
+        units["% of prompt tokens that the trace repeats"])
 
 
 @pytest.mark.parametrize("line", ["{}", "nonsense", '{"input_length": "x", "output_length": 1, "hash_ids": []}'])

@@ -182,7 +182,8 @@ def test_a_thousand_tool_turns_of_a_random_model(tokenizer: Tokenizer, shared_da
         requests[id(request)] = (request, chosen, turn, StreamParser("kimi-k2"))
         engine.submit(request)
     while engine.busy:
-        for request, piece in engine.step():
+        engine.step()
+        for request, piece in engine.fetch():
             requests[id(request)][3].push(piece.text, special=piece.special)
     for request, chosen, turn, parser in requests.values():
         parser.finish()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 
 import pytest
@@ -182,7 +183,7 @@ def test_a_cancelled_request_frees_its_blocks_at_once() -> None:
     assert ours.statistics.blocks_used == 3 and ours.statistics.running == 1
     pieces.close()
     assert ours.statistics.blocks_used == 0 and ours.statistics.running == 0 and not ours.busy
-    assert ours.statistics.finished == {"stop": 0, "length": 0, "cancelled": 1}
+    assert ours.statistics.finished == {"stop": 0, "length": 0, "cancelled": 1, "failed": 0}
 
 
 def test_an_error_in_a_pass_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -310,6 +311,132 @@ def test_logprobs_are_the_models_own() -> None:
     for found, value, token in zip(output.top_logprobs, values, tokens, strict=True):
         assert [id for id, _ in found] == token.tolist()
         torch.testing.assert_close(torch.tensor([score for _, score in found]), value, rtol=1e-4, atol=1e-4)
+
+
+def test_replies_may_be_read_side_by_side() -> None:
+    ours = engine(vocab_size=128)
+    sampling = Sampling(max_tokens=20)
+    expected = ours.generate(["one", "another"], sampling)
+    streams = [ours.stream(prompt, sampling) for prompt in ("one", "another")]
+    said = ["", ""]
+    for pieces in itertools.zip_longest(*streams, fillvalue=""):
+        said = [text + piece for text, piece in zip(said, pieces, strict=True)]
+    assert said == expected
+
+
+def test_stop_strings_of_a_batch_run_together_and_draw_for_themselves() -> None:
+    ours = engine(vocab_size=128)
+    texts = ours.generate(["ab"] * 4, Sampling(max_tokens=20, temperature=1.0, stop=("never there",)))
+    assert len(set(texts)) == 4 and ours.statistics.passes == 20
+
+
+def test_the_end_token_has_a_log_probability() -> None:
+    prompt = PROMPTS[0]
+    stop = engine().generate_ids([prompt], Sampling(max_tokens=7))[0][6]
+    ours = engine(stop_ids=[stop])
+    output = ours.complete([prompt], Sampling(max_tokens=20))[0]
+    with torch.no_grad():
+        expected = ours.model(torch.tensor([[*prompt, *output.ids]]))[0, -1].log_softmax(-1)[stop].item()
+    assert output.end_logprob == pytest.approx(expected, abs=1e-4)
+    assert ours.complete([prompt], Sampling(max_tokens=2))[0].end_logprob is None
+
+
+@pytest.mark.parametrize("options", [{}, dict(chunk_tokens=7, max_running=3), dict(cache_tokens=64)], ids=str)
+def test_a_score_is_what_the_training_form_gives(options) -> None:
+    ours = engine(options=options)
+    for prompt in (list(range(40)), [7, 7], [3], list(range(40))):
+        with torch.no_grad():
+            expected = ours.model(torch.tensor([prompt]))[0, :-1].log_softmax(-1)
+        expected = expected.gather(-1, torch.tensor(prompt[1:])[:, None]).squeeze(-1)
+        torch.testing.assert_close(torch.tensor(ours.score(prompt)), expected, rtol=1e-4, atol=1e-4)
+    assert ours.statistics.blocks_used == 0
+
+
+def test_who_arrives_together_with_the_same_beginning_computes_it_once() -> None:
+    shared = [n % 61 for n in range(100)]
+    prompts = [[*shared, n] for n in range(4)]
+    expected = engine(options=dict(prefix_cache=False)).generate_ids(prompts, Sampling(max_tokens=9))
+    for chunk in (512, 40):
+        ours = engine(options=dict(chunk_tokens=chunk, max_running=4))
+        assert ours.generate_ids(prompts, Sampling(max_tokens=9)) == expected
+        assert ours.statistics.cached_tokens == 3 * 96, "six full blocks, once"
+
+
+class Faulty:
+    """A grammar with a fault, after some tokens."""
+
+    done = cut_short = ignores_stop = False
+
+    def __init__(self, where: str) -> None:
+        self.where, self.count = where, 0
+
+    def mask(self, remaining: int) -> None:
+        if self.where == "mask" and self.count == 3:
+            raise RecursionError("a text that nobody should read")
+
+    def accept(self, token: int) -> None:
+        self.count += 1
+        if self.where == "accept" and self.count == 3:
+            raise RecursionError("a text that nobody should read")
+
+
+@pytest.mark.parametrize("where", ["mask", "accept"])
+def test_a_faulty_grammar_ends_its_own_request_only(where: str) -> None:
+    ours, sampling = engine(), Sampling(max_tokens=12)
+    good = [ours.request(prompt, sampling) for prompt in PROMPTS]
+    bad = ours.request([4, 4], sampling, lambda: Faulty(where))
+    for request in [*good[:2], bad, *good[2:]]:
+        ours.submit(request)
+    while ours.busy:
+        ours.step()
+    assert bad.finish_reason == "failed" and isinstance(bad.error, RecursionError)
+    assert [request.output_ids for request in good] == engine().generate_ids(PROMPTS, sampling)
+    assert ours.statistics.blocks_used == 0 and ours.statistics.finished["failed"] == 1
+    with pytest.raises(RecursionError):
+        ours.complete([[4]], sampling, lambda: Faulty(where))
+
+
+class Quoting(Faulty):
+    """Writes something that must not be cut, from its second to its sixth token."""
+
+    @property
+    def ignores_stop(self) -> bool:
+        return 1 <= self.count < 6
+
+
+def test_stop_strings_do_not_cut_what_must_be_whole() -> None:
+    ours = engine(vocab_size=128)
+    (free,) = ours.generate(["hello"], Sampling(max_tokens=20))
+    for stop in (free[2], free[8]):
+        sampling = Sampling(max_tokens=20, stop=(stop,))
+        request = ours.request(list(b"hello"), sampling, lambda: Quoting("nowhere"), text=True)
+        ours._finish_all([request])
+        said = "".join(piece.text for piece in request.inbox)
+        ends = [place for place in range(len(free)) if free[place] == stop and not 1 <= place < 6]
+        assert said == (free[: ends[0]] if ends else free)
+
+
+def test_ends_that_are_ignored_reach_neither_grammar_nor_reader() -> None:
+    ours = engine(stop_ids=range(0, 128, 2), vocab_size=128)
+    request = ours.request([5], Sampling(max_tokens=30, ignore_eos=True), lambda: Faulty("nowhere"), text=True)
+    ours._finish_all([request])
+    odd = [id for id in request.output_ids if id % 2]
+    assert len(request.output_ids) == 30 and request.constraint.count == len(odd) < 30
+    assert "".join(piece.text for piece in request.inbox) == Bytes().decode(odd)
+
+
+def test_what_a_finished_request_leaves_is_whole_for_guesses_too() -> None:
+    """The module's latents of every shared block are written before anyone can find the block."""
+    ours = engine(num_nextn_predict_layers=1)
+    ours._ready()
+    ours._forward.cache.store.fill_(torch.nan)
+    first = ours.complete([list(range(40))], Sampling(max_tokens=30))[0]
+    again = ours.request([*range(40), *first.ids, 5], Sampling(max_tokens=20), None)
+    ours.submit(again)
+    ours.step()
+    layer = ours.model.config.num_hidden_layers
+    used = ours._forward.cache.store[layer][again.blocks].flatten(0, 1)[: again.computed - 1]
+    assert again.cached_tokens >= 48 and not used.isnan().any()
 
 
 def test_the_tokenizer_of_these_tests_is_one() -> None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 import pytest
@@ -12,6 +10,7 @@ import torch
 
 from moonbase.engine import Sampling
 from moonbase.engine.sampling import choose, uniform
+from moonbase.engine.scheduler import Request
 from moonbase.errors import UserError
 from tests.engine.tiny import PROMPTS, engine
 
@@ -33,18 +32,16 @@ def test_wrong_sampling_values(values, field) -> None:
 LOGITS = torch.tensor([[2.0, 1.0, 0.5, 0.0, -1.0, -torch.inf, 1.5, -3.0]])
 
 
-def draw(sampling: Sampling, place: int = 0, prompt=(), output=None, constraint=None) -> Any:
-    output = [0] * place if output is None else output
-    return SimpleNamespace(sampling=sampling, seed=11, constraint=constraint, remaining=9, prompt_ids=list(prompt),
-                           output_ids=output)
+def draw(sampling: Sampling, place: int = 0, prompt=(), output=()) -> Request:
+    return Request([*prompt] or [0], sampling, seed=11, limit=1000, output_ids=list(output) or [0] * place)
 
 
-class Place:
+class Place(Request):
     """A sequence that seems to have so many tokens already, so that each draw has a number of its own."""
 
     def __init__(self, sampling: Sampling, place: int) -> None:
-        self.sampling, self.seed, self.constraint, self.remaining = sampling, 11, None, 9
-        self.prompt_ids, self.output_ids = [], range(place)
+        super().__init__([0], sampling, seed=11, limit=1000)
+        self.output_ids = range(place)
 
 
 def drawn(sampling: Sampling, count: int = 20_000) -> Counter:
@@ -120,29 +117,29 @@ def test_penalties() -> None:
         assert chosen.logprobs == pytest.approx([LOGITS[0].log_softmax(-1)[chosen.ids[0]].item()], abs=1e-5)
 
 
-class Only:
-    """Allows the given tokens and remembers what it was asked."""
-
-    done = cut_short = False
-
-    def __init__(self, *allowed: int) -> None:
-        self.allowed = np.isin(np.arange(8), allowed)
-        self.asked: list[int] = []
-
-    def mask(self, remaining: int) -> np.ndarray:
-        self.asked.append(remaining)
-        return self.allowed
-
-    def accept(self, token: int) -> None: ...
-
-
-def test_a_constraint_is_the_last_word() -> None:
+def test_a_mask_is_the_last_word() -> None:
+    """Each row has its own, shared or none."""
+    mask = np.isin(np.arange(8), (3, 7))
     for temperature in (0.0, 1.0):
-        only = Only(3, 7)
-        found = {choose(LOGITS, [draw(Sampling(temperature=temperature, logit_bias={0: 100}), place, constraint=only)])
-                 .ids[0] for place in range(60)}
-        assert found == ({3} if temperature == 0 else {3, 7})
-        assert set(only.asked) == {9}
+        sampling = Sampling(temperature=temperature, logit_bias={0: 100})
+        for masks in ([mask, None, mask], [mask, mask.copy(), mask], [mask, mask, mask]):
+            found = [set(), set(), set()]
+            for place in range(60):
+                draws = [draw(sampling, place) for _ in range(3)]
+                for seen, id in zip(found, choose(LOGITS.expand(3, -1), draws, masks).ids, strict=True):
+                    seen.add(id)
+            only = {3} if temperature == 0 else {3, 7}
+            assert found == [only if one is not None else {0} for one in masks]
+    assert LOGITS[0, 0] == 2.0 and mask.sum() == 2, "neither is written to"
+
+
+def test_counts_follow_what_is_generated() -> None:
+    request = draw(Sampling(), prompt=[6, 0], output=[1, 1])
+    for token in (4, 1, 0):
+        assert request.counts(8, LOGITS.device).tolist() == np.bincount(request.output_ids, minlength=8).tolist()
+        assert set(request.seen(8, LOGITS.device).nonzero().flatten().tolist()) == set(request.ids)
+        request.append(token)
+    assert request.counts(8, LOGITS.device).tolist() == [1, 3, 0, 0, 1, 0, 0, 0]
 
 
 def test_everyone_has_settings_of_their_own() -> None:

@@ -82,6 +82,35 @@ def test_the_queue_has_an_end() -> None:
     assert len(run(work, queue_limit=2, engine=dict(max_running=1))) == 5
 
 
+def test_no_queue_at_all_still_serves_whom_there_is_room_for() -> None:
+    async def work(service: Service):
+        return await collect(service, [5], Sampling(max_tokens=5))
+
+    assert len(run(work, queue_limit=0)) == 5
+
+
+def test_scores() -> None:
+    async def work(service: Service):
+        return await asyncio.gather(*[service.score(prompt) for prompt in PROMPTS])
+
+    ours = engine(vocab_size=300)
+    for found, prompt in zip(run(work), PROMPTS, strict=True):
+        assert found == pytest.approx(ours.score(prompt), abs=1e-4)
+
+
+def test_who_finished_in_a_pass_that_then_failed_gets_the_reply(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def work(service: Service):
+        service.engine.speculate = True
+        monkeypatch.setattr(service.engine, "_guess", lambda *_: 1 / 0)
+        ids = await collect(service, [5], Sampling(max_tokens=1))
+        with pytest.raises(Failed):
+            await collect(service, [5], Sampling(max_tokens=2))
+        return ids, service._deliver
+
+    ids, left = run(work)
+    assert len(ids) == 1 and not left
+
+
 def test_what_does_not_fit_is_refused_before_it_is_queued() -> None:
     async def work(service: Service):
         with pytest.raises(UserError, match="300 tokens; the model's context is 256"):

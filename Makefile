@@ -20,7 +20,7 @@ help:
 	@echo "make quickstart   install, then build a corpus, train a small model and write a report (about 6 minutes)"
 	@echo "make test         install with the test tools, check style, run all tests"
 	@echo "make lint         style only"
-	@echo "make install      the package alone, into $(VENV)"
+	@echo "make install      the package with its server, into $(VENV)"
 	@echo "make clean        remove $(VENV) and caches"
 	@echo "Settings: ARGS=\"--minutes 1\"  PYTHON=python3.12  WORKERS=4  TORCH_PIP_ARGS=..."
 
@@ -64,12 +64,12 @@ $(VENV)/.stamp-torch: constraints.txt
 
 $(VENV)/.stamp-base: pyproject.toml constraints.txt $(VENV)/.stamp-torch
 	@echo "moonbase: installing moonbase and what it needs ..."
-	@$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e .
+	@$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[serve]'
 	@touch $@
 
 $(VENV)/.stamp-dev: pyproject.toml constraints.txt $(VENV)/.stamp-base
 	@echo "moonbase: installing the test tools ..."
-	@$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[serve,dev]'
 	@touch $@
 
 clean:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import decimal
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Generator, Iterable
 from decimal import Decimal
 
 from moonbase.chat.pattern import Pattern
@@ -31,11 +31,13 @@ _WHOLE_NUMBER = re.compile(rb"-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+
 Outcome = tuple[frozenset[int], "bytes | None"]
 """Where a value that starts in some place may end, and the shortest ending of one that runs to the end of the text."""
 _NOTHING: Outcome = (frozenset(), None)
+Reading = Generator[tuple[Shape, int], Outcome, Outcome]
+"""Asks for what the values inside are, each a shape and where it starts, and returns what the whole is."""
 
 
 def completion(shape: Shape, text: bytes) -> bytes | None:
     """The fewest bytes that make `text` a value of `shape`; None where no bytes do."""
-    ends, suffix = _Reader(text).value(shape, 0)
+    ends, suffix = _Reader(text).outcome(shape)
     return b"" if len(text) in ends else suffix
 
 
@@ -73,6 +75,8 @@ def _finish_magnitude(
         return None
 
     max_whole, max_fraction = shape.digits()
+    if shape.places is not None and not re.fullmatch(rf"[0-9]*(\.[0-9]{{0,{shape.places}}})?", text):
+        return None
     if "e" in text or "E" in text:
         return "" if text[-1].isdigit() else "0"
     whole, point, digits = text.partition(".")
@@ -104,19 +108,41 @@ class _Reader:
         self.text = text
         self.known: dict[tuple[int, int], Outcome] = {}
 
-    def value(self, shape: Shape, start: int) -> Outcome:
-        key = (id(shape), start)
-        if key not in self.known:
-            # A choice that leads back to itself without writing anything adds nothing.
-            self.known[key] = _NOTHING
-            self.known[key] = self.read(shape, start)
-        return self.known[key]
+    def outcome(self, root: Shape) -> Outcome:
+        """Reads the text from its beginning.
 
-    def read(self, shape: Shape, start: int) -> Outcome:
+        Values hold values as deep as a schema lets them, deeper than Python lets functions call one another. So a
+        reading is a generator that asks for the values inside it, and a list holds those that wait.
+        """
+        waiting = [self.begin(root, 0)]
+        answer: Outcome | None = None
+        while True:
+            key, reading = waiting[-1]
+            try:
+                shape, start = next(reading) if answer is None else reading.send(answer)
+            except StopIteration as stop:
+                answer = self.known[key] = stop.value
+                waiting.pop()
+                if not waiting:
+                    return self.known[key]
+                continue
+            answer = self.known.get((id(shape), start))
+            if answer is None:
+                waiting.append(self.begin(shape, start))
+
+    def begin(self, shape: Shape, start: int) -> tuple[tuple[int, int], Reading]:
+        # A choice that leads back to itself without writing anything adds nothing.
+        self.known[id(shape), start] = _NOTHING
+        return (id(shape), start), self.read(shape, start)
+
+    def read(self, shape: Shape, start: int) -> Reading:
         if start >= len(self.text):
             return frozenset(), shape.shortest
         if isinstance(shape, Choice):
-            return _join(self.value(option, start) for option in shape.options)
+            outcomes = []
+            for option in shape.options:
+                outcomes.append((yield option, start))
+            return _join(outcomes)
         if isinstance(shape, Literals):
             return _join(self.literal(text, start) for text in shape.texts)
         if isinstance(shape, String):
@@ -124,9 +150,9 @@ class _Reader:
         if isinstance(shape, Number):
             return self.number(shape, start)
         if isinstance(shape, Array):
-            return self.array(shape, start)
+            return (yield from self.array(shape, start))
         assert isinstance(shape, Object)
-        return self.object(shape, start)
+        return (yield from self.object(shape, start))
 
     def literal(self, text: bytes, start: int) -> Outcome:
         if self.text.startswith(text, start):
@@ -174,7 +200,7 @@ class _Reader:
         text = json.loads(b'"' + cut + b'"')
         states = pattern.read(text)
         if tail.startswith(b'"'):
-            fits = pattern.end in states and shape.low <= len(text) <= _no_more(shape.high)
+            fits = pattern.ends(states) and shape.low <= len(text) <= _no_more(shape.high)
             return (frozenset({end + 1}), None) if fits else _NOTHING
         starts = [""]
         if tail:
@@ -195,7 +221,7 @@ class _Reader:
                 suffixes.append(json_bytes(start + rest)[1:][len(tail) + len(partial) :])
         return frozenset(), _shortest(suffixes)
 
-    def array(self, shape: Array, start: int) -> Outcome:
+    def array(self, shape: Array, start: int) -> Reading:
         if not self.text.startswith(b"[", start):
             return _NOTHING
         ends: set[int] = set()
@@ -219,15 +245,15 @@ class _Reader:
                 place += 1
             if count >= _no_more(shape.high):
                 continue
-            for item, after in _next_items(shape, first):
-                stops, suffix = self.literal(item, place) if isinstance(item, bytes) else self.value(item, place)
+            for item, after in _next_items(shape, count, first):
+                stops, suffix = self.literal(item, place) if isinstance(item, bytes) else (yield item, place)
                 rest = None if suffix is None else _rest_of_array(shape, count + 1, after)
                 if rest is not None:
                     suffixes.append(suffix + rest)
                 work.extend((stop, count + 1, after) for stop in stops)
         return frozenset(ends), _shortest(suffixes)
 
-    def object(self, shape: Object, start: int) -> Outcome:
+    def object(self, shape: Object, start: int) -> Reading:
         if not self.text.startswith(b"{", start):
             return _NOTHING
         ends: set[int] = set()
@@ -253,7 +279,7 @@ class _Reader:
                 if key_rest is not None:
                     suffixes.append(key_rest + value_shape.shortest + _rest_of_object(shape, after, False))
                     continue
-                stops, suffix = self.value(value_shape, value_start)
+                stops, suffix = yield value_shape, value_start
                 if suffix is not None:
                     suffixes.append(suffix + _rest_of_object(shape, after, False))
                 work.extend((stop, after, False) for stop in stops)
@@ -310,10 +336,10 @@ def _join(outcomes: Iterable[Outcome]) -> Outcome:
     return frozenset(ends), _shortest(suffixes)
 
 
-def _next_items(shape: Array, first: int) -> Iterable[tuple[Shape | bytes, int]]:
-    """What the next item may be, and from which literal on the one after it."""
+def _next_items(shape: Array, count: int, first: int) -> list[tuple[Shape | bytes, int]]:
+    """What may stand as item number `count`, each with the number of the first literal item that may follow it."""
     if not shape.unique:
-        return [(shape.items, 0)]
+        return [(shape.item(count), 0)]
     assert isinstance(shape.items, Literals)
     return [(text, number + 1) for number, text in enumerate(shape.items.texts) if number >= first]
 
@@ -328,10 +354,11 @@ def _rest_of_array(shape: Array, count: int, first: int) -> bytes | None:
             return None
         chosen = sorted(sorted(range(len(left)), key=lambda index: len(left[index]))[:missing])
         items = [left[index] for index in chosen]
-    elif missing and shape.items.shortest is None:
-        return None
     else:
-        items = [shape.items.shortest or b""] * missing
+        found = [shape.item(number).shortest for number in range(count, count + missing)]
+        if None in found:
+            return None
+        items = [text or b"" for text in found]
     return (b"," if items and count else b"") + b",".join(items) + b"]"
 
 

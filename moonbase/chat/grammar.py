@@ -21,14 +21,6 @@ from decimal import Decimal
 
 from moonbase.chat.shape import Array, Choice, Literals, Number, Object, Shape, String, walk
 
-SECTION_BEGIN = "<|tool_calls_section_begin|>"
-SECTION_END = "<|tool_calls_section_end|>"
-CALL_BEGIN = "<|tool_call_begin|>"
-ARGUMENT_BEGIN = "<|tool_call_argument_begin|>"
-CALL_END = "<|tool_call_end|>"
-TOOL_MARKERS = (SECTION_BEGIN, SECTION_END, CALL_BEGIN, ARGUMENT_BEGIN, CALL_END)
-THINK, THINK_END = "<think>", "</think>"
-
 _CHARACTER = (
     r'([^"\\\x00-\x1f]|\\["\\\/bfnrt]'
     r"|\\u([0-9a-ce-fA-CE-F][0-9a-fA-F]{3}|[dD][0-7][0-9a-fA-F]{2}"
@@ -36,9 +28,7 @@ _CHARACTER = (
 )
 
 
-def call_header(name: str, index: int) -> str:
-    """The id of a call, between `<|tool_call_begin|>` and `<|tool_call_argument_begin|>`."""
-    return f"functions.{name}:{index}"
+MAX_LETTERS = 300_000
 
 
 def opens_thinking(style: str, thinking_open: bool) -> bool:
@@ -50,8 +40,12 @@ def opens_thinking(style: str, thinking_open: bool) -> bool:
 
 
 def json_grammar(shape: Shape) -> str:
-    """A Lark grammar whose texts are the values of `shape` in compact JSON."""
+    """A Lark grammar whose texts are the values of `shape` in compact JSON. Raises GrammarError."""
     return _Writer(shape).text()
+
+
+class GrammarError(ValueError):
+    """A shape whose grammar would be too long."""
 
 
 class _Writer:
@@ -60,6 +54,7 @@ class _Writer:
         self.names = {id(shape): f"v{number}" for number, shape in enumerate(walk(root))}
         self.terminals: dict[str, str] = {}
         self.lines: list[str] = []
+        self.letters = 0
 
     def text(self) -> str:
         for shape in walk(self.root):
@@ -70,6 +65,9 @@ class _Writer:
 
     def rule(self, name: str, body: str) -> str:
         self.lines.append(f"{name}: {body}")
+        self.letters += len(self.lines[-1])
+        if self.letters > MAX_LETTERS:
+            raise GrammarError(f"its grammar has more than {MAX_LETTERS:,} letters")
         return name
 
     def terminal(self, body: str) -> str:
@@ -107,7 +105,8 @@ class _Writer:
         before, after = shape.digits()
         if shape.low is None and shape.high is None:
             whole = f"-?(0|[1-9][0-9]{{0,{before - 1}}})"
-            return self.terminal(f"/{whole}{_any_fraction(after)}([eE][+-]?[0-9]{{1,2}})?/")
+            exponent = "" if shape.places else "([eE][+-]?[0-9]{1,2})?"
+            return self.terminal(f"/{whole}{_any_fraction(after)}{exponent}/")
         options = []
         for sign, low, high, low_open, high_open in shape.magnitudes():
             patterns = [at_least(low, low_open, before, after)]
@@ -125,10 +124,25 @@ class _Writer:
         if shape.unique:
             assert isinstance(shape.items, Literals)
             return f'"[" {self.selection(name, shape)} "]"'
+        if shape.prefix:
+            return f'"[" {self.tuple(shape)} "]"'
         item = self.names[id(shape.items)]
         low, high = max(1, shape.low), shape.high
         more = f'("," {item}){{{low - 1},{"" if high is None else high - 1}}}' if high != 1 else ""
         return f'"[" {item} {more} "]"' if shape.low else f'"[" ({item} {more})? "]"'
+
+    def tuple(self, shape: Array) -> str:
+        """Items each of a kind of its own, then the others; what need not be there is bracketed from its comma on."""
+        count, high = len(shape.prefix), shape.high
+        text = ""
+        if high is None or high > count:
+            bounds = f"{max(0, shape.low - count)},{'' if high is None else high - count}"
+            text = f'("," {self.names[id(shape.items)]}){{{bounds}}}'
+        for number in reversed(range(count if high is None else min(count, high))):
+            comma = '"," ' if number else ""
+            text = f"{comma}{self.names[id(shape.prefix[number])]} {text}"
+            text = text if number < shape.low else f"({text})?"
+        return text
 
     def selection(self, name: str, shape: Array) -> str:
         """Literal items in their order, each at most once. A rule stands for the items from one place on, with so many

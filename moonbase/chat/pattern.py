@@ -3,7 +3,8 @@ r"""`pattern` of JSON Schema: a regular expression as a machine that can also sa
 The part of regular expressions on which all readers agree: letters, escapes, classes, groups, `|`, quantifiers, `^`
 at the beginning and `$` at the end. Where readers differ the narrower meaning is taken: `\d`, `\w`, `\s` and their
 opposites are ASCII. Characters that JSON must escape stand only where the pattern spells `"` or `\` itself.
-Look-around, back-references, word boundaries and flags are refused.
+Look-around, back-references, word boundaries and flags are refused, and so is what one reader takes for letters and
+another for syntax: a brace or a closing bracket by itself, `{,5}`, and the classes `[]...]` and `[^]...]`.
 
 A machine is a list of states, each with edges (set of characters, next state) and free steps (Thompson, 1968).
 """
@@ -12,11 +13,16 @@ from __future__ import annotations
 
 import re
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import lru_cache
 from itertools import pairwise
 
-MAX_STATES = 4000
+MAX_STATES = 1000
+MAX_LETTERS = 2000
+MAX_WORK = 100_000
+"""States times the characters that a text must have at least: the size of the table that `rest` reads."""
+_REMEMBERED_STEPS = 2000
 _LAST = 0x10FFFF
 _SYNTAX = frozenset(r"\^$.|?*+()[]{}/-")
 
@@ -68,35 +74,58 @@ class Pattern:
     free: list[list[int]] = field(default_factory=list)
     start: int = 0
     end: int = 0
+    _closed: list[int] = field(default_factory=list, repr=False)
+    _reach: dict[int, int] = field(default_factory=dict, repr=False)
+    _steps: dict[tuple[int, str], int] = field(default_factory=dict, repr=False)
 
-    def closed(self, states: Iterable[int]) -> frozenset[int]:
-        """States together with those a free step away."""
-        found, work = set(states), list(states)
-        while work:
-            for state in self.free[work.pop()]:
-                if state not in found:
-                    found.add(state)
-                    work.append(state)
-        return frozenset(found)
+    def close(self) -> None:
+        """Work out, once the machine is built, which states are free steps away from each."""
+        self._closed = [1 << state for state in range(len(self.free))]
+        changed, forward = True, False
+        while changed:
+            changed, forward = False, not forward
+            for state in range(len(self.free)) if forward else reversed(range(len(self.free))):
+                mask = self._closed[state]
+                for after in self.free[state]:
+                    mask |= self._closed[after]
+                changed |= mask != self._closed[state]
+                self._closed[state] = mask
+        self._reach = {0: 1 << self.end}
 
-    def step(self, states: Iterable[int], character: str) -> frozenset[int]:
+    @property
+    def initial(self) -> int:
+        """The states before the first character. Sets of states are the bits of a number."""
+        return self._closed[self.start]
+
+    def ends(self, states: int) -> bool:
+        """Whether a text that led to these states matches."""
+        return bool(states >> self.end & 1)
+
+    def step(self, states: int, character: str) -> int:
         """Where one character leads."""
-        point = ord(character)
-        return self.closed({
-            after for state in states for ranges, after in self.edges[state]
-            if any(low <= point <= high for low, high in ranges)
-        })
+        key = (states, character)
+        found = self._steps.get(key)
+        if found is None:
+            point, found = ord(character), 0
+            for state in _bits(states):
+                for ranges, after in self.edges[state]:
+                    if any(low <= point <= high for low, high in ranges):
+                        found |= self._closed[after]
+            if len(self._steps) >= _REMEMBERED_STEPS:
+                self._steps.clear()
+            self._steps[key] = found
+        return found
 
-    def read(self, text: str) -> frozenset[int]:
-        """The states after a text; none: no match begins so."""
-        states = self.closed([self.start])
+    def read(self, text: str) -> int:
+        """The states after a text; 0: no match begins so."""
+        states = self.initial
         for character in text:
             states = self.step(states, character)
         return states
 
-    def between(self, states: Iterable[int], low: int, high: int) -> str | None:
+    def between(self, states: int, low: int, high: int) -> str | None:
         """A character from code point `low` to `high` that leads on from some states."""
-        for state in states:
+        for state in _bits(states):
             for ranges, _ in self.edges[state]:
                 found = _both(ranges, ((low, high),))
                 if found:
@@ -120,38 +149,69 @@ class Pattern:
                     work.append(earlier)
         return max(distance.values())
 
-    def rest(self, states: Iterable[int], low: int, high: int) -> str | None:
+    def reaching(self, count: int) -> int:
+        """The states that exactly `count` further characters can bring to the end."""
+        for number in range(len(self._reach), count + 1):
+            behind, found = self._reach[number - 1], 0
+            for state, edges in enumerate(self.edges):
+                if any(self._closed[after] & behind for _, after in edges):
+                    found |= 1 << state
+            # Keyed by number, so that two threads at once write the same.
+            self._reach[number] = found
+        return self._reach[count]
+
+    def rest(self, states: int, low: int, high: int) -> str | None:
         """The shortest text of `low` to `high` characters from some states to the end."""
-        layers: list[dict[int, tuple[int, str] | None]] = [dict.fromkeys(self.closed(states))]
-        while len(layers) - 1 <= min(high, low + len(self.edges)):
-            if self.end in layers[-1] and len(layers) - 1 >= low:
-                break
-            reached: dict[int, tuple[int, str] | None] = {}
-            for state in layers[-1]:
-                for ranges, after in self.edges[state]:
-                    for place in self.closed([after]):
-                        reached.setdefault(place, (state, _sample(ranges)))
-            if not reached:
+        for count in range(low, min(high, low + len(self.edges)) + 1):
+            reaching = self.reaching(count)
+            if not reaching:
                 return None
-            layers.append(reached)
+            if states & reaching:
+                break
         else:
             return None
-        characters, state = [], self.end
-        for layer in reversed(layers[1:]):
-            came = layer[state]
-            assert came is not None
-            state = came[0]
-            characters.append(came[1])
-        return "".join(reversed(characters))
+        characters = []
+        for left in reversed(range(count)):
+            behind = self._reach[left]
+            ranges, after = next(
+                edge for state in _bits(states & self._reach[left + 1]) for edge in self.edges[state]
+                if self._closed[edge[1]] & behind
+            )
+            characters.append(_sample(ranges))
+            states = self._closed[after]
+        return "".join(characters)
 
 
+def _bits(states: int) -> Iterator[int]:
+    while states:
+        lowest = states & -states
+        yield lowest.bit_length() - 1
+        states ^= lowest
+
+
+@lru_cache(maxsize=128)
 def compile_pattern(source: str) -> Pattern:
     """The machine of a pattern that may stand anywhere in a text, unless anchored. Raises PatternError."""
+    if len(source) > MAX_LETTERS:
+        raise PatternError(f"more than {MAX_LETTERS} letters")
     try:
         re.compile(source)
-    except re.error as error:
+        pattern = _Parser(source).whole()
+    except PatternError:
+        raise
+    except (re.error, OverflowError, ValueError) as error:
         raise PatternError(f"not a regular expression: {error}") from None
-    return _Parser(source).whole()
+    except RecursionError:
+        raise PatternError("its groups nest too deep") from None
+    pattern.close()
+    return pattern
+
+
+def check_pattern(source: str, low: int = 0) -> None:
+    """Raise PatternError for a pattern that cannot be followed, or not through a text of `low` characters."""
+    states = len(compile_pattern(source).edges)
+    if states * low > MAX_WORK:
+        raise PatternError(f"{states} states times minLength {low} is more than {MAX_WORK:,}")
 
 
 class _Parser:
@@ -285,6 +345,8 @@ class _Parser:
             return self.set_of(self.set_inside(), spelled=True)
         if character == ".":
             return self.set_of(_minus(_PLAIN, ((0x2028, 0x2029),)))
+        if character in "{}]":
+            raise PatternError(f"{character} by itself is read in different ways: write \\{character}")
         if character in "^$":
             raise PatternError(f"{character} is supported at the {'beginning' if character == '^' else 'end'} only")
         if character == "\\":
@@ -315,9 +377,9 @@ class _Parser:
         self.place += negated
         found: Ranges = ()
         several = False
-        first = True
-        while first or self.peek() != "]":
-            first = False
+        if self.peek() == "]":
+            raise PatternError(r"a class that begins with ] is read in different ways: write \]")
+        while self.peek() != "]":
             ranges, many = self.member()
             if not many and self.peek() == "-" and self.source[self.place + 1 : self.place + 2] != "]":
                 self.place += 1

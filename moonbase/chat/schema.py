@@ -1,7 +1,8 @@
 """Which JSON Schemas a tool, or a reply, may have; and what is wrong with one that is refused.
 
 The language is Moonshot's flavour of JSON Schema: the part of Draft 2020-12 that can be enforced while a model writes,
-with readings that leave no room for two opinions. A keyword that would not be enforced is refused, never ignored.
+with readings that leave no room for two opinions. A keyword that would not be enforced is refused, never ignored;
+only tools that do not ask for `strict` are first brought into this language (`relax.py`), with notes of what is lost.
 
 Rules
 - A schema is an object. Keywords outside the table below are refused by name, wherever they stand.
@@ -15,10 +16,11 @@ Rules
 - `required` names members that `properties` has. Names are not empty; `$ref`, `$defs`, `$id` and `additionalProperties`
   are reserved; inside `$defs` no name holds `/`, or a reference could not spell its way.
 - `enum` has 1 to 1,000 values, each of a stated type. Bounds are numbers of the type, not negative for lengths, the
-  lower not above the upper. `multipleOf` is a positive integer. `uniqueItems: true` needs items with an `enum` of at
-  most 64 values.
+  lower not above the upper. `multipleOf` is a positive integer, or for numbers 0.1, 0.01, ... 0.000001.
+  `uniqueItems: true` needs items with an `enum` of at most 64 values, and no `prefixItems`.
 - `$id`, `$schema` and `$defs` stand at the root. Schemas nest at most 9 deep, references followed, and are at most
   2,000 in all.
+- At most 64 choices in a `oneOf`; a `pattern` has at most 1,000 states, and states times `minLength` at most 100,000.
 - A value can be finished: what is required, and the items of arrays, must not lead into itself for ever.
 - `format` is a note, as in Draft 2020-12. `pattern` keeps to what `pattern.py` can follow.
 
@@ -29,16 +31,27 @@ from __future__ import annotations
 
 import json
 import re
-from typing import Any
+from functools import lru_cache
+from itertools import islice
+from typing import Any, NamedTuple
 
-from moonbase.chat.pattern import PatternError, compile_pattern
+from moonbase.chat.exclusive import Exclusive
+from moonbase.chat.finite import endless_reference, ends
+from moonbase.chat.pattern import PatternError, check_pattern, compile_pattern
+from moonbase.chat.relax import relax
 from moonbase.chat.schema_walk import (
     COMBINERS,
     KEYWORDS_OF,
+    KNOWN,
+    MAX_UNIQUE,
+    NOTES,
     NUMBER_KEYWORDS,
+    ROOT_ONLY,
+    TYPED,
     TYPES,
     SchemaError,
     children,
+    decimal_places,
     matches_type,
     member_path,
     options_of,
@@ -49,28 +62,55 @@ from moonbase.chat.schema_walk import (
     types_of,
 )
 
-__all__ = ["SchemaError", "check_schema", "check_tools"]
+__all__ = ["Costs", "PreparedTools", "SchemaError", "check_schema", "check_tools", "prepare_tools"]
 
-NOTES = frozenset("title description default examples format deprecated readOnly writeOnly $comment".split())
-ROOT_ONLY = frozenset({"$id", "$schema", "$defs"})
-TYPED = frozenset(keyword for keywords in KEYWORDS_OF.values() for keyword in keywords)
-KNOWN = NOTES | ROOT_ONLY | TYPED | {"type", "enum", "const", *COMBINERS}
 RESERVED_NAMES = frozenset({"$ref", "$defs", "$id", "additionalProperties"})
 MAX_ENUM = 1000
-MAX_UNIQUE = 64
 MAX_DEPTH = 9
 MAX_SCHEMAS = 2000
+MAX_PREFIX = 64
+MAX_COSTS = {"schemas": 3000, "enum values": 10_000, "pattern states": 4000}
+"""Of all schemas of a request together."""
 MAX_REFERENCES = 64
 """Steps from the root to any place, references among them."""
 
 _TOOL_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
 
-def check_tools(tools: Any, path: str = "tools") -> None:
-    """Raise SchemaError for anything but a list of OpenAI function tools whose parameters are checked objects."""
+def check_tools(tools: Any, path: str = "tools") -> list[str]:
+    """Raise SchemaError for anything but a list of OpenAI function tools whose parameters are checked objects.
+
+    Returns notes, each with its place: what of the schemas will not be enforced. Tools with `strict: true` have none.
+    """
+    return list(prepare_tools(tools, path).notes)
+
+
+class PreparedTools(NamedTuple):
+    """Checked tools: for each the schema that is enforced, and what of the client's schemas is not."""
+
+    parameters: list[dict[str, Any]]
+    notes: list[str]
+
+
+def prepare_tools(tools: Any, path: str = "tools") -> PreparedTools:
+    """Check tools and bring their parameters into the language above. Raises SchemaError as `check_tools` does."""
+    try:
+        text = json.dumps(tools)
+    except (TypeError, ValueError, RecursionError):
+        raise SchemaError(path, "must be an array of tools in JSON") from None
+    try:
+        return _prepare(text, path)
+    except RecursionError:
+        raise SchemaError(path, "a value in it nests too deep") from None
+
+
+@lru_cache(maxsize=32)
+def _prepare(text: str, path: str) -> PreparedTools:
+    tools = json.loads(text)
     if not isinstance(tools, list):
         raise SchemaError(path, "must be an array of tools")
     seen: set[str] = set()
+    prepared, costs = PreparedTools([], []), Costs()
     for number, tool in enumerate(tools):
         place = f"{path}[{number}]"
         if not isinstance(tool, dict):
@@ -89,32 +129,74 @@ def check_tools(tools: Any, path: str = "tools") -> None:
         seen.add(name)
         if not isinstance(function.get("description") or "", str):
             raise SchemaError(f"{place}.description", "description must be a string")
-        parameters = function.get("parameters")
-        if parameters is not None:
-            check_schema(parameters, f"{place}.parameters")
-            if any(types_of(option) != ("object",) for option in options_of(parameters, parameters)):
-                raise SchemaError(f"{place}.parameters", 'arguments are an object: "type" must be "object"')
+        prepared.parameters.append(_parameters(function, place, prepared.notes, costs))
+    return prepared
 
 
-def check_schema(schema: Any, path: str = "schema") -> None:
-    """Raise SchemaError unless `schema` (parsed, or JSON text) keeps the rules above."""
+def _parameters(function: dict[str, Any], place: str, notes: list[str], costs: Costs) -> dict[str, Any]:
+    """The checked parameters of one function; without `strict` relaxed first."""
+    strict = function.get("strict")
+    if not isinstance(strict, bool | None):
+        raise SchemaError(f"{place}.strict", "strict must be a boolean")
+    parameters, place = function.get("parameters"), f"{place}.parameters"
+    if parameters is None or (parameters == {} and not strict):
+        return {"type": "object", "properties": {}}
+    if strict or not isinstance(parameters, dict):
+        check_schema(parameters, place, costs=costs)
+    else:
+        parameters = relax(parameters, place, notes)
+        check_schema(parameters, place, notes, costs)
+    if any(types_of(option) != ("object",) for option in options_of(parameters, parameters)):
+        raise SchemaError(place, 'arguments are an object: "type" must be "object"')
+    return parameters
+
+
+class Costs:
+    """What schemas cost, summed over a request, so that checking and compiling them stays a matter of milliseconds."""
+
+    def __init__(self) -> None:
+        self.spent = dict.fromkeys(MAX_COSTS, 0)
+
+    def add(self, what: str, number: int, path: str) -> None:
+        """Raises SchemaError where the sum is too much."""
+        self.spent[what] += number
+        if self.spent[what] > MAX_COSTS[what]:
+            raise SchemaError(path, f"more than {MAX_COSTS[what]:,} {what} in one request")
+
+
+def check_schema(
+    schema: Any, path: str = "schema", notes: list[str] | None = None, costs: Costs | None = None
+) -> None:
+    """Raise SchemaError unless `schema` (parsed, or JSON text) keeps the rules above.
+
+    With `notes`, a `oneOf` whose items cannot be told apart is made an `anyOf`, and noted. `costs` sums over several.
+    """
     if isinstance(schema, str | bytes):
         schema = parse_schema(schema, path)
     if not isinstance(schema, dict):
         raise SchemaError(path, "a schema must be an object")
-    if sum(1 for _ in subschemas(schema, path)) > MAX_SCHEMAS:
+    everything = list(islice(subschemas(schema, path), MAX_SCHEMAS + 1))
+    if len(everything) > MAX_SCHEMAS:
         raise SchemaError(path, f"more than {MAX_SCHEMAS} schemas in one")
-    for inner, place in subschemas(schema, path):
+    for inner, place in everything:
         unknown = sorted(map(str, inner.keys() - KNOWN)) if isinstance(inner, dict) else []
         if unknown:
             raise SchemaError(place, f"unsupported keywords: {', '.join(unknown)}")
-    _Checker(schema, path).check_root()
+    costs = costs or Costs()
+    costs.add("schemas", len(everything), path)
+    _Checker(schema, path, everything, notes, costs).check_root()
 
 
 class _Checker:
-    def __init__(self, root: dict[str, Any], path: str) -> None:
+    def __init__(
+        self, root: dict[str, Any], path: str, everything: list[tuple[Any, str]], notes: list[str] | None, costs: Costs
+    ) -> None:
         self.root = root
         self.path = path
+        self.all = everything
+        self.schemas = {id(inner) for inner, _ in everything}
+        self.notes = notes
+        self.costs = costs
 
     def check_root(self) -> None:
         for keyword in ("$id", "$schema"):
@@ -130,16 +212,17 @@ class _Checker:
             self.check_names_within(inner, place)
             if not name or "/" in name:
                 raise SchemaError(place, "a name in $defs must not be empty or contain '/' character")
-        for inner, place in subschemas(self.root, self.path):
+        for inner, place in self.all:
             self.check_one(inner, place)
         done: dict[int, int] = {}
         self.check_depth(self.root, self.path, 1, frozenset(), done)
         for name, inner in definitions.items():
             self.check_depth(inner, member_path(f"{self.path}.$defs", name), 1, frozenset(), done)
-        for inner, place in subschemas(self.root, self.path):
-            self.check_exclusive(inner, place)
-        self.check_loops()
-        if not self.ends():
+        endless = endless_reference(self.root, self.all)
+        if endless:
+            raise SchemaError(endless, "infinite recursion: the schema leads back to itself and nowhere else")
+        self.check_exclusive()
+        if not ends(self.root, self.all):
             raise SchemaError(self.path, "infinite recursion: no value of this schema can ever be finished")
 
     def check_names_within(self, definition: dict[str, Any], path: str) -> None:
@@ -174,7 +257,7 @@ class _Checker:
         self.check_array(schema, path)
         self.check_lengths(schema, path, "minLength", "maxLength")
         if "pattern" in schema:
-            self.check_pattern(schema["pattern"], f"{path}.pattern")
+            self.check_pattern(schema["pattern"], schema.get("minLength", 0), f"{path}.pattern")
         self.check_numbers(schema, path)
 
     def check_types(self, schema: dict[str, Any], path: str) -> None:
@@ -209,8 +292,11 @@ class _Checker:
         if combiner == "$ref":
             if reference != "#" and not reference.startswith("#/$defs/"):
                 raise SchemaError(f"{path}.$ref", f"references must start with #/$defs/, not {show(reference)}")
-            if not isinstance(resolve(self.root, reference), dict):
+            target = resolve(self.root, reference)
+            if not isinstance(target, dict):
                 raise SchemaError(f"{path}.$ref", f"$defs not found for reference {show(reference)}")
+            if id(target) not in self.schemas:
+                raise SchemaError(f"{path}.$ref", f"{show(reference)} leads to something that is no schema")
         elif combiner == "allOf" and len(schema["allOf"]) > 1:
             raise SchemaError(f"{path}.allOf", "allOf with several schemas is not supported: write their sum as one")
 
@@ -252,11 +338,12 @@ class _Checker:
         for name in ("object", "array"):
             if isinstance(types, list) and len(types) > 1 and name in types:
                 raise SchemaError(f"{path}.type", f"type {name} is not allowed in combination with enum")
+        self.costs.add("enum values", len(values), f"{path}.enum")
         for number, value in enumerate(values):
             self.check_literal(schema, value, f"{path}.enum[{number}]", "enum value")
 
     def check_literal(self, schema: dict[str, Any], value: Any, path: str, what: str) -> None:
-        structural = ("properties", "required", "items", *KEYWORDS_OF["string"])
+        structural = ("properties", "required", "items", "prefixItems", *KEYWORDS_OF["string"])
         limits = [keyword for keyword in structural if keyword in schema]
         if limits:
             raise SchemaError(path, f"{what}: {limits[0]} beside literal values is not supported")
@@ -301,6 +388,13 @@ class _Checker:
         unique = schema.get("uniqueItems", False)
         if not isinstance(unique, bool):
             raise SchemaError(f"{path}.uniqueItems", "uniqueItems must be a boolean")
+        prefix = schema.get("prefixItems", [{}])
+        if not isinstance(prefix, list) or not prefix or not all(isinstance(inner, dict) for inner in prefix):
+            raise SchemaError(f"{path}.prefixItems", "prefixItems must be an array of schemas")
+        if len(prefix) > MAX_PREFIX:
+            raise SchemaError(f"{path}.prefixItems", f"prefixItems cannot have more than {MAX_PREFIX} schemas")
+        if unique and "prefixItems" in schema:
+            raise SchemaError(f"{path}.uniqueItems", "uniqueItems is not enforced beside prefixItems: leave it out")
         if unique and not (isinstance(items.get("enum"), list) and len(items["enum"]) <= MAX_UNIQUE):
             raise SchemaError(f"{path}.uniqueItems", "uniqueItems is enforced only for items with an enum of at most "
                                                      f"{MAX_UNIQUE} values: leave it out")
@@ -317,13 +411,14 @@ class _Checker:
         if high in schema and schema.get(low, 0) > schema[high]:
             raise SchemaError(f"{path}.{low}", f"{low} cannot be greater than {high}")
 
-    def check_pattern(self, pattern: Any, path: str) -> None:
+    def check_pattern(self, pattern: Any, low: int, path: str) -> None:
         if not isinstance(pattern, str):
             raise SchemaError(path, "pattern must be a string")
         try:
-            compile_pattern(pattern)
-        except (PatternError, RecursionError) as error:
+            check_pattern(pattern, low)
+        except PatternError as error:
             raise SchemaError(path, f"pattern {show(pattern)}: {error}") from None
+        self.costs.add("pattern states", len(compile_pattern(pattern).edges), path)
 
     def check_numbers(self, schema: dict[str, Any], path: str) -> None:
         integer = "integer" in types_of(schema)
@@ -333,6 +428,8 @@ class _Checker:
                 raise SchemaError(f"{path}.{keyword}", f"{keyword} must be {'an integer' if integer else 'a number'}")
             if value in (float("inf"), float("-inf")) or value != value:
                 raise SchemaError(f"{path}.{keyword}", f"{keyword} must be finite")
+            if keyword == "multipleOf" and not integer and decimal_places(value):
+                continue
             if (integer or keyword == "multipleOf") and not matches_type(value, "integer"):
                 raise SchemaError(f"{path}.{keyword}", f"{keyword}: {value} is not a valid integer")
         if schema.get("multipleOf", 1) <= 0:
@@ -360,81 +457,16 @@ class _Checker:
                 self.check_depth(inner, place, depth + 1, above | {id(schema)}, done)
         done[id(schema)] = depth
 
-    def check_loops(self) -> None:
-        """References and combiners must come to a plain schema: nobody can check a value against a circle."""
-        schemas = list(subschemas(self.root, self.path))[::-1]
-        grounded: set[int] = set()
-        grown = -1
-        while grown < len(grounded):
-            grown = len(grounded)
-            for inner, _ in schemas:
-                combiner = next((name for name in COMBINERS if name in inner), None)
-                targets = [] if combiner is None else (
-                    [resolve(self.root, inner["$ref"])] if combiner == "$ref" else inner[combiner])
-                if all(id(target) in grounded for target in targets):
-                    grounded.add(id(inner))
-        for inner, place in reversed(schemas):
-            if id(inner) not in grounded:
-                raise SchemaError(place, "infinite recursion: the schema leads back to itself and nowhere else")
-
-    def ends(self) -> bool:
-        """Whether some value can be finished; an array counts as having an item, as Moonshot's rules have it.
-
-        What can be finished grows from the leaves up until nothing is added.
-        """
-        schemas = [inner for inner, _ in subschemas(self.root, self.path)][::-1]
-        ending: set[int] = set()
-        grown = -1
-        while grown < len(ending):
-            grown = len(ending)
-            ending.update(id(inner) for inner in schemas if self.ends_by(inner, ending))
-        return id(self.root) in ending
-
-    def ends_by(self, schema: dict[str, Any], ending: set[int]) -> bool:
-        """Whether a schema can be finished, given others that can."""
-        if "$ref" in schema:
-            return id(resolve(self.root, schema["$ref"])) in ending
-        for combiner in COMBINERS[1:]:
-            if combiner in schema:
-                return any(id(option) in ending for option in schema[combiner])
-        if "enum" in schema or "const" in schema or (isinstance(schema.get("type"), list) and len(schema["type"]) > 1):
-            return True
-        wanted = [schema["properties"][name] for name in schema.get("required", [])]
-        wanted += [schema["items"]] if "items" in schema else []
-        return all(id(inner) in ending for inner in wanted)
-
-    def check_exclusive(self, schema: dict[str, Any], path: str) -> None:
-        """No two items of oneOf may have a value in common: "exactly one" is then the same as "any"."""
-        options = schema.get("oneOf", [])
-        for second, option in enumerate(options):
-            for first in range(second):
-                pairs = [(one, two) for one in options_of(self.root, options[first])
-                         for two in options_of(self.root, option)]
-                if not all(self.apart(one, two) for one, two in pairs):
-                    raise SchemaError(f"{path}.oneOf[{second}]", f"cannot be told from oneOf[{first}] by type, literal "
-                                                                 "or a required literal member: use anyOf")
-
-    def apart(self, one: dict[str, Any], two: dict[str, Any]) -> bool:
-        """Whether two plain schemas surely have no value in common."""
-        kinds = [{"number" if name == "integer" else name for name in types_of(schema)} for schema in (one, two)]
-        if not kinds[0] & kinds[1]:
-            return True
-        texts = [self.literal_texts(schema) for schema in (one, two)]
-        if texts[0] is not None and texts[1] is not None:
-            return not texts[0] & texts[1]
-        if kinds != [{"object"}, {"object"}]:
-            return False
-        for name in set(one.get("required", [])) & set(two.get("required", [])):
-            inside = [self.literal_texts(schema["properties"][name]) for schema in (one, two)]
-            if inside[0] is not None and inside[1] is not None and not inside[0] & inside[1]:
-                return True
-        return False
-
-    def literal_texts(self, schema: dict[str, Any]) -> set[str] | None:
-        """The values of a schema that has but literal ones."""
-        found: set[str] = set()
-        for option in options_of(self.root, schema):
-            if "enum" not in option and "const" not in option:
-                return None
-            found.update(json.dumps(value, sort_keys=True) for value in option.get("enum", [option.get("const")]))
-        return found
+    def check_exclusive(self) -> None:
+        """No two items of oneOf may have a value in common. Where notes are taken, such a oneOf becomes an anyOf."""
+        exclusive = Exclusive(self.root)
+        for inner, place in self.all:
+            if "oneOf" not in inner:
+                continue
+            try:
+                exclusive.check(inner, place)
+            except SchemaError as error:
+                if self.notes is None:
+                    raise
+                inner["anyOf"] = inner.pop("oneOf")
+                self.notes.append(f"{place}.oneOf: read as anyOf, for {error}")

@@ -14,14 +14,22 @@ COMBINERS = ("$ref", "anyOf", "oneOf", "allOf")
 NUMBER_KEYWORDS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf")
 KEYWORDS_OF = {
     "object": ("properties", "required", "additionalProperties"),
-    "array": ("items", "minItems", "maxItems", "uniqueItems"),
+    "array": ("items", "prefixItems", "minItems", "maxItems", "uniqueItems"),
     "string": ("minLength", "maxLength", "pattern"),
     "number": NUMBER_KEYWORDS,
     "integer": NUMBER_KEYWORDS,
     "boolean": (),
     "null": (),
 }
+NOTES = frozenset("title description default examples format deprecated readOnly writeOnly $comment".split())
+ROOT_ONLY = frozenset({"$id", "$schema", "$defs"})
+TYPED = frozenset(keyword for keywords in KEYWORDS_OF.values() for keyword in keywords)
+KNOWN = NOTES | ROOT_ONLY | TYPED | {"type", "enum", "const", *COMBINERS}
+MAX_UNIQUE = 64
+"""Values of an enum among which `uniqueItems` can choose."""
 
+_CLASS_OF = {"object": dict, "array": list, "string": str, "boolean": bool, "null": type(None), "number": (),
+             "integer": ()}
 _PLAIN_NAME = re.compile(r"[A-Za-z_$][A-Za-z0-9_$-]*")
 
 
@@ -92,7 +100,7 @@ def children(schema: dict[str, Any], path: str) -> Iterator[tuple[Any, str]]:
     for keyword in ("items", "additionalProperties"):
         if isinstance(schema.get(keyword), dict):
             yield schema[keyword], f"{path}.{keyword}"
-    for keyword in COMBINERS[1:]:
+    for keyword in ("prefixItems", *COMBINERS[1:]):
         options = schema.get(keyword)
         if isinstance(options, list):
             for number, inner in enumerate(options):
@@ -111,16 +119,14 @@ def subschemas(schema: Any, path: str) -> Iterator[tuple[Any, str]]:
 
 def matches_type(value: Any, kind: str) -> bool:
     """Whether a JSON value is of a type; 1.0 is an integer."""
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    return {
-        "object": isinstance(value, dict),
-        "array": isinstance(value, list),
-        "string": isinstance(value, str),
-        "number": number,
-        "integer": number and (isinstance(value, int) or value.is_integer()),
-        "boolean": isinstance(value, bool),
-        "null": value is None,
-    }[kind]
+    if kind in ("number", "integer") and not isinstance(value, bool):
+        return isinstance(value, int) or (isinstance(value, float) and (kind == "number" or value.is_integer()))
+    return isinstance(value, _CLASS_OF[kind])
+
+
+def decimal_places(value: Any) -> int | None:
+    """k of a number 10**-k, from 1 to 6; None for any other."""
+    return next((places for places in range(1, 7) if value == 10.0**-places), None)
 
 
 def member_path(path: str, name: str) -> str:

@@ -13,12 +13,12 @@ import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from decimal import Decimal
+from decimal import ROUND_CEILING, ROUND_FLOOR, Decimal
 from typing import Any
 
 from moonbase.chat.pattern import Pattern, compile_pattern
 from moonbase.chat.schema import check_schema
-from moonbase.chat.schema_walk import COMBINERS, SchemaError, matches_type, resolve, types_of
+from moonbase.chat.schema_walk import COMBINERS, SchemaError, decimal_places, matches_type, resolve, types_of
 
 SAFE_INTEGER = 2**53 - 1
 """Integers without bounds of their own stay where every JSON reader keeps them exact (RFC 8259 §6)."""
@@ -27,6 +27,10 @@ WHOLE_DIGITS, FRACTION_DIGITS, OPEN_FRACTION_DIGITS = 16, 17, 6
 is excluded: a reader that rounds 9.99999999999999999 to 10 must not find it outside."""
 LONGEST_MINIMUM = 16_384
 """Bytes that the shortest value of a schema may have."""
+LONGEST_TOTAL = 65_536
+"""Bytes that the shortest values of all its parts may have together: each is spelled in tokens."""
+
+_compact = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 
 
 @dataclass(eq=False)
@@ -66,7 +70,7 @@ class String(Shape):
     def minimal(self) -> bytes | None:
         if self.pattern is not None:
             high = LONGEST_MINIMUM if self.high is None else self.high
-            text = self.pattern.rest([self.pattern.start], self.low, high) if self.low < LONGEST_MINIMUM else None
+            text = self.pattern.rest(self.pattern.initial, self.low, high) if self.low < LONGEST_MINIMUM else None
             return None if text is None else json_bytes(text)
         return b'"' + b"a" * self.low + b'"' if self.low < LONGEST_MINIMUM else None
 
@@ -81,10 +85,15 @@ class Number(Shape):
     low_open: bool = False
     high_open: bool = False
     step: int = 1
+    places: int | None = None
+    """Digits after the point at most, with no exponent: a multiple of 0.01 has two."""
 
     def digits(self) -> tuple[int, int]:
         """The most digits before and after the point."""
         before, after = WHOLE_DIGITS, OPEN_FRACTION_DIGITS if self.low_open or self.high_open else FRACTION_DIGITS
+        if self.places is not None:
+            # As a double, the number must still be told from its neighbours of so many places.
+            before, after = WHOLE_DIGITS - 1 - self.places, self.places
         for bound in (self.low, self.high):
             if bound is not None:
                 whole, _, fraction = f"{abs(bound):f}".partition(".")
@@ -111,15 +120,21 @@ class Number(Shape):
 
 @dataclass(eq=False)
 class Array(Shape):
-    """`low` to `high` items; with `unique`, a selection of literal items in their order."""
+    """`low` to `high` items, the first as `prefix` says, the others as `items` does; with `unique`, a selection of
+    literal items in their order."""
 
     items: Shape
     low: int = 0
     high: int | None = None
     unique: bool = False
+    prefix: tuple[Shape, ...] = ()
 
     def parts(self) -> list[Shape]:
-        return [self.items]
+        return [*self.prefix, self.items]
+
+    def item(self, number: int) -> Shape:
+        """What item `number`, from 0, must be."""
+        return self.prefix[number] if number < len(self.prefix) else self.items
 
     def minimal(self) -> bytes | None:
         if self.low == 0:
@@ -130,10 +145,18 @@ class Array(Shape):
                 return None
             chosen = sorted(range(len(self.items.texts)), key=lambda index: len(self.items.texts[index]))[: self.low]
             return b"[" + b",".join(self.items.texts[index] for index in sorted(chosen)) + b"]"
-        item = self.items.shortest
-        if item is None or self.low * (len(item) + 1) > LONGEST_MINIMUM:
+        if self.low > LONGEST_MINIMUM:
             return None
-        return b"[" + b",".join([item] * self.low) + b"]"
+        found = [part.shortest for part in self.prefix[: self.low]]
+        if self.low > len(self.prefix):
+            found.append(self.items.shortest)
+        if None in found:
+            return None
+        items = [text or b"" for text in found]
+        times = self.low - len(self.prefix)
+        if sum(map(len, items)) + self.low + (times * len(items[-1]) if times > 0 else 0) > LONGEST_MINIMUM:
+            return None
+        return b"[" + b",".join([*items, *items[-1:] * max(0, times - 1)]) + b"]"
 
 
 @dataclass(eq=False)
@@ -184,16 +207,21 @@ class Choice(Shape):
 
 def json_bytes(value: Any) -> bytes:
     """Compact JSON, characters as they are."""
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace")
+    return _compact(value).encode("utf-8", "replace")
 
 
 def build_shape(schema: dict[str, Any], path: str = "schema") -> Shape:
     """The shape of a schema, checked first. Raises SchemaError, also where no value can fit."""
-    check_schema(schema, path)
-    root = _Builder(schema).build(schema)
+    try:
+        check_schema(schema, path)
+        root = _Builder(schema).build(schema)
+    except RecursionError:
+        raise SchemaError(path, "the schema, or a value in it, nests too deep") from None
     settle(root)
     if root.shortest is None:
         raise SchemaError(path, f"no value of at most {LONGEST_MINIMUM:,} bytes fits this schema")
+    if sum(len(text) for text in {shape.shortest for shape in walk(root)} if text) > LONGEST_TOTAL:
+        raise SchemaError(path, f"the shortest values of its parts have more than {LONGEST_TOTAL:,} bytes together")
     return root
 
 
@@ -254,8 +282,10 @@ def settle(root: Shape) -> None:
             shape.members = [member for member in shape.members if member.shape.shortest is not None]
             if shape.others is not None and shape.others.shortest is None:
                 shape.others = None
-        elif isinstance(shape, Array) and shape.items.shortest is None:
-            shape.high = 0
+        elif isinstance(shape, Array):
+            for number, part in enumerate(shape.parts()):
+                if part.shortest is None:
+                    shape.high = number if shape.high is None else min(shape.high, number)
 
 
 class _Builder:
@@ -310,7 +340,8 @@ class _Builder:
         if name == "array":
             unique = schema.get("uniqueItems", False)
             items = self.literals(schema["items"]) if unique else self.build(schema.get("items", {}))
-            return Array(items, int(schema.get("minItems", 0)), _whole(schema.get("maxItems")), unique)
+            prefix = tuple(self.build(inner) for inner in schema.get("prefixItems", []))
+            return Array(items, int(schema.get("minItems", 0)), _whole(schema.get("maxItems")), unique, prefix)
         if name == "string":
             pattern = compile_pattern(schema["pattern"]) if "pattern" in schema else None
             return String(int(schema.get("minLength", 0)), _whole(schema.get("maxLength")), pattern)
@@ -327,11 +358,19 @@ class _Builder:
         return Object(members, others, frozenset(member.key for member in members))
 
     def number(self, schema: dict[str, Any], integer: bool) -> Number:
-        step = int(schema.get("multipleOf", 0))
+        places = decimal_places(schema.get("multipleOf", 1)) if not integer else 0
+        step = 0 if places else int(schema.get("multipleOf", 0))
         lows = [(_decimal(schema[name]), name[0] == "e") for name in ("minimum", "exclusiveMinimum") if name in schema]
         highs = [(_decimal(schema[name]), name[0] != "e") for name in ("maximum", "exclusiveMaximum") if name in schema]
         low, low_open = max(lows, default=(None, False))
         high, high_closed = min(highs, default=(None, True))
+        if places:
+            grain = Decimal(1).scaleb(-places)
+            if low is not None and low % grain:
+                low, low_open = low.quantize(grain, ROUND_CEILING), False
+            if high is not None and high % grain:
+                high, high_closed = high.quantize(grain, ROUND_FLOOR), True
+            return Number(False, low, high, low_open, not high_closed, places=places)
         if not (integer or step):
             return Number(False, low, high, low_open, not high_closed)
         # An integer has whole bounds that belong to it.
@@ -359,5 +398,5 @@ def _within(schema: dict[str, Any], value: int | float) -> bool:
         and value <= schema.get("maximum", value)
         and not ("exclusiveMinimum" in schema and value <= schema["exclusiveMinimum"])
         and not ("exclusiveMaximum" in schema and value >= schema["exclusiveMaximum"])
-        and value % schema.get("multipleOf", 1) * ("multipleOf" in schema) == 0
+        and ("multipleOf" not in schema or _decimal(value) % _decimal(schema["multipleOf"]) == 0)
     )

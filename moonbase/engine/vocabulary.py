@@ -8,6 +8,7 @@ offered only if what it may open can still be closed within the budget.
 from __future__ import annotations
 
 import json
+import threading
 import weakref
 from collections import OrderedDict
 from collections.abc import Iterable
@@ -16,7 +17,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from moonbase.chat.completion import completion
-from moonbase.chat.grammar import json_grammar
+from moonbase.chat.grammar import GrammarError, json_grammar
 from moonbase.chat.schema_walk import SchemaError
 from moonbase.chat.shape import Array, Choice, Literals, Number, Object, Shape, String, any_object, build_shape, walk
 from moonbase.errors import UserError
@@ -53,7 +54,10 @@ class Value:
         """Raises SchemaError at `path` where llguidance cannot use the grammar."""
         self.vocabulary = vocabulary
         self.shape = shape
-        text = json_grammar(shape)
+        try:
+            text = json_grammar(shape)
+        except GrammarError as error:
+            raise SchemaError(path, f"this schema cannot be enforced: {error}") from None
         self._matcher = vocabulary.library.LLMatcher(vocabulary.backend, text, log_level=0)
         if self._matcher.is_error():
             problem = " ".join(self._matcher.get_error().split("\n")[0].split())
@@ -61,11 +65,21 @@ class Value:
         assert shape.shortest is not None
         self.shortest = vocabulary.spell(shape.shortest)
         # Tokens that one commitment adds to the ending at most.
-        self.step = 1 + max(len(vocabulary.spell(text)) for text in _commitments(shape))
+        self.step = 1 + _most_tokens(vocabulary, _commitments(shape))
 
     def start(self) -> Any:
         """A matcher of its own for one value."""
         return self._matcher.deep_copy()
+
+
+def _most_tokens(vocabulary: Vocabulary, texts: Iterable[bytes]) -> int:
+    """Tokens of the text that has most of them; one shorter in bytes than the most so far need not be spelled."""
+    most = 0
+    for text in sorted(set(texts), key=len, reverse=True):
+        if len(text) <= most:
+            break
+        most = max(most, len(vocabulary.spell(text)))
+    return most
 
 
 def _commitments(root: Shape) -> Iterable[bytes]:
@@ -78,7 +92,7 @@ def _commitments(root: Shape) -> Iterable[bytes]:
             if shape.others is not None:
                 yield b',"":' + (shape.others.shortest or b"")
         elif isinstance(shape, Array):
-            yield b"," + (shape.items.shortest or b"")
+            yield from (b"," + (part.shortest or b"") for part in shape.parts())
         elif isinstance(shape, Literals):
             yield max(shape.texts, key=len, default=b"")
         elif isinstance(shape, Choice) and len(shape.options) > 1:
@@ -120,16 +134,28 @@ class Vocabulary:
             n_vocab=self.size, eos_token=self.end_id, slices=self.library.LLTokenizer.json_slices(),
         )
         self._values: OrderedDict[str, Value] = OrderedDict()
+        self._lock = threading.Lock()
 
     def value(self, schema: dict[str, Any] | None, path: str) -> Value:
-        """The compiled form of a schema (None: any object); the latest are remembered. Raises SchemaError."""
-        key = json.dumps(schema)
-        if key not in self._values:
-            shape = any_object() if schema is None else build_shape(schema, path)
-            self._values[key] = Value(self, shape, path)
+        """The compiled form of a schema (None: any object); the latest used are remembered. Raises SchemaError.
+
+        Requests of several threads may ask at once. Only looking up is done one by one: compiling takes longer.
+        """
+        try:
+            key = json.dumps(schema)
+        except RecursionError:
+            raise SchemaError(path, "the schema nests too deep") from None
+        with self._lock:
+            if key in self._values:
+                self._values.move_to_end(key)
+                return self._values[key]
+        value = Value(self, any_object() if schema is None else build_shape(schema, path), path)
+        with self._lock:
+            value = self._values.setdefault(key, value)
+            self._values.move_to_end(key)
             while len(self._values) > _CACHED_GRAMMARS:
                 self._values.popitem(last=False)
-        return self._values[key]
+        return value
 
     def spell(self, text: bytes) -> list[int]:
         """Ids of a text, from the left the longest each time."""
@@ -152,14 +178,16 @@ class Vocabulary:
 
 
 _vocabularies: weakref.WeakKeyDictionary[Tokenizer, Vocabulary] = weakref.WeakKeyDictionary()
+_vocabularies_lock = threading.Lock()
 
 
 def vocabulary_of(tokenizer: Tokenizer) -> Vocabulary:
     """The vocabulary of a tokenizer; kept as long as the tokenizer lives."""
-    found = _vocabularies.get(tokenizer)
-    if found is None:
-        found = _vocabularies[tokenizer] = Vocabulary(tokenizer)
-    return found
+    with _vocabularies_lock:
+        found = _vocabularies.get(tokenizer)
+        if found is None:
+            found = _vocabularies[tokenizer] = Vocabulary(tokenizer)
+        return found
 
 
 def _llguidance() -> Any:
@@ -267,7 +295,8 @@ class Written:
             return
         text = bytes(self.text)
         ending = completion(self.value.shape, text)
-        assert ending is not None, f"no ending for {text!r}"
+        # What was generated is nobody's business but the client's: it must not come into a log.
+        assert ending is not None, f"no ending for a text of {len(text)} bytes"
         self._ending = self.value.vocabulary.spell(ending)
         self._opened, self._nested, self._looked_at = 0, nesting_of(text), len(text)
 

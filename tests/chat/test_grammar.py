@@ -12,9 +12,8 @@ from typing import Any
 import jsonschema
 import pytest
 
-from moonbase.chat import grammar
 from moonbase.chat.completion import completion, count_characters, finish_number
-from moonbase.chat.grammar import at_least, at_most, call_header, json_grammar, opens_thinking
+from moonbase.chat.grammar import at_least, at_most, json_grammar, opens_thinking
 from moonbase.chat.shape import Number, any_object, build_shape, json_bytes
 from moonbase.chat.styles import STYLES
 
@@ -157,8 +156,48 @@ def test_grammars_are_small_text(shared_data: Path) -> None:
             assert len(text) < 3000 + 20 * len(line)
 
 
-def test_the_frame_of_a_call() -> None:
-    assert call_header("get_weather", 12) == "functions.get_weather:12"
-    assert len(set(grammar.TOOL_MARKERS)) == 5
+def test_only_one_style_begins_its_reasoning_itself() -> None:
     assert [opens_thinking(style, False) for style in STYLES] == [False, True, False]
     assert not opens_thinking("kimi-k2-thinking", True)
+
+
+NODE = {"type": "object", "properties": {"value": {"type": "integer"}, "next": {"anyOf": [{"$ref": "#/$defs/Node"},
+        {"type": "null"}], "default": None}}, "required": ["value"]}
+TREE = {"type": "object", "properties": {"kids": {"anyOf": [{"type": "array", "items": {"$ref": "#"}},
+                                                            {"type": "null"}]}}, "required": ["kids"]}
+STEPS = {f"s{number}": {"$ref": f"#/$defs/s{number + 1}"} for number in range(20)}
+CHAIN = {"$ref": "#/$defs/s0", "$defs": {**STEPS, "s20": {"type": "object", "properties": {
+    "next": {"anyOf": [{"$ref": "#/$defs/s0"}, {"type": "null"}]}}}}}
+
+
+@pytest.mark.parametrize(
+    ("schema", "opening", "ending"),
+    [
+        ({"$ref": "#/$defs/Node", "$defs": {"Node": NODE}}, b'{"value":1,"next":', b"}"),
+        (TREE, b'{"kids":[', b"]}"),
+        (CHAIN, b'{"next":', b"}"),
+        ({}, b"[", b"]"),
+    ],
+)
+def test_nesting_does_not_exhaust_the_stack(schema: dict[str, Any], opening: bytes, ending: bytes) -> None:
+    found = completion(build_shape(schema), opening * 500)
+    assert found is not None and found.endswith(ending * 499)
+
+
+def test_arrays_whose_first_items_are_of_their_own_kinds() -> None:
+    pair = [{"type": "integer"}, {"enum": ["left", "right"]}]
+    cut_everywhere({"type": "array", "prefixItems": pair, "minItems": 2, "maxItems": 2}, [12, "right"])
+    cut_everywhere({"type": "array", "prefixItems": pair, "items": {"type": "null"}, "minItems": 3}, [1, "left", None])
+    cut_everywhere({"type": "array", "prefixItems": pair}, [1, "right", {"a": "b"}])
+    shape = build_shape({"type": "array", "prefixItems": pair, "items": {"type": "null"}})
+    for text in (b"[]", b"[1]", b'[1,"left"]', b'[1,"left",null,null]'):
+        assert completion(shape, text) == b""
+    for text in (b'["', b"[1,2", b'[1,"left",3'):
+        assert completion(shape, text) is None
+
+
+def test_hundredths() -> None:
+    schema = {"type": "number", "multipleOf": 0.01, "minimum": 0.005, "exclusiveMaximum": 0.03}
+    shape = build_shape(schema)
+    assert shape.shortest == b"0.01" and completion(shape, b"0.0") == b"1" and completion(shape, b"0.02") == b""
+    assert completion(shape, b"0.011") is None

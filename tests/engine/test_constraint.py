@@ -7,6 +7,7 @@ import json
 import sys
 import weakref
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from moonbase.chat.parse import Reply, StreamParser, parse
 from moonbase.chat.schema import SchemaError
 from moonbase.chat.schema_walk import options_of, types_of
 from moonbase.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
+from moonbase.engine import vocabulary as vocabulary_module
 from moonbase.engine.constraint import Constraint, ToolFactory, json_constraint, tool_constraint
 from moonbase.engine.sampling import Sampling
 from moonbase.engine.vocabulary import nesting_of, vocabulary_of
@@ -342,6 +344,10 @@ ENFORCED: dict[str, list[dict[str, Any]]] = {
     "exclusiveMinimum": [{"type": "number", "exclusiveMinimum": 0, "maximum": 0.5}],
     "exclusiveMaximum": [{"type": "number", "exclusiveMaximum": 10, "minimum": 9}],
     "multipleOf": [{"type": "integer", "multipleOf": 7, "minimum": -100, "maximum": 1000}, {"multipleOf": 3}],
+    "prefixItems": [{"type": "array", "prefixItems": [{"type": "null"}, {"enum": [1, 2]}], "items": {"type": "null"}},
+                    {"type": "array", "prefixItems": [{"type": "boolean"}, {"type": "null"}], "minItems": 1,
+                     "maxItems": 2},
+                    {"type": "array", "prefixItems": [{"enum": [1, 2]}, {"type": "null"}], "minItems": 4}],
     "minItems": [{"type": "array", "items": {"type": "null"}, "minItems": 3}],
     "maxItems": [{"type": "array", "items": {}, "maxItems": 2}, {"type": "array", "maxItems": 0}],
     "uniqueItems": [{"type": "array", "items": {"enum": ["a", "b", 1, 2]}, "uniqueItems": True, "minItems": 2},
@@ -412,3 +418,119 @@ def test_a_tokenizer_is_prepared_once_and_then_forgotten() -> None:
     del tokenizer
     gc.collect()
     assert prepared() is None
+
+
+REPLY = {"type": "object", "properties": {"answer": {"enum": ["yes", "no"]}}, "required": ["answer"]}
+
+
+@pytest.mark.parametrize("options", [{}, {"thinking_open": True}, {"style": "kimi-k2-thinking"}])
+def test_a_reply_is_a_call_or_the_value(tokenizer: Tokenizer, options: dict[str, Any]) -> None:
+    factory = make(tokenizer, response_schema=REPLY, json_reply=True, **options)
+    constraint = factory()
+    if options.get("thinking_open"):
+        assert not {"[EOS]", "<|im_end|>"} & allowed(tokenizer, constraint)
+        feed(tokenizer, constraint, "hm</think>")
+    offered = allowed(tokenizer, constraint)
+    assert "<|tool_calls_section_begin|>" in offered and ("<think>" in offered) == ("style" in options)
+    begun = {text for text in offered if '{"answer":"'.startswith(text)}
+    assert begun and offered - begun <= {"<think>", "<|tool_calls_section_begin|>"}
+    feed(tokenizer, constraint, '{"answer":"yes"}')
+    assert constraint.ignores_stop and allowed(tokenizer, constraint) == {"<|im_end|>"}
+    feed(tokenizer, constraint, "<|im_end|>")
+    assert constraint.done
+    constraint = factory()
+    feed(tokenizer, constraint, ("hm</think>" if "thinking_open" in options else "") + "<|tool_calls_section_begin|>")
+    feed(tokenizer, constraint, "<|tool_call_begin|>functions.get_time:0<|tool_call_argument_begin|>{}")
+    feed(tokenizer, constraint, "<|tool_call_end|><|tool_calls_section_end|><|im_end|>")
+    assert constraint.done
+
+
+def test_calls_or_the_value_end_in_time(tokenizer: Tokenizer) -> None:
+    generator, calls, values = np.random.default_rng(3), 0, 0
+    for turn in range(120):
+        style = ("kimi-k2.5", "kimi-k2-thinking")[turn % 2]
+        factory = make(tokenizer, response_schema=None if turn % 5 == 0 else REPLY, json_reply=True, style=style,
+                       thinking_open=turn % 4 == 0)
+        budget = factory.minimum_tokens + turn
+        ids = play(factory(), budget, lambda offered: int(generator.choice(offered)))
+        assert ids[-1] in tokenizer.eos_ids
+        reply = parse(tokenizer.decode(ids[:-1]), style, prefix="<think>" if turn % 4 == 0 else "")
+        assert not reply.notes and bool(reply.tool_calls) != bool(reply.content)
+        if reply.content:
+            values += 1
+            schema = {"type": "object"} if turn % 5 == 0 else REPLY
+            jsonschema.Draft202012Validator(schema).validate(json.loads(reply.content))
+        calls += bool(reply.tool_calls)
+    assert calls and values
+
+
+def test_a_forced_or_forbidden_call_leaves_one_kind_of_reply(tokenizer: Tokenizer) -> None:
+    constraint = make(tokenizer, response_schema=REPLY, choice="required")()
+    assert allowed(tokenizer, constraint) == {"<|tool_calls_section_begin|>"}
+    constraint = make(tokenizer, response_schema=REPLY, choice="none")()
+    assert all('{"answer":"'.startswith(text) for text in allowed(tokenizer, constraint))
+
+
+def test_stop_texts_hold_in_free_text_only(tokenizer: Tokenizer) -> None:
+    constraint = make(tokenizer, thinking_open=True)()
+    seen = []
+    for text in ("hm", "</think>", "well", "<|tool_calls_section_begin|>", "<|tool_call_begin|>functions.get_time:0",
+                 "<|tool_call_argument_begin|>{}", "<|tool_call_end|>", "<|tool_calls_section_end|>"):
+        feed(tokenizer, constraint, text)
+        seen.append(constraint.ignores_stop)
+    assert seen == [False] * 3 + [True] * 5
+    constraint = json_constraint(tokenizer, tokenizer.vocab_size, REPLY, style="kimi-k2-thinking")()
+    assert constraint.ignores_stop, "the first token may be the value's"
+    feed(tokenizer, constraint, "<think>hm")
+    assert not constraint.ignores_stop
+    feed(tokenizer, constraint, '</think>{"')
+    assert constraint.ignores_stop
+
+
+def test_deep_lists_are_finished(tokenizer: Tokenizer) -> None:
+    """A linked list as deep as values may nest, and the budget in view, so that every token is looked at."""
+    node = {"type": "object", "properties": {"next": {"anyOf": [{"$ref": "#/$defs/N"}, {"type": "null"}]}}}
+    factory = json_constraint(tokenizer, tokenizer.vocab_size, {"$ref": "#/$defs/N", "$defs": {"N": node}})
+    deep, written = '{"next":' * 200, ""
+
+    def deeper(offered: np.ndarray) -> int:
+        nonlocal written
+        rest = deep[len(written) :]
+        found = next((int(id) for id in offered if rest.startswith(tokenizer.decode([id]))), int(offered[0]))
+        written += tokenizer.decode([found])
+        return found
+
+    ids = play(factory(), 900, deeper)
+    depth, value = 0, json.loads(tokenizer.decode(ids[:-1]))
+    while value:
+        depth, value = depth + 1, value.get("next")
+    assert depth > 55
+
+
+def test_threads_may_ask_at_once(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vocabulary_module, "_CACHED_GRAMMARS", 2)
+    fresh = train_tokenizer([SAMPLE], 300)
+    schemas = [{"type": "string", "maxLength": number} for number in range(1, 7)]
+    with ThreadPoolExecutor(8) as pool:
+        assert len(set(pool.map(lambda _: vocabulary_of(fresh), range(8)))) == 1
+        values = list(pool.map(lambda number: vocabulary_of(fresh).value(schemas[number % 6], "s"), range(300)))
+    assert all(value.shape.options[0].high == number % 6 + 1 for number, value in enumerate(values))
+
+
+def test_what_was_used_last_is_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vocabulary_module, "_CACHED_GRAMMARS", 2)
+    vocabulary = vocabulary_of(fresh := train_tokenizer([SAMPLE], 300))
+    one, two, three = ({"type": "string", "maxLength": number} for number in (1, 2, 3))
+    first, second = vocabulary.value(one, "s"), vocabulary.value(two, "s")
+    assert vocabulary.value(one, "s") is first
+    vocabulary.value(three, "s")
+    assert vocabulary.value(one, "s") is first and vocabulary.value(two, "s") is not second
+    assert vocabulary_of(fresh) is vocabulary
+
+
+def test_generated_text_stays_out_of_messages(tokenizer: Tokenizer) -> None:
+    written = vocabulary_module.Written(vocabulary_of(tokenizer).value(REPLY, "s"))
+    written.text += b"my secret"
+    with pytest.raises(AssertionError) as caught:
+        written.ending  # noqa: B018
+    assert "secret" not in str(caught.value)

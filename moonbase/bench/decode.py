@@ -23,6 +23,7 @@ from moonbase.errors import UserError
 from moonbase.layout import checkpoint_layout
 from moonbase.loading import cast
 from moonbase.model import Transformer
+from moonbase.ops import native
 from moonbase.recipe import load_recipe
 from moonbase.sizes import kv_bytes_per_token
 
@@ -65,6 +66,7 @@ def measure(preset: str, peer: str | None, shapes: tuple[Shape, ...] | None = No
     dtype = torch.bfloat16 if on_gpu else torch.float32
     model = cast(Transformer(config).initialize(), dtype).to(device).eval()
     ceiling = read_ceiling()
+    native.available()  # a first use compiles; that is not what is measured
     rows = []
     for shape in shapes:
         rows += _rows(preset, model, shape, peer, ceiling, rounds=1 if shape.batch * shape.prompt > 100_000 else 3)

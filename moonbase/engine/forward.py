@@ -12,6 +12,7 @@ from torch import Tensor
 
 from moonbase.engine.cache import BLOCK_TOKENS, Batch, LatentCache
 from moonbase.engine.graphs import Recorder
+from moonbase.engine.pass_cpu import CpuPass
 from moonbase.engine.scheduler import Part
 from moonbase.model import Transformer
 
@@ -31,6 +32,8 @@ class Forward:
         # Written on the host, one row per running sequence, and only where a sequence has grown.
         self._tables = torch.zeros(max_running, blocks_each, dtype=torch.int32)
         self._written: list[tuple[object, int]] = [(None, 0)] * max_running
+        self._native = CpuPass(model, cache) if self.device.type == "cpu" else None
+        self._in_one_call = False
         self._recorder: Recorder | None = None
         if self.device.type == "cuda" and cuda_graphs:
             self._recorder = Recorder(self._compute)
@@ -42,6 +45,9 @@ class Forward:
             tokens += part.sequence.ids[part.start : part.start + part.count]
             if part.draft is not None:
                 tokens.append(part.draft)
+        self._in_one_call = self._native is not None and self._native.ready()
+        if self._in_one_call:
+            return self._native.compute(tokens, *self._places(parts), self._tables)
         positions, batch = self._lay_out(parts)
         # Prompts come in so many lengths that a recording would never be used again.
         decoding = self._recorder is not None and all(part.count == 1 for part in parts)
@@ -67,6 +73,8 @@ class Forward:
 
     def logits(self, hidden_ND: Tensor, rows: Sequence[int]) -> Tensor:
         """The head's logits at `rows`, fp32 [len(rows), V]."""
+        if self._in_one_call:
+            return self._native.logits(hidden_ND, rows)
         return self.model.lm_head(hidden_ND[self._padded(rows)])[: len(rows)].float()
 
     def _compute(self, tokens_N: Tensor, positions_N: Tensor, batch: Batch) -> Tensor:
@@ -75,18 +83,12 @@ class Forward:
 
     def _lay_out(self, parts: Sequence[Part]) -> tuple[Tensor, Batch]:
         """The tokens' positions int64 [N], and for the cache whose they are."""
-        sequences: list[int] = []
-        positions: list[int] = []
+        sequences, positions = self._places(parts)
         slots: list[int] = []
         for part in parts:
-            sequence = part.sequence
-            self._write_table(sequence.row, sequence.blocks)
-            stop = part.start + part.count + (part.draft is not None)
-            blocks = sequence.blocks
-            sequences += [sequence.row] * (stop - part.start)
-            positions += range(part.start, stop)
+            blocks = part.sequence.blocks
             slots += [blocks[position // BLOCK_TOKENS] * BLOCK_TOKENS + position % BLOCK_TOKENS
-                      for position in range(part.start, stop)]
+                      for position in range(part.start, _stop(part))]
         position_N = self._padded(positions)
         longest = -(-(max(positions) + 1) // BLOCK_TOKENS)
         # Few widths, so that few shapes are ever seen by a compiler or a recorded graph.
@@ -94,6 +96,17 @@ class Forward:
         tables = self._tables if self.device.type == "cpu" else self._tables[:, :width].to(self.device)
         batch = Batch(self._padded(sequences, fill=-1).int(), position_N.int(), self._padded(slots), tables)
         return position_N, batch
+
+    def _places(self, parts: Sequence[Part]) -> tuple[list[int], list[int]]:
+        """The row of the tables and the position of each token; the tables are as they must be for these parts."""
+        sequences: list[int] = []
+        positions: list[int] = []
+        for part in parts:
+            self._write_table(part.sequence.row, part.sequence.blocks)
+            stop = _stop(part)
+            sequences += [part.sequence.row] * (stop - part.start)
+            positions += range(part.start, stop)
+        return sequences, positions
 
     def _write_table(self, row: int, blocks: list[int]) -> None:
         owner, count = self._written[row]
@@ -108,3 +121,8 @@ class Forward:
         """int64 [max(N, LEAST_ROWS)] on the device."""
         values = [*values, *[fill] * (LEAST_ROWS - len(values))]
         return torch.tensor(values, dtype=torch.int64).to(self.device, non_blocking=True)
+
+
+def _stop(part: Part) -> int:
+    """The position after the last of `part`, its guess included."""
+    return part.start + part.count + (part.draft is not None)

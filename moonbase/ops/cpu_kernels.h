@@ -86,7 +86,7 @@ typedef void (*task_fn)(void *what, long task);
 void for_each_task(long num_threads, long num_tasks, task_fn fn, void *what);
 
 /* Memory of the calling thread that stays for its next call: fresh pages cost more than the arithmetic on them. */
-enum { SCRATCH_CALL, SCRATCH_TASK, SCRATCH_KINDS };
+enum { SCRATCH_CALL, SCRATCH_PART, SCRATCH_TASK, SCRATCH_KINDS };
 float *scratch(int kind, long floats);
 void release_large_scratch(void);
 

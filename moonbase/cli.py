@@ -232,7 +232,8 @@ def serve(
     style: Annotated[str | None, typer.Option(help="Chat style: kimi-k2, kimi-k2-thinking or kimi-k2.5.",
                                               show_default="what the model speaks")] = None,
     model_name: Annotated[list[str] | None, typer.Option(
-        help="What requests call the model; '*' answers to any name.", show_default="the folder's name")] = None,
+        help="What requests must call the model; may be given several times.",
+        show_default="the folder's name, and any other will do")] = None,
     max_running: Annotated[int, typer.Option(min=1, help="Requests that are computed together.")] = 64,
     cache_tokens: Annotated[int | None, typer.Option(min=1, help="Tokens that the cache holds.",
                                                      show_default="what fits into memory")] = None,
@@ -251,12 +252,12 @@ def serve(
     """Serve a model over HTTP: the OpenAI and the Anthropic API, metrics and a web page."""
     from moonbase.recipe import style_of
     from moonbase.serve.run import check_packages, run
-    from moonbase.serve.settings import Settings
+    from moonbase.serve.settings import ANY_MODEL, Settings
 
     check_packages()
     settings = Settings(
         host=host, port=port, api_keys=tuple(api_key or ()), style=style or style_of(model),
-        model_names=tuple(model_name or [Path(model).resolve().name]),
+        model_names=tuple(model_name or (Path(model).resolve().name, ANY_MODEL)),
         request_timeout=request_timeout, grace=grace, cors_origins=tuple(cors_origin or ()),
         allowed_hosts=tuple(allowed_host or ()), as_official=as_official,
     )

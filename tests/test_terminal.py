@@ -12,6 +12,7 @@ import select
 import signal
 import subprocess
 import sys
+import threading
 import time
 import unicodedata
 from collections.abc import Iterator
@@ -163,16 +164,17 @@ def test_a_call_that_broke_off_is_text(talk) -> None:
     assert session.messages[-1] == {"role": "assistant", "content": "<|tool_call_begin|>functions.a:0"}
 
 
-def test_a_refusal_is_one_line_and_leaves_the_conversation_as_it_was(talk) -> None:
+def test_a_refusal_is_one_line_and_leaves_the_conversation_whole(talk) -> None:
+    """What cannot be answered goes; what could not be answered this time stays, for another try."""
     speaker = Script(says("one"), [ContentDelta("half"), UserError("the prompt\nis too long")], [TryAgain("busy")],
                      says("two"))
     out, notes, session = talk(speaker, "a", "b", "c", "d")
     assert out == "one\nhalf\ntwo\n" and "the prompt is too long\n" in notes and "busy\n" in notes
-    assert [message["content"] for message in session.messages] == ["a", "one", "d", "two"]
+    assert [message["content"] for message in session.messages] == ["a", "one", "c", "d", "two"]
 
 
 def test_a_refusal_in_a_later_round_takes_the_whole_turn_back(talk) -> None:
-    speaker = Script([*calls("calculator", '{"expression": "1"}'), Finished(2, "tool_calls")], [TryAgain("gone")],
+    speaker = Script([*calls("calculator", '{"expression": "1"}'), Finished(2, "tool_calls")], [UserError("no")],
                      says("ok"))
     _, _, session = talk(speaker, "/tools", "a", "b")
     assert session.messages == [{"role": "user", "content": "b"}, {"role": "assistant", "content": "ok"}]
@@ -204,6 +206,27 @@ def test_retry(talk) -> None:
     assert "there is no message to answer" in notes and out == "one\ntwo\nthree\n"
     assert [message["content"] for message in session.messages] == ["a", "one", "b", "three"]
     assert speaker.asked[-1][0] == speaker.asked[1][0] and speaker.asked[-1][3] != speaker.asked[1][3]
+
+
+@pytest.mark.parametrize("error", [UserError("too long"), TryAgain("busy")])
+def test_a_retry_that_fails_leaves_the_answer_that_there_was(talk, error: Exception) -> None:
+    speaker = Script(says("one"), says("two"), [ContentDelta("half"), error], says("three"))
+    _, notes, session = talk(speaker, "a", "b", "/retry")
+    assert str(error) in notes
+    assert [message["content"] for message in session.messages] == ["a", "one", "b", "two"]
+
+
+def test_a_question_that_met_a_busy_model_can_be_asked_again(talk) -> None:
+    speaker = Script(says("one"), [TryAgain("busy")], says("two"))
+    _, _, session = talk(speaker, "a", "b", "/retry")
+    assert [message["content"] for message in session.messages] == ["a", "one", "b", "two"]
+
+
+def test_a_call_without_tools_is_not_run(talk) -> None:
+    speaker = Script([ContentDelta("Hm."), *calls("calculator", '{"expression": "1"}'), Finished(2, "tool_calls")])
+    _, notes, session = talk(speaker, "go")
+    assert session.messages == [{"role": "user", "content": "go"}, {"role": "assistant", "content": "Hm."}]
+    assert len(speaker.asked) == 1 and "/tools" in notes and "→" not in notes
 
 
 def test_settings_reach_the_model(talk) -> None:
@@ -375,7 +398,7 @@ def test_a_reply_is_what_the_engine_and_the_parser_make_of_it(tuned: Path, think
     ids = chat.encode(tokenizer, chat.render_parts(messages, declared or None, "kimi-k2.5", thinking=thinking))
     prefix = chat.generation_prefix("kimi-k2.5", thinking)
     constraint = tool_constraint(tokenizer, tokenizer.vocab_size, declared, style="kimi-k2.5",
-                                 thinking_open=prefix == "<think>") if tools else None
+                                 choice="auto" if tools else "none", thinking_open=prefix == "<think>")
     (output,) = Engine(model, tokenizer, tokenizer.eos_ids).complete(
         [ids], Sampling(max_tokens=60, temperature=1.5, top_p=0.95, seed=3), constraint)
     reply = chat.parse(tokenizer.decode(output.ids), "kimi-k2.5", prefix=prefix)
@@ -385,6 +408,40 @@ def test_a_reply_is_what_the_engine_and_the_parser_make_of_it(tuned: Path, think
     assert (content, reasoning or None) == (reply.content, reply.reasoning_content)
     assert sum(isinstance(event, ToolCallEnd) for event in events) == len(reply.tool_calls)
     assert isinstance(events[-1], Finished) and events[-1].tokens == len(output.ids)
+
+
+@pytest.mark.parametrize(("style", "thinking", "expected"), [
+    ("kimi-k2", None, {"temperature": 0.6, "top_p": 1.0, "think": False}),
+    ("kimi-k2-thinking", None, {"temperature": 1.0, "top_p": 1.0, "think": True}),
+    ("kimi-k2-thinking", False, {"temperature": 1.0, "top_p": 1.0, "think": False}),
+    ("kimi-k2.5", False, {"temperature": 0.6, "top_p": 0.95, "think": False}),
+    ("kimi-k2.5", True, {"temperature": 1.0, "top_p": 0.95, "thinking_open": True}),
+])  # fmt: skip
+@pytest.mark.parametrize("tools", [False, True])
+def test_a_model_here_is_asked_as_the_server_asks(
+    tuned: Path, monkeypatch: pytest.MonkeyPatch, style: str, thinking: bool | None, expected: dict, tools: bool
+) -> None:
+    """The publisher's sampling, no second reasoning after a closed one, and calls only where there are tools."""
+    from moonbase.serve.backend import Backend, Wish
+    from moonbase.serve.settings import Settings
+    from moonbase.synth.tools import TOOLS
+    from tests.serve.service_double import ScriptedService
+
+    speaker, asked = LocalSpeaker(str(tuned)), []
+    speaker.style, speaker.context = style, 4096
+    monkeypatch.setattr(speaker.engine, "pieces", lambda *given: asked.append(given) or (piece for piece in ()))
+    messages, declared = [{"role": "user", "content": "some words"}], [TOOLS["calculator"]] if tools else []
+    list(speaker.reply(messages, declared, Wishes(thinking=thinking), 1))
+    (ids, sampling, factory), = asked
+    found = {name: getattr(factory if name.startswith("think") else sampling, name) for name in expected}
+    assert found == expected and set(factory.tools) == ({"calculator"} if tools else set())
+    backend = Backend(ScriptedService(), speaker.tokenizer, speaker.tokenizer.vocab_size, 512, Settings(style=style))
+    backend.context_length = 4096
+    (job,) = backend.prepare(Wish(messages, declared, thinking=thinking)).jobs
+    assert job.prompt_ids == ids
+    names = ("temperature", "top_p", "min_p", "top_k", "stop", "stop_ids", "repetition_penalty")
+    assert [getattr(job.sampling, name) for name in names] == [getattr(sampling, name) for name in names]
+    assert (job.constraint.think, job.constraint.thinking_open) == (factory.think, factory.thinking_open)
 
 
 def test_a_model_without_a_tokenizer_and_presets(tmp_path: Path) -> None:
@@ -469,7 +526,60 @@ def test_what_goes_wrong_with_an_endpoint(endpoint, talk, monkeypatch: pytest.Mo
         RemoteSpeaker(endpoint.url + "/elsewhere")
     endpoint.service.__init__([RuntimeError("boom")])
     out, notes, session = talk(RemoteSpeaker(endpoint.url), "hello")
-    assert out == "" and "server" in notes and session.messages == []
+    assert out == "" and "server" in notes and session.messages == [{"role": "user", "content": "hello"}]
+
+
+@pytest.fixture
+def foreign() -> Iterator[Any]:
+    """An endpoint of another make: `foreign(text)` is its URL, and every stream of it is that text."""
+    from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+    said = b""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.answer(b'{"data": [{"id": "other"}]}')
+
+        def do_POST(self) -> None:
+            self.rfile.read(int(self.headers["content-length"]))
+            self.answer(said)
+
+        def answer(self, content: bytes) -> None:
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(content)
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+
+    def say(text: str) -> str:
+        nonlocal said
+        said = text.encode()
+        return f"http://127.0.0.1:{server.server_port}"
+
+    yield say
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def test_streams_of_another_make(foreign, talk) -> None:
+    """Letters that Unicode takes for the end of a line, CRLF, no [DONE] and null where nothing is meant."""
+    def chunk(content: str | None, finish: str | None = None) -> str:
+        choice = {"index": 0, "delta": {"content": content}, "finish_reason": finish}
+        return "data: " + json.dumps({"choices": [choice]}, ensure_ascii=False) + "\r\n\r\n"
+
+    usage = 'data: {"choices": null, "usage": null}\r\n\r\n'
+    text = "one\u2028two\u2029three\x85four"
+    whole = chunk(text) + chunk(None, "length") + usage
+    _, notes, session = talk(RemoteSpeaker(foreign(whole)), "go")
+    assert session.messages[-1]["content"] == text and "cut at the token limit" in notes
+    _, notes, session = talk(RemoteSpeaker(foreign(chunk(text))), "go")
+    assert "in the middle of the answer" in notes and session.messages == [{"role": "user", "content": "go"}]
 
 
 # --- a real terminal --------------------------------------------------------------------------------------------------

@@ -183,20 +183,22 @@ class Service:
             self._deliver.pop(request, None)
             self._finished_times = [*self._finished_times[-255:], time.monotonic()]
         if deliver is not None:
-            deliver(piece if request.error is None else Failed(f"the reply's grammar failed: {_kind(request.error)}"))
+            deliver(piece if request.error is None else _failed("the reply's grammar failed", request.error))
 
     def _fail(self, error: Exception) -> None:
         """Everyone who was in the pass learns of it; whoever waits goes on."""
         lost = [request for request in self._deliver if request.row >= 0 or request.finish_reason is not None]
         for request in lost or list(self._deliver):
             self.engine.cancel(request)
-            self._deliver.pop(request)(Failed(f"the forward pass failed: {_kind(error)}"))
+            self._deliver.pop(request)(_failed("the forward pass failed", error))
         self._snapshot()
 
     def _snapshot(self) -> None:
         self._statistics = copy.deepcopy(self.engine.statistics)
 
 
-def _kind(error: Exception) -> str:
-    """What went wrong, without words that may hold somebody's text."""
-    return type(error).__name__
+def _failed(what: str, error: Exception) -> Failed:
+    """Names the kind of error, without words that may hold somebody's text; the error itself is its cause."""
+    failed = Failed(f"{what}: {type(error).__name__}")
+    failed.__cause__ = error
+    return failed

@@ -7,7 +7,6 @@ whole reply; in a stream its block has begun by then, and the stop reason says `
 
 from __future__ import annotations
 
-import asyncio
 import base64
 import hashlib
 import json
@@ -32,7 +31,7 @@ from moonbase.serve.streaming import Reply, event
 from moonbase.serve.turn import Turn
 
 RENAMES = (
-    (r"^schema", "output_config.format.schema"), (r"^(tools\[\d+\])\.function\.parameters", r"\1.input_schema"),
+    (r"^(tools\[\d+\])\.function\.parameters", r"\1.input_schema"),
     (r"^(tools\[\d+\])\.function", r"\1"), (r"^(messages\[\d+\])\.tool_call_id", r"\1.tool_use_id"),
 )  # fmt: skip
 """What the dialogue calls by OpenAI's names, in error messages."""
@@ -49,10 +48,9 @@ async def messages(backend: Backend, body: bytes, record: Any, deadline: float) 
         backend.check_model(request.model)
         return request, backend.prepare(_wish(request, backend.style))
 
-    request, prepared = await asyncio.to_thread(read)
-    record.prompt_tokens = prepared.prompt_tokens
-    turn = backend.turns(1, prepared.prefix)[0]
-    return Reply(backend, prepared.jobs, MessagesAnswer(request, turn, prepared), record, deadline)
+    request, prepared = await backend.read(body, read)
+    record.prompt_tokens, record.notes = prepared.prompt_tokens, prepared.notes
+    return Reply(backend, prepared.jobs, MessagesAnswer(backend, request, prepared), record, deadline)
 
 
 async def count_tokens(backend: Backend, body: bytes, record: Any) -> dict[str, int]:
@@ -61,9 +59,9 @@ async def count_tokens(backend: Backend, body: bytes, record: Any) -> dict[str, 
     def read() -> int:
         request = validate(CountRequest, parse_json(body))
         backend.check_model(request.model)
-        return len(backend.encode(_prompt_wish(request)).ids)
+        return len(backend.encode(_prompt_wish(request))[0].ids)
 
-    record.prompt_tokens = await asyncio.to_thread(read)
+    record.prompt_tokens = await backend.read(body, read)
     return {"input_tokens": record.prompt_tokens}
 
 
@@ -88,12 +86,12 @@ def _prompt_wish(request: CountRequest) -> Wish:
                            "message with their tool_result blocks", "messages", "invalid_value")
     choice = request.tool_choice
     kinds = {"auto": "auto", "any": "required", "none": "none"}
-    form = request.output_config.format if request.output_config is not None else None
+    form, place = request.form
     messages, places = request.plain_messages()
     return Wish(
         messages=messages,
         places=places,
-        renames=RENAMES,
+        renames=(("^schema", f"{place}.schema"), *RENAMES),
         tools=[tool.plain() for tool in request.tools or ()],
         tool_choice="auto" if choice is None else f":{choice.name}" if choice.type == "tool" else kinds[choice.type],
         parallel=choice is None or not choice.disable_parallel_tool_use,
@@ -123,9 +121,9 @@ def signature(thinking: str) -> str:
 class MessagesAnswer:
     """A message, whole or as its stream of events."""
 
-    def __init__(self, request: MessagesRequest, turn: Turn, prepared: Prepared) -> None:
-        self.request, self.prepared = request, prepared
-        self.turns = [turn]
+    def __init__(self, backend: Backend, request: MessagesRequest, prepared: Prepared) -> None:
+        self.backend, self.request, self.prepared = backend, request, prepared
+        self.turns = prepared.turns()
         self.stream = bool(request.stream)
         self.id = f"msg_{secrets.token_hex(12)}"
         # Of the stream: what the open block is, and how many there were.
@@ -136,8 +134,11 @@ class MessagesAnswer:
     def turn(self) -> Turn:
         return self.turns[0]
 
+    def cached_tokens(self) -> int:
+        return min(self.turn.cached_tokens, self.prepared.prompt_tokens)
+
     def usage(self) -> dict[str, int]:
-        cached = min(self.turn.cached_tokens, self.prepared.prompt_tokens)
+        cached = self.cached_tokens()
         return {"input_tokens": self.prepared.prompt_tokens - cached, "cache_creation_input_tokens": 0,
                 "cache_read_input_tokens": cached, "output_tokens": self.turn.completion_tokens}
 
@@ -148,7 +149,11 @@ class MessagesAnswer:
         reason = {"length": "max_tokens", "tool_calls": "tool_use", "stop": "end_turn"}[self.turn.finish_reason]
         if reason == "max_tokens" and self.prepared.clamped:
             reason = "model_context_window_exceeded"
-        met = self.turn.stop_reason if reason == "end_turn" and isinstance(self.turn.stop_reason, str) else None
+        met = self.turn.stop_reason if reason == "end_turn" else None
+        if isinstance(met, int):
+            # A special token ended it: a stop sequence where the client gave its name as one.
+            name = self.backend.special_name(met)
+            met = name if name in (self.request.stop_sequences or ()) else None
         return {"stop_reason": "stop_sequence" if met is not None else reason, "stop_sequence": met}
 
     def body(self) -> dict[str, Any]:

@@ -12,7 +12,10 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from moonbase.serve.errors import RequestError
-from moonbase.serve.openai_types import MOST_STOPS, MOST_TOOLS, Strict
+from moonbase.serve.openai_types import MOST_STOPS, MOST_TOOLS, ModelName, Strict
+
+UNSUPPORTED = ("mcp_servers", "container", "context_management", "compaction", "fallbacks")
+"""Fields that would change the answer; refused where they ask for something."""
 
 
 class Block(Strict):
@@ -92,7 +95,7 @@ class Tool(Strict):
 class ToolChoice(Strict):
     type: Literal["auto", "any", "tool", "none"]
     name: str | None = None
-    disable_parallel_tool_use: bool = False
+    disable_parallel_tool_use: bool | None = None
 
     @model_validator(mode="after")
     def _has_name(self) -> ToolChoice:
@@ -102,6 +105,9 @@ class ToolChoice(Strict):
 
 
 class Thinking(Strict):
+    """Whether to reason. `budget_tokens` is ignored: how long the model reasons is its own affair, within
+    `max_tokens`."""
+
     type: Literal["enabled", "disabled", "adaptive", "between_tools"]
 
 
@@ -111,19 +117,23 @@ class OutputFormat(Strict):
 
 
 class OutputConfig(Strict):
+    """What the answer must be. `effort` is ignored: these models have no such dial."""
+
     format: OutputFormat | None = None
 
 
 class CountRequest(Strict):
     """What a prompt is made of; counting its tokens needs nothing else."""
 
-    model: str
+    model: ModelName
     messages: Annotated[list[Message], Field(min_length=1)]
     system: list[Block] | str | None = None
     tools: Annotated[list[Tool], Field(max_length=MOST_TOOLS)] | None = None
     tool_choice: ToolChoice | None = None
     thinking: Thinking | None = None
     output_config: OutputConfig | None = None
+    output_format: OutputFormat | None = None
+    """The older name of `output_config.format`, which counts where both are given."""
 
     @field_validator("system")
     @classmethod
@@ -135,10 +145,19 @@ class CountRequest(Strict):
     @model_validator(mode="before")
     @classmethod
     def _is_supported(cls, value: Any) -> Any:
-        for name in ("mcp_servers", "container"):
-            if isinstance(value, dict) and value.get(name):
+        for name in UNSUPPORTED:
+            # `{"edits": []}`, and the like, ask for nothing.
+            asked = value.get(name) if isinstance(value, dict) else None
+            if any(asked.values()) if isinstance(asked, dict) else asked:
                 raise ValueError(f"{name} is unsupported")
         return value
+
+    @property
+    def form(self) -> tuple[OutputFormat | None, str]:
+        """What the answer must be, and where the request says so."""
+        if self.output_config is not None and self.output_config.format is not None:
+            return self.output_config.format, "output_config.format"
+        return self.output_format, "output_format"
 
     @property
     def wants_thinking(self) -> bool:

@@ -17,8 +17,9 @@ from moonbase.serve.backend import Backend
 from moonbase.serve.body import read_body
 from moonbase.serve.errors import RequestError, from_user_error
 from moonbase.serve.gate import Gate, Record, Recorder, error_response
-from moonbase.serve.generation import ServiceLike
+from moonbase.serve.generation import ServiceLike, deadline_error
 from moonbase.serve.settings import Settings
+from moonbase.serve.streaming import CLIENT_CLOSED, Disconnected, unless_gone
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -63,6 +64,7 @@ def create_app(
             yield
         finally:
             await service.stop(0.0 if backend.lifetime.closing.is_set() else settings.grace)
+            backend.close()
 
     def finished(record: Record) -> None:
         backend.metrics.request_ended(record, time.monotonic() - record.started)
@@ -79,7 +81,8 @@ def create_app(
     app.add_middleware(Gate, settings=settings)
     if settings.cors_origins:
         app.add_middleware(CORSMiddleware, allow_origins=list(settings.cors_origins), allow_methods=["GET", "POST"],
-                           allow_headers=["*"], expose_headers=["x-request-id", "request-id", "retry-after"])
+                           allow_headers=["*"], expose_headers=["x-request-id", "request-id", "retry-after",
+                                                               "x-moonbase-notes"])
     app.add_middleware(Recorder, finished=finished)
     return app
 
@@ -96,7 +99,13 @@ def _api_routes(backend: Backend) -> list[Any]:
             record.route = path
             deadline = asyncio.get_running_loop().time() + settings.request_timeout
             body = await read_body(request, settings.most_body_bytes, settings.body_timeout)
-            return await handler(backend, body, record, deadline)
+            try:
+                async with asyncio.timeout_at(deadline):
+                    return await unless_gone(request.receive, handler(backend, body, record, deadline))
+            except TimeoutError:
+                raise deadline_error() from None
+            except Disconnected:
+                raise RequestError(CLIENT_CLOSED, "the client has gone", code="disconnected") from None
 
         return Route(path, endpoint, methods=["POST"])
 

@@ -1,24 +1,25 @@
 """What every route of a server shares, and the way from a request to what the engine gets.
 
 A surface says what the client wants in the terms of `Wish`; `Backend.prepare` renders the dialogue, counts it, and
-gives the jobs for the engine. It runs on a thread: long prompts take a while, and the interpreter's lock is free for
-most of it.
+gives the jobs for the engine. Reading a request runs on threads (`Backend.read`): long prompts take a while, and the
+interpreter's lock is free for most of it.
 """
 
 from __future__ import annotations
 
+import asyncio
 import random
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from moonbase import chat
+from moonbase.chat.prompt import Prompt, default_sampling, prompt_of
 from moonbase.chat.schema import check_tools
-from moonbase.chat.styles import NO_THINKING, THINK
 from moonbase.errors import UserError
 from moonbase.serve.errors import RequestError, from_user_error
-from moonbase.serve.generation import Job, Lifetime, ServiceLike
+from moonbase.serve.generation import Job, Lifetime, ServiceLike, capacity
 from moonbase.serve.metrics import Metrics
 from moonbase.serve.settings import ANY_MODEL, Settings
 from moonbase.serve.turn import Turn
@@ -27,7 +28,12 @@ if TYPE_CHECKING:
     from moonbase.data import Tokenizer
 
 TOOL_MARK = "<|tool_calls_section_begin|>"
-END_OF_TURN = "<|im_end|>"
+
+LONG_BODY_BYTES = 256 << 10
+"""Bodies above are read on threads of their own: they may take seconds, and the others do not wait for them."""
+LONG_READERS, SHORT_READERS = 2, 4
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -38,6 +44,8 @@ class Wish:
     tools: Sequence[dict[str, Any]] = ()
     tool_choice: str = "auto"
     """auto, none, required, or the name of a tool prefixed with `:`."""
+    allowed_tools: Collection[str] | None = None
+    """Names of those among `tools` that this reply may use; the others are as if they had not been given."""
     parallel: bool = True
     thinking: bool | None = None
     """None leaves it to the style."""
@@ -60,6 +68,12 @@ class Wish:
     sampling: Mapping[str, Any] = field(default_factory=dict)
     """Fields of `moonbase.engine.Sampling` beside `max_tokens`."""
 
+    @property
+    def usable_tools(self) -> list[dict[str, Any]]:
+        """`tools` without those that are not allowed."""
+        allowed = self.allowed_tools
+        return [tool for tool in self.tools if allowed is None or tool["function"]["name"] in allowed]
+
     def field_name(self, path: str) -> str:
         """The client's name for a path such as `messages[2].content` or `tools[0].function.parameters`."""
         for theirs, its in self.renames:
@@ -75,26 +89,23 @@ class Wish:
 
 
 @dataclass(frozen=True)
-class Prompt:
-    """A dialogue as the model sees it."""
-
-    ids: list[int]
-    prefix: str
-    """What the prompt has opened for the reply: nothing, `<think>`, or `<think></think>`."""
-    messages: list[dict[str, Any]]
-    """Normalised."""
-
-
-@dataclass(frozen=True)
 class Prepared:
     """What a chat request comes to: one job per choice, and how to read the replies."""
 
     jobs: list[Job]
-    prompt_tokens: int
-    prefix: str
-    """Of the prompt."""
+    prompt: Prompt
     clamped: bool
     """The context leaves less room than was asked for."""
+    notes: Sequence[str] = ()
+    """What the client should know: keywords of its schemas that are not enforced."""
+
+    @property
+    def prompt_tokens(self) -> int:
+        return len(self.prompt.ids)
+
+    def turns(self) -> list[Turn]:
+        """What reads the replies, one for each job."""
+        return [Turn(self.prompt.parser()) for _ in self.jobs]
 
 
 class Backend:
@@ -109,6 +120,18 @@ class Backend:
         self.lifetime = Lifetime()
         self.metrics = Metrics(service)
         self._special = {id: name for name, id in tokenizer.special_tokens.items()}
+        self._readers = ThreadPoolExecutor(SHORT_READERS, "moonbase-read")
+        self._long_readers = ThreadPoolExecutor(LONG_READERS, "moonbase-read-long")
+
+    async def read(self, body: bytes, read: Callable[[], Result]) -> Result:
+        """What `read` makes of a body, on a thread. Few at a time: no client can keep the others waiting for long."""
+        readers = self._long_readers if len(body) > LONG_BODY_BYTES else self._readers
+        return await asyncio.get_running_loop().run_in_executor(readers, read)
+
+    def close(self) -> None:
+        """Read no more."""
+        for readers in (self._readers, self._long_readers):
+            readers.shutdown(wait=False, cancel_futures=True)
 
     @property
     def names(self) -> list[str]:
@@ -121,37 +144,30 @@ class Backend:
         if name not in names and ANY_MODEL not in names:
             known = ", ".join(repr(known) for known in names)
             raise RequestError(404, f"the model {name[:200]!r} does not exist; this server has {known} (moonbase serve "
-                               "--model-name adds names, '*' answers to all)", "model", "model_not_found")
+                               "--model-name adds names; without it, or with '*', any name will do)", "model",
+                               "model_not_found")
         return name
 
     # --- chat ---------------------------------------------------------------------------------------------------------
 
-    def encode(self, wish: Wish) -> Prompt:
-        """Render and tokenize. Raises RequestError 400 naming the field."""
-        style, tools = self.style, list(wish.tools)
+    def encode(self, wish: Wish) -> tuple[Prompt, list[str]]:
+        """Check, render and tokenize; with it what the client should know. Raises RequestError 400 naming the field."""
         try:
-            if tools:
-                check_tools(tools)
-            messages = chat.normalise_messages(list(wish.messages))
-            parts = chat.render_parts(messages, tools or None, style, add_generation_prompt=not wish.continues,
-                                      thinking=wish.thinking, preserve_thinking=wish.preserve_thinking)
-            prefix = chat.generation_prefix(style, wish.thinking)
-            if wish.continues:
-                # The answer goes on where its beginning stops: its turn stays open, its thinking is behind it.
-                assert parts[-1].text == END_OF_TURN
-                parts = parts[:-1]
-                prefix = chat.generation_prefix(style, False)
-            return Prompt(chat.encode(self.tokenizer, parts), prefix, messages)
+            notes = check_tools(list(wish.tools)) or [] if wish.tools else []
+            prompt = prompt_of(self.tokenizer, wish.messages, wish.usable_tools, self.style, thinking=wish.thinking,
+                               preserve_thinking=wish.preserve_thinking, continues=wish.continues)
         except UserError as error:
             raise from_user_error(error, wish.field_name) from None
+        return prompt, [wish.field_name(note) for note in notes]
 
     def prepare(self, wish: Wish) -> Prepared:
         """Jobs for the engine. Raises RequestError."""
         if self.settings.as_official:
             check_official(wish, self.style)
-        prompt = self.encode(wish)
+        self.check_count(wish.n)
+        prompt, notes = self.encode(wish)
         max_tokens, clamped = self.budget(len(prompt.ids), wish.max_tokens, wish.clamp)
-        sampling = {**self.default_sampling(wish.thinking), **wish.sampling}
+        sampling = {**default_sampling(self.style, wish.thinking), **wish.sampling}
         try:
             constraint = self._constraint(wish, prompt)
             least = getattr(constraint, "minimum_tokens", 0)
@@ -161,54 +177,44 @@ class Backend:
             jobs = self.jobs(prompt.ids, max_tokens, sampling, wish.n, constraint)
         except UserError as error:
             raise from_user_error(error, wish.field_name) from None
-        return Prepared(jobs, len(prompt.ids), prompt.prefix, clamped)
-
-    def turns(self, n: int, prefix: str) -> list[Turn]:
-        """What reads the replies of n choices."""
-        return [Turn(chat.StreamParser(self.style, prefix=prefix)) for _ in range(n)]
+        return Prepared(jobs, prompt, clamped, notes)
 
     def _constraint(self, wish: Wish, prompt: Prompt) -> Callable[[], Any] | None:
         """What the reply must obey. Tool calls are constrained always: from their first marker on."""
         from moonbase.engine.constraint import json_constraint, tool_constraint
 
-        thinking_open = prompt.prefix == THINK
-        # Where the prompt has closed the reasoning already, the model may not open it once more.
-        style = "kimi-k2" if prompt.prefix == NO_THINKING else self.style
+        tools = wish.usable_tools
         named = wish.tool_choice.startswith(":")
         choice = wish.tool_choice.removeprefix(":")
-        if named and choice not in {tool["function"]["name"] for tool in wish.tools}:
+        if named and choice not in prompt.tool_names:
             raise RequestError(400, f"tool_choice names {choice[:80]!r}, which is not among the tools", "tool_choice",
                                "invalid_value")
-        if wish.tool_choice == "required" and not wish.tools:
+        if wish.tool_choice == "required" and not tools:
             raise RequestError(400, "tool_choice 'required' needs tools", "tool_choice", "invalid_value")
-        calls_follow = bool(wish.tools) and wish.tool_choice != "none"
-        if wish.json_only and calls_follow and wish.tool_choice == "auto":
-            raise RequestError(400, "response_format together with tools needs tool_choice 'none', 'required' or a "
-                               "tool's name: an answer is either JSON or a call", "response_format", "invalid_value")
+        calls_follow = bool(tools) and wish.tool_choice != "none"
         if wish.json_only and not calls_follow:
-            return json_constraint(self.tokenizer, self.vocab_size, wish.schema, style=style,
-                                   thinking_open=thinking_open)
+            return json_constraint(self.tokenizer, self.vocab_size, wish.schema, **prompt.rules())
         if TOOL_MARK not in self.tokenizer.special_tokens:
             if calls_follow:
                 raise RequestError(400, "tools are unsupported: this model's vocabulary has no tool-call tokens",
                                    "tools", "unsupported")
             return None
+        # Where the model may choose, its answer is calls or JSON; where it must call, there is no other answer.
+        either = wish.json_only and wish.tool_choice == "auto"
         return tool_constraint(
-            self.tokenizer, self.vocab_size, list(wish.tools), choice=choice if calls_follow else "none",
-            parallel=wish.parallel, style=style, first_index=chat.next_call_index(prompt.messages),
-            thinking_open=thinking_open,
+            self.tokenizer, self.vocab_size, tools, choice=choice if calls_follow else "none",
+            parallel=wish.parallel, first_index=prompt.first_call_index, json_reply=either,
+            response_schema=wish.schema if either else None, **prompt.rules(),
         )
 
-    def default_sampling(self, thinking: bool | None) -> dict[str, Any]:
-        """What the publisher recommends for the style, for what a request leaves open."""
-        style = self.style
-        if style == "kimi-k2":
-            return {"temperature": 0.6}
-        if style == "kimi-k2-thinking":
-            return {"temperature": 1.0}
-        return {"temperature": 0.6 if thinking is False else 1.0, "top_p": 0.95}
-
     # --- both ---------------------------------------------------------------------------------------------------------
+
+    def check_count(self, count: int) -> None:
+        """Raise RequestError 400 where one request has more sequences than would fit even if nobody else asked."""
+        most = capacity(self.service)
+        if count > most:
+            raise RequestError(400, f"n: the request asks for {count} sequences (choices times prompts); this server "
+                               f"holds {most} at a time, running and waiting", "n", "invalid_value")
 
     def budget(self, prompt_tokens: int, max_tokens: int | None, clamp: bool) -> tuple[int, bool]:
         """How many tokens may be generated, and whether the context allows fewer than were asked for.
@@ -236,10 +242,19 @@ class Backend:
         from moonbase.engine import Sampling
 
         settings = dict(sampling)
+        # A special token is no text in which a stop string could be met.
+        marks = [self.tokenizer.special_tokens[stop] for stop in settings.get("stop", ())
+                 if stop in self.tokenizer.special_tokens]
+        if marks:
+            settings["stop_ids"] = tuple(marks)
         seed = settings.pop("seed", None)
         seeds = [seed if seed is None or number == 0 else random.Random(f"{seed} {number}").getrandbits(62)
                  for number in range(n)]
         return [Job(ids, Sampling(max_tokens=max_tokens, seed=seed, **settings), constraint) for seed in seeds]
+
+    def special_name(self, id: int) -> str | None:
+        """The name of a special token; None for any other."""
+        return self._special.get(id)
 
     def token_text(self, id: int) -> tuple[str, bytes]:
         """A token for people, and its bytes; a token may be part of a character."""

@@ -6,12 +6,17 @@ OpenAI's clients read `{"error": {"message", "type", "param", "code"}}`, Anthrop
 
 from __future__ import annotations
 
+import logging
+import os
 import re
+import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from moonbase.errors import UserError
+
+logger = logging.getLogger("moonbase.serve")
 
 ANTHROPIC_TYPES = {
     401: "authentication_error", 403: "permission_error", 404: "not_found_error", 408: "timeout_error",
@@ -49,6 +54,25 @@ def from_user_error(error: UserError, rename: Callable[[str], str] = lambda path
         return RequestError(400, message, None, "invalid_value")
     renamed = rename(path)
     return RequestError(400, renamed + message.removeprefix(path), renamed, "invalid_value")
+
+
+def log_failure(request_id: str, error: BaseException) -> None:
+    """Log what nobody foresaw by its type and place: its message may hold text of a prompt or a reply.
+
+    Where MOONBASE_DEBUG is set the message is logged too.
+    """
+    if os.environ.get("MOONBASE_DEBUG", "0") not in ("", "0"):
+        logger.error("request %s failed", request_id, exc_info=error)
+        return
+    lines: list[str] = []
+    link: BaseException | None = error
+    seen: set[int] = set()
+    while link is not None and id(link) not in seen:
+        seen.add(id(link))
+        frames = reversed(traceback.extract_tb(link.__traceback__))
+        lines += [type(link).__name__, *(f"  {frame.filename}:{frame.lineno} {frame.name}" for frame in frames)]
+        link = link.__cause__ or link.__context__
+    logger.error("request %s failed (MOONBASE_DEBUG=1 shows the message)\n%s", request_id, "\n".join(lines))
 
 
 def error_body(error: RequestError, surface: str, request_id: str) -> dict[str, Any]:

@@ -9,19 +9,19 @@ from __future__ import annotations
 import hashlib
 import hmac
 import json
-import logging
 import re
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
-from moonbase.serve.errors import RequestError, error_body
+from moonbase.serve.errors import RequestError, error_body, log_failure
 from moonbase.serve.settings import LOCAL_HOSTS, Settings
 
-logger = logging.getLogger("moonbase.serve")
+MOST_NOTES = 2000
+"""Characters of the header with notes."""
 
 _GIVEN_ID = re.compile(r"[\w.:-]{1,64}", re.ASCII)
 _OPEN_ROUTES = ("/health",)
@@ -46,6 +46,8 @@ class Record:
     first_token_seconds: float | None = None
     finish: str | None = None
     """Finish reasons of the choices, or why there is none: error code, `disconnected`."""
+    notes: Sequence[str] = ()
+    """What the client is told in the header `x-moonbase-notes`; the log has their number."""
 
     def line(self) -> str:
         """One JSON object; fields without a value are left out."""
@@ -55,8 +57,16 @@ class Record:
             "stream": self.stream or None, "prompt_tokens": self.prompt_tokens, "cached_tokens": self.cached_tokens,
             "completion_tokens": self.completion_tokens, "finish": self.finish,
             "first_token_seconds": self.first_token_seconds and round(self.first_token_seconds, 4),
+            "notes": len(self.notes) or None,
         }  # fmt: skip
         return json.dumps({name: value for name, value in facts.items() if value is not None})
+
+
+def notes_header(notes: Sequence[str]) -> bytes:
+    """Notes as the value of a header: printable ASCII, so long at most."""
+    text = "; ".join(notes).encode("ascii", "backslashreplace").decode()
+    text = "".join(sign if " " <= sign <= "~" else " " for sign in text)
+    return (text if len(text) <= MOST_NOTES else text[: MOST_NOTES - 3] + "...").encode()
 
 
 def surface_of(path: str, headers: Any) -> str:
@@ -97,14 +107,16 @@ class Recorder:
                 begun, record.status = True, message["status"]
                 # OpenAI's clients read one, Anthropic's the other.
                 numbers = [(b"x-request-id", record.id.encode()), (b"request-id", record.id.encode())]
+                if record.notes:
+                    numbers.append((b"x-moonbase-notes", notes_header(record.notes)))
                 message = {**message, "headers": [*message["headers"], *numbers,
                                                   (b"x-content-type-options", b"nosniff")]}
             await send(message)
 
         try:
             await self.app(scope, receive, send_numbered)
-        except Exception:
-            logger.exception("request %s failed", record.id)
+        except Exception as error:
+            log_failure(record.id, error)
             if not begun:
                 error = RequestError(500, f"an error on the server's side; its log has it under {record.id}",
                                      code="internal_error")

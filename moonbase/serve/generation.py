@@ -23,6 +23,10 @@ class ServiceLike(Protocol):
     """What the server needs of `moonbase.engine.Service`."""
 
     statistics: Any
+    engine: Any
+    """Has `max_running`."""
+    queue_limit: int
+    open_requests: int
 
     def start(self) -> None: ...
 
@@ -30,8 +34,23 @@ class ServiceLike(Protocol):
 
     def generate(self, prompt_ids: Sequence[int], sampling: Sampling, constraint: Any = None) -> AsyncIterator[Any]: ...
 
+    async def score(self, prompt_ids: Sequence[int]) -> list[float]: ...
+
+
+def capacity(service: ServiceLike) -> int:
+    """Sequences that a service holds at most, running and waiting."""
+    return service.engine.max_running + service.queue_limit
+
+
+RETRY_SECONDS = 5
+"""When a request of several sequences that did not fit may be tried again."""
 
 SHUTTING_DOWN = RequestError(503, "the server is shutting down", code="shutting_down", headers={"retry-after": "5"})
+
+
+def deadline_error() -> RequestError:
+    """What a request gets whose time is up."""
+    return RequestError(504, "the answer was not ready within the server's time limit", code="deadline")
 
 
 @dataclass(frozen=True)
@@ -55,7 +74,7 @@ class Lifetime:
 
 
 class Generations:
-    """Pieces of several jobs in the order in which they come."""
+    """Pieces of several jobs in the order in which they come. All of them get in, or none."""
 
     def __init__(self, service: ServiceLike, jobs: Sequence[Job], deadline: float, lifetime: Lifetime) -> None:
         """`deadline`: on the clock of the running event loop."""
@@ -65,6 +84,12 @@ class Generations:
         self.open = len(jobs)
 
     async def __aenter__(self) -> Generations:
+        """Raises RequestError 429 where there is no room for all."""
+        most, open_requests = capacity(self.service), self.service.open_requests
+        if len(self.jobs) > 1 and open_requests + len(self.jobs) > most:
+            raise RequestError(429, f"{open_requests} of {most} places are taken and this request needs "
+                               f"{len(self.jobs)} at once; try again in {RETRY_SECONDS} s", code="queue_full",
+                               headers={"retry-after": str(RETRY_SECONDS)})
         self.tasks = [asyncio.create_task(self._pump(number, job)) for number, job in enumerate(self.jobs)]
         self.tasks.append(asyncio.create_task(self._watch()))
         return self
@@ -92,7 +117,7 @@ class Generations:
                 await self.lifetime.closing.wait()
             error = SHUTTING_DOWN
         except TimeoutError:
-            error = RequestError(504, "the answer was not ready within the server's time limit", code="deadline")
+            error = deadline_error()
         self.arrived.put_nowait((-1, error))
 
     async def next(self, patience: float | None = None) -> tuple[int, Any] | None:
@@ -115,7 +140,10 @@ class Generations:
 
     def _look(self, number: int, piece: Any) -> tuple[int, Any]:
         if isinstance(piece, Exception):
-            raise as_request_error(piece) from piece
+            error = as_request_error(piece)
+            if error is piece:
+                raise piece
+            raise error from piece
         if piece.finish_reason == "cancelled":
             raise SHUTTING_DOWN
         if piece.finish_reason is not None:

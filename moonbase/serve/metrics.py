@@ -43,6 +43,8 @@ class EngineCollector:
             ("prompt_tokens", "Prompt tokens of admitted requests", numbers.prompt_tokens),
             ("cached_prompt_tokens", "Prompt tokens found in the cache", numbers.cached_tokens),
             ("generated_tokens", "Tokens generated", numbers.generated_tokens),
+            ("drafted_tokens", "Tokens guessed ahead by multi-token prediction", numbers.drafted_tokens),
+            ("accepted_draft_tokens", "Guessed tokens that were right", numbers.accepted_tokens),
             ("preemptions", "Requests put back because blocks ran out", numbers.preemptions),
         ):
             yield CounterMetricFamily(f"moonbase_{name}", words, value=value)

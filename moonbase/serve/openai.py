@@ -6,17 +6,19 @@ off by the token limit is not among `tool_calls`; `finish_reason` is then `lengt
 
 from __future__ import annotations
 
-import asyncio
+import codecs
 import secrets
 import time
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 from moonbase.chat import ArgumentsDelta, ContentDelta, ReasoningDelta, ToolCallAborted, ToolCallStart
+from moonbase.data.tokenizer import VISIBLE_SPECIALS
 from moonbase.serve.backend import Backend, Wish
 from moonbase.serve.body import parse_json, validate
 from moonbase.serve.errors import RequestError, error_body
-from moonbase.serve.openai_types import ChatRequest, Common, CompletionRequest, NamedChoice
+from moonbase.serve.generation import as_request_error
+from moonbase.serve.openai_types import AllowedChoice, ChatRequest, Common, CompletionRequest, NamedChoice
 from moonbase.serve.streaming import Reply, event
 from moonbase.serve.turn import TokenLogprob, Turn
 
@@ -34,31 +36,50 @@ async def chat_completions(backend: Backend, body: bytes, record: Any, deadline:
         backend.check_model(request.model)
         return request, backend.prepare(_wish(backend, request))
 
-    request, prepared = await asyncio.to_thread(read)
-    record.prompt_tokens = prepared.prompt_tokens
-    turns = backend.turns(len(prepared.jobs), prepared.prefix)
-    return Reply(backend, prepared.jobs, ChatAnswer(backend, request, turns, prepared.prompt_tokens), record, deadline)
+    request, prepared = await backend.read(body, read)
+    record.prompt_tokens, record.notes = prepared.prompt_tokens, prepared.notes
+    answer = ChatAnswer(backend, request, prepared.turns(), prepared.prompt_tokens)
+    return Reply(backend, prepared.jobs, answer, record, deadline)
 
 
 async def completions(backend: Backend, body: bytes, record: Any, deadline: float) -> Reply:
-    """Plain text continued. Raises RequestError."""
+    """Plain text continued, or measured: `echo` with `logprobs` tells how likely the prompt's own tokens are.
+
+    Raises RequestError.
+    """
 
     def read() -> tuple[CompletionRequest, list[list[int]], list[Any]]:
         request = validate(CompletionRequest, parse_json(body))
         backend.check_model(request.model)
         prompts = _prompt_ids(backend, request)
+        each = request.n or 1
+        backend.check_count(each * len(prompts))
         sampling = {"temperature": 1.0, **_sampling(backend, request), "logprobs": request.logprobs}
-        jobs = []
+        jobs: list[Any] = []
         for ids in prompts:
-            max_tokens, _ = backend.budget(len(ids), request.max_tokens or DEFAULT_COMPLETION_TOKENS,
-                                           clamp=request.max_tokens is None)
-            jobs += backend.jobs(ids, max_tokens, sampling, request.n or 1, None)
+            # An echo alone needs no room for an answer, but the engine reads no longer text than any other's prompt.
+            wanted = DEFAULT_COMPLETION_TOKENS if request.max_tokens is None else max(1, request.max_tokens)
+            max_tokens, _ = backend.budget(len(ids), wanted, clamp=request.max_tokens is None)
+            jobs += backend.jobs(ids, max_tokens, sampling, each, None) if request.max_tokens != 0 else []
         return request, prompts, jobs
 
-    request, prompts, jobs = await asyncio.to_thread(read)
+    request, prompts, jobs = await backend.read(body, read)
     record.prompt_tokens = sum(len(ids) for ids in prompts)
-    turns = [Turn(None) for _ in jobs]
-    return Reply(backend, jobs, CompletionAnswer(backend, request, turns, prompts), record, deadline)
+    turns = [Turn(None, ended=None if jobs else "length") for _ in range(len(prompts) * (request.n or 1))]
+    scores = await _scores(backend, prompts) if request.echo and request.logprobs is not None else None
+    return Reply(backend, jobs, CompletionAnswer(backend, request, turns, prompts, scores), record, deadline)
+
+
+async def _scores(backend: Backend, prompts: list[list[int]]) -> list[list[float]]:
+    """Log-probabilities of the tokens of each prompt but its first. One after the other: they take no more than one
+    place in the queue. Raises RequestError."""
+    try:
+        return [await backend.service.score(ids) for ids in prompts]
+    except Exception as error:
+        known = as_request_error(error)
+        if known is error:
+            raise
+        raise known from error
 
 
 def models(backend: Backend, started: float) -> dict[str, Any]:
@@ -77,7 +98,11 @@ def model(backend: Backend, name: str, started: float) -> dict[str, Any]:
 
 
 def _wish(backend: Backend, request: ChatRequest) -> Wish:
-    choice = request.tool_choice or "auto"
+    choice, allowed = request.tool_choice or "auto", None
+    if isinstance(choice, NamedChoice):
+        choice = f":{choice.function.name}"
+    elif isinstance(choice, AllowedChoice):
+        choice, allowed = choice.allowed_tools.mode, {tool.function.name for tool in choice.allowed_tools.tools}
     form = request.response_format
     sampling = _sampling(backend, request)
     if request.logprobs:
@@ -85,14 +110,15 @@ def _wish(backend: Backend, request: ChatRequest) -> Wish:
     return Wish(
         messages=[message.plain() for message in request.messages],
         tools=[tool.plain() for tool in request.tools or ()],
-        tool_choice=f":{choice.function.name}" if isinstance(choice, NamedChoice) else choice,
+        tool_choice=choice,
+        allowed_tools=allowed,
         parallel=request.parallel_tool_calls is not False,
         thinking=request.wants_thinking,
         preserve_thinking=request.keeps_thinking,
         schema=form.json_schema.schema_ if form is not None and form.json_schema is not None else None,
         json_only=form is not None and form.type != "text",
         renames=[("^schema", "response_format.json_schema.schema")],
-        continues=request.messages[-1].partial,
+        continues=bool(request.messages[-1].partial),
         n=request.n or 1,
         max_tokens=request.max_completion_tokens or request.max_tokens,
         sampling=sampling,
@@ -148,7 +174,7 @@ class OpenAIAnswer:
     def __init__(self, backend: Backend, request: Common, turns: list[Turn], prompt_tokens: int) -> None:
         self.backend, self.request, self.turns, self.prompt_tokens = backend, request, turns, prompt_tokens
         self.stream = bool(request.stream)
-        self.with_usage = request.stream_options is not None and request.stream_options.include_usage
+        self.with_usage = request.stream_options is not None and bool(request.stream_options.include_usage)
         prefix = "chatcmpl" if self.kind.startswith("chat") else "cmpl"
         self.identity = {"id": f"{prefix}-{secrets.token_hex(12)}", "created": int(time.time()),
                          "model": request.model}
@@ -253,32 +279,66 @@ def _delta_of(happened: Any) -> dict[str, Any] | None:
     return None
 
 
+class ShownText:
+    """How many characters of a text the tokens so far have shown; a character counts with its last byte."""
+
+    def __init__(self, backend: Backend) -> None:
+        self.backend, self.length = backend, 0
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def place(self, id: int) -> int:
+        """Where the text of this token begins."""
+        begin, name = self.length, self.backend.special_name(id)
+        if name is not None:
+            self.length += len(self._decoder.decode(b"", final=True))
+            self._decoder.reset()
+            begin = self.length
+            self.length += len(name) if name in VISIBLE_SPECIALS else 0
+        else:
+            self.length += len(self._decoder.decode(self.backend.token_text(id)[1]))
+        return begin
+
+
 class CompletionAnswer(OpenAIAnswer):
-    """text_completion, whole and in chunks. Choices of the first prompt come first."""
+    """text_completion, whole and in chunks. Choices of the first prompt come first.
+
+    With `echo` the prompt precedes, and its tokens the log-probabilities; the first has none, as nothing precedes it.
+    Of a prompt's tokens no alternatives are known: their `top_logprobs` are null.
+    """
 
     kind = chunk_kind = "text_completion"
 
     def __init__(
-        self, backend: Backend, request: CompletionRequest, turns: list[Turn], prompts: list[list[int]]
+        self, backend: Backend, request: CompletionRequest, turns: list[Turn], prompts: list[list[int]],
+        scores: list[list[float]] | None = None,
     ) -> None:
         super().__init__(backend, request, turns, sum(len(ids) for ids in prompts))
         each = len(turns) // len(prompts)
         echoed = [backend.tokenizer.decode(ids) if request.echo else "" for ids in prompts]
         self.heads = [echoed[number // each] for number in range(len(turns))]
-        self.offsets = [0] * len(turns)
+        self.shown = [ShownText(backend) for _ in turns]
+        measured: list[list[TokenLogprob]] = [[] for _ in prompts]
+        if scores is not None:
+            measured = [[TokenLogprob(id, score, None) for id, score in zip(ids, [None, *score], strict=True)]
+                        for ids, score in zip(prompts, scores, strict=True)]
+        self.head_logprobs = [measured[number // each] for number in range(len(turns))]
 
     def body(self) -> dict[str, Any]:
         choices = [
             {"index": number, "text": self.heads[number] + turn.content,
-             "logprobs": self._logprobs(number, turn.logprobs), "finish_reason": turn.finish_reason}
+             "logprobs": self._logprobs(number, self.head_logprobs[number] + turn.logprobs),
+             "finish_reason": turn.finish_reason}
             for number, turn in enumerate(self.turns)
         ]
         return {**self.identity, "object": self.kind, "choices": choices, "usage": self.usage()}
 
     def begin(self) -> Iterator[bytes]:
-        for number, head in enumerate(self.heads):
+        for number, (head, turn) in enumerate(zip(self.heads, self.turns, strict=True)):
             if head:
-                yield self._chunk(number, head)
+                measured = self.head_logprobs[number]
+                # Where nothing is generated the echo is the whole answer.
+                yield self._chunk(number, head, logprobs=self._logprobs(number, measured) if measured else None,
+                                  finish_reason=turn.finish_reason if turn.ended is not None else None)
 
     def deltas(self, number: int, piece: Any, events: list[Any]) -> Iterator[bytes]:
         turn, text = self.turns[number], "".join(happened.text for happened in events)
@@ -294,19 +354,22 @@ class CompletionAnswer(OpenAIAnswer):
     def _logprobs(self, number: int, entries: list[TokenLogprob]) -> dict[str, Any] | None:
         if self.request.logprobs is None:
             return None
-        texts = [self._name(entry.id) for entry in entries]
-        offsets = []
-        for text in texts:
-            offsets.append(self.offsets[number])
-            self.offsets[number] += len(text)
         return {
-            "tokens": texts, "token_logprobs": [max(entry.logprob, -9999.0) for entry in entries],
-            "text_offset": offsets,
-            "top_logprobs": [{self._name(id): max(value, -9999.0) for id, value in (*entry.top, entry[:2])}
-                             for entry in entries],
+            "tokens": [self._name(entry.id) for entry in entries],
+            "token_logprobs": [_finite(entry.logprob) for entry in entries],
+            "text_offset": [self.shown[number].place(entry.id) for entry in entries],
+            "top_logprobs": [
+                None if entry.top is None else {self._name(id): _finite(value) for id, value in (*entry.top, entry[:2])}
+                for entry in entries
+            ],
         }
 
     def _name(self, id: int) -> str:
         """A token as the key of an object: parts of characters would all look alike."""
         text, piece = self.backend.token_text(id)
         return text if text.encode() == piece else "bytes:" + "".join(f"\\x{byte:02x}" for byte in piece)
+
+
+def _finite(logprob: float | None) -> float | None:
+    """JSON has no infinity."""
+    return None if logprob is None else max(logprob, -9999.0)

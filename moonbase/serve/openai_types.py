@@ -1,7 +1,7 @@
 """Requests of the OpenAI surface as pydantic models: what is read, within which limits.
 
 Fields that are not listed are ignored: clients send more of them every year. Those that would change the answer and
-that this server does not know are listed in `UNSUPPORTED` and refused.
+that this server does not know are listed in `UNSUPPORTED` and refused, unless their value asks for nothing.
 """
 
 from __future__ import annotations
@@ -23,6 +23,11 @@ UNSUPPORTED = {
     "moderation": "there is no moderation",
 }
 
+ASKS_NOTHING = {"functions": ([],), "function_call": ("none",), "suffix": ("",)}
+"""Beside null: values of those fields with which the answer is the same as without them."""
+
+ModelName = Annotated[str, Field(max_length=256)]
+"""It is said again in every chunk of the answer."""
 Seed = Annotated[int, Field(ge=-(2**63), lt=2**64)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 
@@ -41,6 +46,9 @@ class TextPart(Strict):
     @classmethod
     def _is_text(cls, value: Any) -> Any:
         if isinstance(value, dict) and isinstance(value.get("type"), str):
+            if value["type"] == "refusal" and isinstance(value.get("refusal"), str):
+                # What the assistant of another model would not do; in the dialogue it is what it said.
+                return {"type": "text", "text": value["refusal"]}
             if value["type"] != "text":
                 raise ValueError(f"content of type {value['type'][:40]!r} is unsupported; this model reads text")
             if "text" not in value:
@@ -50,7 +58,7 @@ class TextPart(Strict):
 
 class CalledFunction(Strict):
     name: Annotated[str, Field(min_length=1, max_length=256)]
-    arguments: str = ""
+    arguments: str | None = None
 
 
 class HistoryCall(Strict):
@@ -66,15 +74,15 @@ class Message(Strict):
     tool_calls: list[HistoryCall] | None = None
     tool_call_id: str | None = None
     reasoning_content: str | None = None
-    partial: bool = False
+    refusal: str | None = None
+    """What an assistant said instead of content."""
+    partial: bool | None = None
     """On the last message, of the assistant: go on with it (Kimi's partial mode)."""
 
     @model_validator(mode="after")
     def _is_whole(self) -> Message:
         if self.content is None and self.role != "assistant":
             raise ValueError(f"content is required in a message of role {self.role}")
-        if self.content is None and not (self.tool_calls or self.partial or self.reasoning_content):
-            raise ValueError("an assistant message needs content or tool_calls")
         if self.tool_calls and self.role != "assistant":
             raise ValueError(f"tool_calls do not belong into a message of role {self.role}")
         if self.role == "tool" and not self.tool_call_id:
@@ -83,7 +91,11 @@ class Message(Strict):
 
     def plain(self) -> dict[str, Any]:
         """As `moonbase.chat` takes it."""
-        message = self.model_dump(exclude_none=True, exclude={"partial"})
+        message = self.model_dump(exclude_none=True, exclude={"partial", "refusal"})
+        if self.role == "assistant" and self.content is None and self.refusal:
+            message["content"] = self.refusal
+        for call in message.get("tool_calls", ()):
+            call["function"].setdefault("arguments", "")
         if self.role == "developer":
             message["role"] = "system"
         return message
@@ -114,6 +126,23 @@ class NamedChoice(Strict):
     function: FunctionName
 
 
+class AllowedTool(Strict):
+    type: Literal["function"]
+    function: FunctionName
+
+
+class AllowedTools(Strict):
+    mode: Literal["auto", "required"]
+    tools: Annotated[list[AllowedTool], Field(max_length=MOST_TOOLS)]
+
+
+class AllowedChoice(Strict):
+    """Only some of the tools for this reply."""
+
+    type: Literal["allowed_tools"]
+    allowed_tools: AllowedTools
+
+
 class JsonSchema(Strict):
     name: str | None = None
     schema_: dict[str, Any] | None = Field(default=None, alias="schema")
@@ -132,7 +161,7 @@ class ResponseFormat(Strict):
 
 
 class StreamOptions(Strict):
-    include_usage: bool = False
+    include_usage: bool | None = None
 
 
 class Thinking(Strict):
@@ -149,7 +178,7 @@ class TemplateOptions(Strict):
 class Common(Strict):
     """What chat and plain completions share."""
 
-    model: str
+    model: ModelName
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     n: Annotated[int, Field(ge=1, le=MOST_CHOICES)] | None = None
@@ -171,7 +200,8 @@ class Common(Strict):
     @classmethod
     def _is_supported(cls, value: Any) -> Any:
         for name, mend in UNSUPPORTED.items():
-            if isinstance(value, dict) and value.get(name) is not None:
+            asked = value.get(name) if isinstance(value, dict) else None
+            if asked is not None and asked not in ASKS_NOTHING.get(name, ()):
                 raise ValueError(f"{name} is unsupported; {mend}")
         return value
 
@@ -191,7 +221,7 @@ class Common(Strict):
 class ChatRequest(Common):
     messages: Annotated[list[Message], Field(min_length=1)]
     tools: Annotated[list[Tool], Field(max_length=MOST_TOOLS)] | None = None
-    tool_choice: Literal["auto", "none", "required"] | NamedChoice | None = None
+    tool_choice: Literal["auto", "none", "required"] | NamedChoice | AllowedChoice | None = None
     parallel_tool_calls: bool | None = None
     response_format: ResponseFormat | None = None
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
@@ -206,6 +236,11 @@ class ChatRequest(Common):
     def _fits_together(self) -> ChatRequest:
         if self.top_logprobs is not None and not self.logprobs:
             raise ValueError("top_logprobs needs logprobs: true")
+        if isinstance(self.tool_choice, AllowedChoice):
+            known = {tool.function.name for tool in self.tools or ()}
+            for tool in self.tool_choice.allowed_tools.tools:
+                if tool.function.name not in known:
+                    raise ValueError(f"tool_choice allows {tool.function.name[:80]!r}, which is not among the tools")
         if self.modalities not in (None, ["text"]):
             raise ValueError("modalities: only ['text'] is supported")
         for number, message in enumerate(self.messages):
@@ -232,6 +267,8 @@ class ChatRequest(Common):
 
 
 class CompletionRequest(Common):
+    max_tokens: Annotated[int, Field(ge=0)] | None = None
+    """0 with `echo`: nothing is generated, the prompt comes back, with its log-probabilities if they are asked for."""
     prompt: str | list[str] | list[int] | list[list[int]]
     best_of: int | None = None
     echo: bool | None = None
@@ -241,8 +278,8 @@ class CompletionRequest(Common):
     def _fits_together(self) -> CompletionRequest:
         if self.best_of is not None and self.best_of != (self.n or 1):
             raise ValueError("best_of is unsupported unless it equals n")
-        if self.echo and self.logprobs is not None:
-            raise ValueError("echo together with logprobs is unsupported")
+        if self.max_tokens == 0 and not self.echo:
+            raise ValueError("max_tokens of 0 needs echo: true; without it there is nothing to answer")
         return self
 
     @property

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moonbase.errors import UserError
-from moonbase.serve.settings import Settings
+from moonbase.serve.settings import ANY_MODEL, Settings
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -134,9 +134,11 @@ def serve(app: FastAPI, settings: Settings) -> None:
     listener = bind(settings)
     backend, url = app.state.backend, address(listener)
 
+    names = "any model name" if ANY_MODEL in settings.model_names else f"model names {', '.join(backend.names)}"
+
     def announce() -> None:
-        print(f"moonbase: {backend.names[0]} at {url} (chat style {settings.style}, {backend.context_length} tokens of "
-              "context); Ctrl-C ends it", file=sys.stderr, flush=True)
+        print(f"moonbase: {backend.names[0]} at {url} (chat style {backend.style}, {backend.context_length} tokens of "
+              f"context, {names}); Ctrl-C ends it", file=sys.stderr, flush=True)
 
     with listener:
         make_server(app, settings, announce).run(sockets=[listener])

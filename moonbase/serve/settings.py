@@ -16,8 +16,9 @@ ANY_MODEL = "*"
 class Settings:
     """Times in seconds. Raises UserError for values that make no server."""
 
-    model_names: tuple[str, ...] = ("moonbase",)
-    """What requests may call the model; the first is what it calls itself, `*` answers to every name."""
+    model_names: tuple[str, ...] = ("moonbase", ANY_MODEL)
+    """What requests may call the model; the first is what it calls itself. With `*` any other name will do as well,
+    and the answer comes under the name that was asked for."""
     style: str | None = None
     """Chat style, one of `moonbase.chat.STYLES`; None until the model is known, which has one of its own."""
     host: str = "127.0.0.1"

@@ -8,17 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import json
-import logging
 from collections.abc import Coroutine, Iterable, Sequence
 from typing import Any, Protocol, TypeVar
 
 from moonbase.serve.backend import Backend
-from moonbase.serve.errors import RequestError
+from moonbase.serve.errors import RequestError, log_failure
 from moonbase.serve.gate import Record
 from moonbase.serve.generation import Generations, Job
 from moonbase.serve.turn import Turn
-
-logger = logging.getLogger("moonbase.serve")
 
 Result = TypeVar("Result")
 
@@ -60,12 +57,16 @@ class Answer(Protocol):
     def body(self) -> dict[str, Any]:
         """The whole reply in one."""
 
+    def cached_tokens(self) -> int:
+        """Prompt tokens that were in the cache already; a prompt that several choices share counts once."""
+
 
 def event(data: Any, name: str | None = None) -> bytes:
     """One server-sent event, `data` as JSON in one line."""
-    text = data if isinstance(data, str) else json.dumps(data, ensure_ascii=False, separators=(",", ":"))
+    # ASCII alone: clients that split lines as Unicode does (U+2028, U+0085) would cut an event in two.
+    text = data if isinstance(data, str) else json.dumps(data, ensure_ascii=True, separators=(",", ":"))
     head = f"event: {name}\n" if name else ""
-    return f"{head}data: {text}\n\n".encode("utf-8", "replace")
+    return f"{head}data: {text}\n\n".encode("ascii")
 
 
 async def _until_gone(receive: Any) -> None:
@@ -121,7 +122,7 @@ class Reply:
         first = [turn.first_time for turn in turns if turn.first_time is not None]
         record.first_token_seconds = min(first) - record.started if first else None
         record.completion_tokens = sum(turn.completion_tokens for turn in turns)
-        record.cached_tokens = turns[0].cached_tokens
+        record.cached_tokens = self.answer.cached_tokens()
         self.backend.metrics.turns_ended(turns, record.started)
 
     async def _whole(self, running: Generations, scope: Any, receive: Any, send: Any) -> None:
@@ -133,14 +134,14 @@ class Reply:
         await JSONResponse(self.answer.body())(scope, receive, send)
 
     async def _stream(self, running: Generations, scope: Any, receive: Any, send: Any) -> None:
-        item = await running.next(ADMISSION_SECONDS)
+        item = None if running.done else await running.next(ADMISSION_SECONDS)
         headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache"),
                    (b"x-accel-buffering", b"no")]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         waiting = list(self.answer.begin())
         try:
             while True:
-                if item is None:
+                if item is None and not running.done:
                     waiting.append(self.answer.ping())
                 while item is not None:
                     number, piece = item
@@ -157,7 +158,7 @@ class Reply:
             known = error if isinstance(error, RequestError) else RequestError(
                 500, f"an error on the server's side; its log has it under {self.record.id}", code="internal_error")
             if known is not error:
-                logger.exception("request %s failed", self.record.id)
+                log_failure(self.record.id, error)
             self.record.finish = known.code
             waiting += self.answer.failure(known, self.record.id)
         await send({"type": "http.response.body", "body": b"".join(waiting), "more_body": False})

@@ -20,11 +20,11 @@ from moonbase.data.tokenizer import VISIBLE_SPECIALS
 
 
 class TokenLogprob(NamedTuple):
-    """A token of the answer's text, its log-probability, and the most likely (id, log-probability) of its place."""
+    """A token of a text, its log-probability, and the most likely (id, log-probability) of its place; None: unknown."""
 
     id: int
-    logprob: float
-    top: tuple[tuple[int, float], ...] = ()
+    logprob: float | None
+    top: tuple[tuple[int, float], ...] | None = ()
 
 
 @dataclass

@@ -122,11 +122,16 @@ class Session:
             self.screen.error(str(error))
 
     def _ask(self, text: str) -> None:
+        before = list(self.messages)
         self.messages.append({"role": "user", "content": text})
-        self._answer()
+        refusal = self._answer()
+        if isinstance(refusal, UserError):
+            # What cannot be answered is not part of the conversation; what could not be answered now is, for /retry.
+            self.messages = before
 
-    def _answer(self) -> None:
-        """Let the model answer the last message, through as many rounds of tools as it takes."""
+    def _answer(self) -> UserError | TryAgain | None:
+        """Let the model answer the last message, through as many rounds of tools as it takes. A refusal is shown and
+        given back; of the answer nothing is kept then."""
         kept = len(self.messages)
         for _ in range(MAX_ROUNDS):
             self.turn += 1
@@ -136,9 +141,8 @@ class Session:
             except _REFUSALS as error:
                 self.screen.line()
                 self.screen.error(str(error))
-                # What could not be answered is not part of the conversation.
-                del self.messages[kept - 1 :]
-                return
+                del self.messages[kept:]
+                return error
             except KeyboardInterrupt:
                 # What had been said was said.
                 said.pop("tool_calls", None)
@@ -146,10 +150,15 @@ class Session:
                     self.messages.append(said)
                 raise
             self.messages.append(said)
+            if said.get("tool_calls") and not self.tools:
+                # Nobody offered it one, so nobody runs it.
+                del said["tool_calls"]
+                self.screen.note("the model called a tool, which /tools would have to allow")
             if not said.get("tool_calls"):
-                return
+                return None
             self.messages += [self._run(call) for call in said["tool_calls"]]
         self.screen.note(f"still calling tools after {MAX_ROUNDS} rounds; say something to let it go on")
+        return None
 
     def _listen(self, said: Message) -> None:
         """Show a reply while it comes and write it down in `said`."""
@@ -259,8 +268,11 @@ class Session:
         questions = [number for number, message in enumerate(self.messages) if message["role"] == "user"]
         if not questions:
             raise UserError("there is no message to answer once more")
+        before = list(self.messages)
         del self.messages[questions[-1] + 1 :]
-        self._answer()
+        if self._answer() is not None:
+            # The answer that there was is better than none.
+            self.messages = before
 
     def _on_save(self, value: str) -> None:
         from moonbase.synth.tools import TOOLS

@@ -10,13 +10,16 @@ import json
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from moonbase.chat import ArgumentsDelta, ContentDelta, Event, ReasoningDelta, ToolCallEnd, ToolCallStart
 from moonbase.errors import TryAgain, UserError
+
+if TYPE_CHECKING:
+    from moonbase.chat.prompt import Prompt
 
 KEY_VARIABLE = "MOONBASE_API_KEY"
 STREAM_SECONDS = 600.0
@@ -87,23 +90,17 @@ class LocalSpeaker:
 
     def reply(self, messages: list[Message], tools: list[dict[str, Any]], wishes: Wishes, seed: int
               ) -> Iterator[Event | Finished]:
-        from moonbase import chat
+        from moonbase.chat.prompt import default_sampling, prompt_of
 
-        messages = chat.normalise_messages(messages)
-        parts = chat.render_parts(messages, tools or None, self.style, thinking=wishes.thinking)
-        prefix = chat.generation_prefix(self.style, wishes.thinking)
-        names = [tool["function"]["name"] for tool in tools]
-        parser = chat.StreamParser(self.style, prefix=prefix, tool_names=names)
-        constraint = self._constraint(tools, chat.next_call_index(messages), prefix)
-        temperature = wishes.temperature
-        if temperature is None:
-            # What the publisher recommends.
-            temperature = 0.6 if self.style == "kimi-k2" or wishes.thinking is False else 1.0
-        ids = chat.encode(self.tokenizer, parts)
-        if len(ids) >= self.context:
-            raise UserError(f"the conversation has {len(ids)} tokens; the model's context is {self.context}. "
+        prompt = prompt_of(self.tokenizer, messages, tools, self.style, thinking=wishes.thinking)
+        parser, constraint = prompt.parser(), self._constraint(tools, prompt)
+        sampling = default_sampling(self.style, wishes.thinking)
+        if wishes.temperature is not None:
+            sampling["temperature"] = wishes.temperature
+        if len(prompt.ids) >= self.context:
+            raise UserError(f"the conversation has {len(prompt.ids)} tokens; the model's context is {self.context}. "
                             "/new begins another")
-        for said in self._speak(ids, temperature, wishes.tokens or 4096, seed, constraint):
+        for said in self._speak(prompt.ids, sampling, wishes.tokens or 4096, seed, constraint):
             if isinstance(said, Finished):
                 yield from parser.finish()
                 called = parser.reply.tool_calls and said.reason == "stop"
@@ -112,28 +109,29 @@ class LocalSpeaker:
                 yield from parser.push(said.text, special=said.special)
 
     def proceed(self, text: str, wishes: Wishes, seed: int) -> Iterator[Event | Finished]:
-        temperature = 0.8 if wishes.temperature is None else wishes.temperature
-        for said in self._speak(self.tokenizer.encode(text), temperature, wishes.tokens or 128, seed):
+        sampling = {"temperature": 0.8 if wishes.temperature is None else wishes.temperature, "top_p": 0.95}
+        for said in self._speak(self.tokenizer.encode(text), sampling, wishes.tokens or 128, seed):
             yield said if isinstance(said, Finished) else ContentDelta(said.text)
 
-    def _constraint(self, tools: list[dict[str, Any]], first_index: int, prefix: str) -> Any:
-        """Calls are well-formed by construction where the package for it is installed."""
+    def _constraint(self, tools: list[dict[str, Any]], prompt: Prompt) -> Any:
+        """Calls are well-formed by construction where the package for it is installed; without tools there is none."""
         from importlib.util import find_spec
 
-        if not tools or find_spec("llguidance") is None:
+        if "<|tool_calls_section_begin|>" not in self.tokenizer.special_tokens or find_spec("llguidance") is None:
             return None
         from moonbase.engine.constraint import tool_constraint
 
-        return tool_constraint(self.tokenizer, self.engine.model.config.vocab_size, tools, style=self.style,
-                               first_index=first_index, thinking_open=prefix == "<think>")
+        return tool_constraint(self.tokenizer, self.engine.model.config.vocab_size, tools,
+                               choice="auto" if tools else "none", first_index=prompt.first_call_index,
+                               **prompt.rules())
 
-    def _speak(self, ids: Sequence[int], temperature: float, tokens: int, seed: int, constraint: Any = None
+    def _speak(self, ids: Sequence[int], settings: dict[str, float], tokens: int, seed: int, constraint: Any = None
                ) -> Iterator[Any]:
         """Pieces with text, then Finished. Ctrl-C ends it with KeyboardInterrupt between two tokens."""
         from moonbase.engine import Sampling
 
         room = max(1, self.context - len(ids))
-        sampling = Sampling(max_tokens=min(tokens, room), temperature=temperature, top_p=0.95, seed=seed)
+        sampling = Sampling(max_tokens=min(tokens, room), seed=seed, **settings)
         count, reason = 0, "stop"
         pieces = self.engine.pieces(ids, sampling, constraint)
         with _asked_to_stop() as stopped, contextlib.closing(pieces):
@@ -225,7 +223,7 @@ class RemoteSpeaker:
         tokens, reason = None, "stop"
         for chunk in self._stream("/chat/completions", body, wishes):
             tokens = (chunk.get("usage") or {}).get("completion_tokens", tokens)
-            for choice in chunk.get("choices", ())[:1]:
+            for choice in (chunk.get("choices") or ())[:1]:
                 delta = choice.get("delta") or {}
                 if delta.get("reasoning_content"):
                     yield ReasoningDelta(delta["reasoning_content"])
@@ -243,7 +241,7 @@ class RemoteSpeaker:
         wishes = Wishes(wishes.temperature, wishes.tokens or 128)
         for chunk in self._stream("/completions", {"prompt": text}, wishes):
             tokens = (chunk.get("usage") or {}).get("completion_tokens", tokens)
-            for choice in chunk.get("choices", ())[:1]:
+            for choice in (chunk.get("choices") or ())[:1]:
                 if choice.get("text"):
                     yield ContentDelta(choice["text"])
                 reason = choice.get("finish_reason") or reason
@@ -256,8 +254,9 @@ class RemoteSpeaker:
             body["temperature"] = wishes.temperature
         if wishes.tokens is not None:
             body["max_tokens"] = wishes.tokens
+        finished = False
         with self._answer("POST", path, body) as response:
-            for line in response.iter_lines():
+            for line in _lines(response.iter_text()):
                 if not line.startswith("data:"):
                     continue
                 data = line.removeprefix("data:").strip()
@@ -269,8 +268,11 @@ class RemoteSpeaker:
                     raise UserError(f"{self.url}{path}: an event that is no JSON: {data[:80]!r}") from None
                 if not isinstance(chunk, dict) or chunk.get("error"):
                     raise TryAgain(_message_of(chunk) or f"{self.url}{path}: the answer broke off")
+                finished = finished or any(choice.get("finish_reason") for choice in chunk.get("choices") or ())
                 yield chunk
-        raise TryAgain(f"{self.url}{path}: the endpoint closed the connection in the middle of the answer")
+        # Some endpoints close the connection instead of saying [DONE].
+        if not finished:
+            raise TryAgain(f"{self.url}{path}: the endpoint closed the connection in the middle of the answer")
 
     @contextlib.contextmanager
     def _answer(self, method: str, path: str, body: dict[str, Any] | None = None) -> Iterator[Any]:
@@ -288,6 +290,17 @@ class RemoteSpeaker:
             raise UserError(f"{self.url}: {error}") from None
         except httpx.TransportError as error:
             raise TryAgain(f"{self.url} cannot be reached: {error}") from None
+
+
+def _lines(texts: Iterable[str]) -> Iterator[str]:
+    """Lines of a stream of events. Only CR and LF end one: what Unicode takes for line ends besides may stand in an
+    event's text."""
+    rest = ""
+    for text in texts:
+        *lines, rest = (rest + text).split("\n")
+        for line in lines:
+            yield line.removesuffix("\r")
+    yield rest
 
 
 def _call_events(call: dict[str, Any], open_calls: list[int]) -> Iterator[Event]:

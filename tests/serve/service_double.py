@@ -41,6 +41,23 @@ class ScriptedService:
     cancelled: int = 0
     statistics: EngineStatistics = field(default_factory=EngineStatistics)
     stopped: float | None = None
+    max_running: int = 64
+    queue_limit: int = 256
+    scores: list[list[int]] = field(default_factory=list)
+    """Whose log-probabilities were asked for."""
+
+    @property
+    def engine(self) -> Any:
+        return self
+
+    @property
+    def open_requests(self) -> int:
+        return self.running
+
+    async def score(self, prompt_ids: Any) -> list[float]:
+        """The id of each token as its log-probability, below zero."""
+        self.scores.append(list(prompt_ids))
+        return [-float(id) for id in prompt_ids[1:]]
 
     def start(self) -> None:
         self.stopped = None

@@ -187,6 +187,31 @@ def test_a_schema_for_the_answer(server: Running, client: anthropic.Anthropic) -
     assert type(server.service.asked[-1].constraint).__name__ == "JsonFactory"
 
 
+def test_the_older_name_of_the_form(server: Running, client: anthropic.Anthropic) -> None:
+    form = {"type": "json_schema", "schema": {"type": "object", "properties": {"warm": {"type": "boolean"}}}}
+    create(client, extra_body={"output_format": form})
+    assert type(server.service.asked[-1].constraint).__name__ == "JsonFactory"
+
+
+@pytest.mark.parametrize("body", [
+    {"tool_choice": {"type": "auto", "disable_parallel_tool_use": None}}, {"context_management": {"edits": []}},
+    {"context_management": None, "compaction": None, "fallbacks": []}, {"output_config": {"effort": "low"}},
+])  # fmt: skip
+def test_what_asks_for_nothing_is_no_mistake(server: Running, client: anthropic.Anthropic, body: dict) -> None:
+    create(client, extra_body=body)
+    assert len(server.service.asked) == 1
+
+
+def test_a_special_token_as_a_stop_sequence(server: Running, client: anthropic.Anthropic, tokenizer: Any) -> None:
+    id = tokenizer.special_tokens["<|im_user|>"]
+    server.service.script = says(tokenizer, "x", "stop", id)
+    reply = create(client, stop_sequences=["<|im_user|>"])
+    assert (reply.stop_reason, reply.stop_sequence) == ("stop_sequence", "<|im_user|>")
+    assert server.service.asked[-1].sampling.stop_ids == (id,)
+    reply = create(client)
+    assert (reply.stop_reason, reply.stop_sequence) == ("end_turn", None), "the end that every turn has"
+
+
 def test_settings_reach_the_engine(server: Running, client: anthropic.Anthropic) -> None:
     create(client, extra_body={"temperature": 0.5, "top_p": 0.7, "top_k": 3})
     sampling = server.service.asked[-1].sampling

@@ -161,8 +161,23 @@ def test_answers_that_are_json(gpt: openai.OpenAI, form: dict[str, Any]) -> None
         choice = gpt.chat.completions.create(
             model="moon", messages=USER, response_format=form, seed=seed, max_tokens=80,
             extra_body={"thinking": {"type": thinking}}).choices[0]
-        assert choice.finish_reason == "stop"
+        # A model of random weights seldom stops by itself; the limit ends the value, and does not break it.
+        assert choice.finish_reason in ("stop", "length")
         jsonschema.validate(json.loads(choice.message.content), SCHEMA if "json_schema" in form else {"type": "object"})
+
+
+def test_json_or_calls_where_the_model_may_choose(gpt: openai.OpenAI) -> None:
+    form = {"type": "json_schema", "json_schema": {"name": "x", "schema": SCHEMA}}
+    for seed in range(6):
+        choice = gpt.chat.completions.create(
+            model="moon", messages=USER, tools=TOOLS, response_format=form, seed=seed, max_tokens=120,
+            extra_body={"thinking": {"type": "disabled"}}).choices[0]
+        if choice.message.tool_calls:
+            for call in choice.message.tool_calls:
+                check_call(call.function.name, call.function.arguments)
+            assert not choice.message.content
+        else:
+            jsonschema.validate(json.loads(choice.message.content), SCHEMA)
 
 
 class Weather(pydantic.BaseModel):
@@ -205,6 +220,17 @@ def test_stop_strings_and_logprobs(model: Transformer, gpt: openai.OpenAI, token
     for value, top in zip(scored.logprobs.token_logprobs, scored.logprobs.top_logprobs, strict=True):
         # Greedy, but for the tokens that were ruled out; the chosen one is always among the named.
         assert value <= max(top.values()) + 1e-6 and value in top.values() and len(top) in (3, 4)
+
+
+def test_the_likelihood_of_a_text_is_the_models(model: Transformer, gpt: openai.OpenAI, tokenizer: Any) -> None:
+    ids = tokenizer.encode("the weather in Paris and Berlin")
+    with torch.inference_mode():
+        expected = torch.log_softmax(model(torch.tensor([ids]))[0, :-1], -1).gather(1, torch.tensor(ids[1:])[:, None])
+    for limit in (0, 1):
+        said = gpt.completions.create(model="moon", prompt=ids, echo=True, logprobs=1, max_tokens=limit, temperature=0)
+        first, *found = said.choices[0].logprobs.token_logprobs[: len(ids)]
+        assert first is None and found == pytest.approx(expected[:, 0].tolist(), abs=1e-4)
+        assert said.choices[0].text.startswith("the weather in Paris and Berlin")
 
 
 def test_many_at_once_say_what_each_alone_says(real: Running, gpt: openai.OpenAI) -> None:
@@ -250,8 +276,13 @@ def test_a_full_queue(model: Transformer, tokenizer: Any) -> None:
     with serving(Service(engine, queue_limit=1), tokenizer, context_length=CONTEXT,
                  vocab_size=model.config.vocab_size) as running:
         client = openai.OpenAI(base_url=f"{running.url}/v1", api_key="x", max_retries=0)
-        with pytest.raises(openai.RateLimitError) as caught:
+        with pytest.raises(openai.BadRequestError, match=r"asks for 3 sequences .* holds 2 at a time"):
             client.chat.completions.create(model="moon", messages=USER, n=3, max_tokens=100)
+        with client.completions.create(model="moon", prompt="a", max_tokens=900, stream=True,
+                                       extra_body={"ignore_eos": True}) as stream:
+            next(iter(stream))
+            with pytest.raises(openai.RateLimitError) as caught:
+                client.chat.completions.create(model="moon", messages=USER, n=2, max_tokens=100)
         assert int(caught.value.response.headers["retry-after"]) >= 1
         until(lambda: running.service.open_requests == 0)
         assert client.chat.completions.create(model="moon", messages=USER, n=2, max_tokens=3).choices

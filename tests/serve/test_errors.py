@@ -107,7 +107,8 @@ def message(**fields: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(("change", "param"), [
-    ({"model": None}, "model"), ({"model": 5}, "model"), ({"messages": None}, "messages"),
+    ({"model": None}, "model"), ({"model": 5}, "model"), ({"model": "x" * 257}, "model"),
+    ({"messages": None}, "messages"),
     ({"messages": []}, "messages"),
     ({"messages": "hi"}, "messages"), ({"messages": [5]}, "messages[0]"), (message(content=5), "messages[0].content"),
     (message(content="x", role="robot"), "messages[0].role"), (message(), "messages[0]"),
@@ -118,7 +119,6 @@ def message(**fields: Any) -> dict[str, Any]:
     (message(content="x", tool_calls=[{"id": "a", "function": {"name": "f", "arguments": "{}"}}]), "messages[0]"),
     (message(content="x", role="tool"), "messages[0]"), (message(content="x", role="tool", tool_call_id="a"),
                                                          "messages[0].tool_call_id"),
-    (message(role="assistant", content=None), "messages[0]"),
     (message(role="assistant", tool_calls=[{"id": "a", "function": {"name": "f", "arguments": {}}}]),
      "messages[0].tool_calls[0].function.arguments"),
     ({"temperature": "1"}, "temperature"), ({"temperature": -1}, "temperature"), ({"temperature": 2.1}, "temperature"),
@@ -132,20 +132,26 @@ def message(**fields: Any) -> dict[str, Any]:
     ({"logit_bias": [1]}, "logit_bias"),
     ({"logit_bias": {"١": 1}}, "logit_bias"), ({"top_logprobs": 2}, "top_logprobs"),
     ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"), ({"stream": "yes"}, "stream"),
-    ({"stream_options": {"include_usage": 5}}, "stream_options.include_usage"), ({"functions": []}, "functions"),
+    ({"stream_options": {"include_usage": 5}}, "stream_options.include_usage"), ({"functions": [{}]}, "functions"),
+    ({"function_call": "auto"}, "function_call"),
     ({"modalities": ["audio"]}, "modalities"), ({"audio": {}}, "audio"), ({"thinking": {"type": "x"}}, "thinking.type"),
     ({"tools": [{}]}, "tools[0].type"), ({"tools": [{"type": "function", "function": {"name": "a b"}}]},
                                          "tools[0].function.name"),
     ({"tools": [TOOL, TOOL]}, "tools[1].function.name"), ({"tool_choice": "required"}, "tool_choice"),
     ({"tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "g"}}}, "tool_choice"),
     ({"tools": [TOOL], "tool_choice": "maybe"}, "tool_choice"),
+    ({"tools": [TOOL], "tool_choice": {"type": "allowed_tools", "allowed_tools": {
+        "mode": "auto", "tools": [{"type": "function", "function": {"name": "g"}}]}}}, "tool_choice"),
+    ({"tools": [TOOL], "tool_choice": {"type": "allowed_tools", "allowed_tools": {"mode": "required", "tools": []}}},
+     "tool_choice"),
     ({"tools": [{"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {
         "a": {"type": "text"}}}}}]}, "tools[0].function.parameters.properties.a.type"),
     ({"response_format": {"type": "xml"}}, "response_format.type"),
     ({"response_format": {"type": "json_schema"}}, "response_format"),
     ({"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "x"}}}},
      "response_format.json_schema.schema.type"),
-    ({"response_format": {"type": "json_object"}, "tools": [TOOL]}, "response_format"),
+    ({"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "x"}}}, "tools": [TOOL]},
+     "response_format.json_schema.schema.type"),
     ({"response_format": {"type": "json_object"}, "max_tokens": 1}, "max_tokens"),
     ({"messages": [{"role": "assistant", "content": "x", "partial": True}, *USER]}, "messages[0].partial"),
 ])  # fmt: skip
@@ -160,6 +166,9 @@ def test_wrong_chat_requests(http: httpx.Client, server: Running, change: dict[s
 
 @pytest.mark.parametrize(("change", "words"), [
     ({"max_tokens": None}, "max_tokens"), ({"max_tokens": 0}, "max_tokens"), ({"messages": []}, "messages"),
+    ({"model": "x" * 257}, "256"), ({"context_management": {"edits": [{"type": "clear"}]}}, "context_management"),
+    ({"compaction": {"type": "auto"}}, "compaction"), ({"fallbacks": [{"model": "x"}]}, "fallbacks"),
+    ({"output_format": {"type": "json_schema", "schema": {"type": "x"}}}, "output_format.schema.type"),
     (message(content=[{"type": "image", "source": {}}]), "messages[0].content[0]: a block of type 'image'"),
     (message(content=[{"type": "document"}]), "messages[0].content[0]"), (message(content=[]), "messages[0].content"),
     (message(content=[{"type": "tool_use", "id": "a", "name": "f", "input": {}}]), "messages[0]"),
@@ -190,7 +199,8 @@ def test_wrong_messages_requests(http: httpx.Client, server: Running, change: di
     ({"prompt": None}, "prompt"), ({"prompt": ""}, "prompt"), ({"prompt": []}, "prompt"), ({"prompt": [[]]}, "prompt"),
     ({"prompt": [1, "a"]}, "prompt"), ({"prompt": [10**9]}, "prompt"), ({"prompt": [-1]}, "prompt"),
     ({"prompt": ["x"] * 100}, "prompt"), ({"suffix": "x"}, "suffix"), ({"best_of": 3}, "best_of"),
-    ({"echo": True, "logprobs": 1}, "echo"), ({"logprobs": 99}, "logprobs"), ({"max_tokens": 600}, "512"),
+    ({"max_tokens": 0}, "echo"), ({"max_tokens": 0, "echo": True, "prompt": "moon " * 600}, "512"),
+    ({"model": "x" * 257}, "256"), ({"logprobs": 99}, "logprobs"), ({"max_tokens": 600}, "512"),
 ])  # fmt: skip
 def test_wrong_completions_requests(http: httpx.Client, server: Running, change: dict[str, Any], word: str) -> None:
     body = {name: value for name, value in ({"model": "moon", "prompt": "x"} | change).items() if value is not None}
@@ -246,6 +256,25 @@ def test_errors_within_a_stream_are_its_last_event(
     with pytest.raises(anthropic.APIError, match="api_error"):
         for _ in claude.messages.create(**MESSAGES, stream=True):
             pass
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_the_log_of_a_failure_has_its_place_and_no_text(
+    http: httpx.Client, server: Running, tokenizer: Any, caplog: pytest.LogCaptureFixture, stream: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    try:
+        raise KeyError("secret words")
+    except KeyError as cause:
+        failure = ValueError("secret words of a prompt")
+        failure.__cause__ = cause
+    server.service.script = [*says(tokenizer, "</think>some words")[:3], failure]
+    http.post("/v1/chat/completions", json=CHAT | {"stream": stream})
+    assert "secret" not in caplog.text and "request req_" in caplog.text
+    assert "ValueError" in caplog.text and "KeyError" in caplog.text and "service_double.py" in caplog.text
+    monkeypatch.setenv("MOONBASE_DEBUG", "1")
+    http.post("/v1/chat/completions", json=CHAT | {"stream": stream})
+    assert "secret words of a prompt" in caplog.text
 
 
 # --- anything at all --------------------------------------------------------------------------------------------------

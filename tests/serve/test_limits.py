@@ -42,6 +42,67 @@ def test_one_of_several_choices_that_does_not_get_in_stops_all(server: Running, 
     until(lambda: server.service.running == 0)
 
 
+def test_the_jobs_of_a_request_get_in_together(tokenizer: Any) -> None:
+    """More than ever fit are a mistake; more than fit now are told to come again, before any of them has begun."""
+    service = ScriptedService([*says(tokenizer, "</think>hi")[:2], 20.0], max_running=2, queue_limit=2)
+    with serving(service, tokenizer) as running, httpx.Client(base_url=running.url) as http:
+        for path, body, name in (("/v1/chat/completions", CHAT | {"n": 5}, "n: "),
+                                 ("/v1/completions", {"model": "moon", "prompt": ["a", "b", "c"], "n": 2}, "n: ")):
+            refused = http.post(path, json=body)
+            assert refused.status_code == 400 and refused.json()["error"]["message"].startswith(name)
+            assert "holds 4 at a time" in refused.json()["error"]["message"]
+        with httpx.stream("POST", f"{running.url}/v1/chat/completions", json=CHAT | {"stream": True}) as first:
+            parts = first.iter_text()
+            assert next(parts) and service.running == 1
+            busy = http.post("/v1/chat/completions", json=CHAT | {"n": 4})
+            assert busy.status_code == 429 and int(busy.headers["retry-after"]) >= 1
+            assert "1 of 4 places" in busy.json()["error"]["message"] and len(service.asked) == 1
+        until(lambda: service.running == 0)
+
+
+# --- reading ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def slow_reader(tokenizer: Any) -> Any:
+    """A server that takes its time over every body that says so, however large it is."""
+    with serving(ScriptedService(says(tokenizer, "</think>hi")), tokenizer, request_timeout=1.0) as running:
+        backend = running.app.state.backend
+        prepare = backend.prepare
+
+        def slow(wish: Any) -> Any:
+            if "slow" in str(wish.messages[0]["content"]):
+                time.sleep(1.5)
+            return prepare(wish)
+
+        backend.prepare = slow
+        yield running
+
+
+def test_long_bodies_do_not_keep_short_ones_waiting(slow_reader: Running) -> None:
+    import concurrent.futures
+
+    long = CHAT | {"messages": [{"role": "user", "content": "slow" + "." * 300_000}]}
+    with concurrent.futures.ThreadPoolExecutor(12) as threads, httpx.Client(base_url=slow_reader.url) as http:
+        late = [threads.submit(http.post, "/v1/chat/completions", json=long) for _ in range(12)]
+        time.sleep(0.2)
+        assert http.post("/v1/chat/completions", json=CHAT).status_code == 200
+        assert http.get("/").status_code == 200
+        assert not any(answer.done() for answer in late)
+        assert {answer.result().status_code for answer in late} == {504}, "reading counts towards the time limit"
+
+
+def test_leaving_while_the_request_is_read(slow_reader: Running) -> None:
+    for path, body in PATHS:
+        with pytest.raises(httpx.ReadTimeout):
+            httpx.post(slow_reader.url + path, json=body | {"messages": [{"role": "user", "content": "slow"}]},
+                       timeout=0.2)
+    start = time.monotonic()
+    until(lambda: len(slow_reader.log) == 2)
+    assert time.monotonic() - start < 1.0 and finishes(slow_reader) == ["disconnected"] * 2
+    assert [json.loads(line)["status"] for line in slow_reader.log] == [499] * 2 and not slow_reader.service.asked
+
+
 # --- time -------------------------------------------------------------------------------------------------------------
 
 

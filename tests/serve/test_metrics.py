@@ -27,7 +27,7 @@ def test_what_is_counted(tokenizer: Any) -> None:
     service = ScriptedService(says(tokenizer, "</think>hello moon", wait=0.02))
     service.statistics = EngineStatistics(
         waiting=3, running=2, blocks_total=40, blocks_used=10, prompt_tokens=200, cached_tokens=50, generated_tokens=70,
-        preemptions=1, finished={"stop": 4, "length": 5, "cancelled": 6})
+        drafted_tokens=30, accepted_tokens=20, preemptions=1, finished={"stop": 4, "length": 5, "cancelled": 6})
     with serving(service, tokenizer) as running, serving(ScriptedService(), tokenizer) as other:
         httpx.post(f"{running.url}/v1/chat/completions", json=CHAT)
         httpx.post(f"{running.url}/v1/chat/completions", json=CHAT | {"n": 2, "stream": True})
@@ -40,6 +40,7 @@ def test_what_is_counted(tokenizer: Any) -> None:
         "moonbase_queue_requests": 3, "moonbase_running_requests": 2, "moonbase_cache_usage_ratio": 0.25,
         "moonbase_prefix_cache_hit_ratio": 0.25, "moonbase_prompt_tokens_total": 200,
         "moonbase_cached_prompt_tokens_total": 50, "moonbase_generated_tokens_total": 70,
+        "moonbase_drafted_tokens_total": 30, "moonbase_accepted_draft_tokens_total": 20,
         "moonbase_preemptions_total": 1, "moonbase_finished_total{reason=cancelled}": 6, "moonbase_open_requests": 0,
         "moonbase_requests_total{route=/v1/chat/completions}{status=200}": 2,
         "moonbase_requests_total{route=/v1/chat/completions}{status=404}": 1,
@@ -50,6 +51,19 @@ def test_what_is_counted(tokenizer: Any) -> None:
     }  # fmt: skip
     assert {name: found.get(name) for name in expected} == expected
     assert 0.02 <= found["moonbase_time_per_output_token_seconds_sum"] / 3 < 0.5
+
+
+def test_the_log_counts_what_was_cached_of_every_prompt(scripted: Running, tokenizer: Any) -> None:
+    """Choices share their prompt, so that it counts once for them."""
+    import json
+
+    scripted.service.__init__(says(tokenizer, "</think>hi", cached=3))
+    for path, body, cached in (("completions", {"prompt": ["moon base", "moon base", "moon"], "n": 2}, 9),
+                               ("chat/completions", CHAT | {"n": 2}, 3), ("messages", CHAT | {"max_tokens": 5}, 3)):
+        scripted.log.clear()
+        httpx.post(f"{scripted.url}/v1/{path}", json={"model": "moon"} | body)
+        until(lambda: len(scripted.log) == 1)
+        assert json.loads(scripted.log[0])["cached_tokens"] == cached
 
 
 def test_health(scripted: Running) -> None:

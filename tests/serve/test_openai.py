@@ -285,6 +285,169 @@ def test_models(server: Running, client: openai.OpenAI) -> None:
         client.models.retrieve("sun")
 
 
+@pytest.mark.parametrize("letter", ["\u2028", "\u2029", "\x85", "\x0b", "\x0c", "\x1c"])
+def test_no_letter_ends_a_line_of_a_stream(server: Running, client: openai.OpenAI, tokenizer: Any, letter: str) -> None:
+    """Clients split streams with Python's idea of a line, or with Unicode's."""
+    text = f"one{letter}two"
+    server.service.script = says(tokenizer, f"</think>{text}")
+    assert joined(create(client, stream=True))[0]["content"] == text
+    chunks = client.completions.create(model="moon", prompt="x", stream=True)
+    assert "".join(chunk.choices[0].text for chunk in chunks).endswith(text)
+
+
+def test_offsets_are_places_in_the_text(server: Running, client: openai.OpenAI, tokenizer: Any) -> None:
+    """Every whole character is where its last token says; a token that is part of one adds nothing."""
+    for text in ("the moon 🌕 naïve – 月面基地!", "🌕🌕<|im_end|>x"):
+        server.service.script = says(tokenizer, text)
+        options = {"model": "moon", "prompt": "x", "logprobs": 0, "max_tokens": 90}
+        logprobs = client.completions.create(**options).choices[0].logprobs
+        streamed = [offset for chunk in client.completions.create(**options, stream=True)
+                    for offset in (chunk.choices[0].logprobs or logprobs.model_copy(update={"text_offset": []})
+                                   ).text_offset]
+        assert logprobs.text_offset == streamed
+        ids = [id for id in tokenizer.encode_rendered(text)]
+        assert len(logprobs.tokens) == len(ids)
+        for number, offset in enumerate(logprobs.text_offset):
+            before = tokenizer.decode_bytes(ids[:number]).decode(errors="ignore")
+            assert offset == len(before.replace("<|im_end|>", ""))
+
+
+def test_the_likelihood_of_a_prompt(server: Running, client: openai.OpenAI, tokenizer: Any) -> None:
+    """As evaluation harnesses ask: the prompt's own tokens, the first without a number, then what was generated."""
+    server.service.script = says(tokenizer, " base", finish="length")
+    ids = tokenizer.encode("the moon 🌕")
+    for stream in (False, True):
+        for limit in (0, 1):
+            server.service.asked.clear()
+            reply = client.completions.create(model="moon", prompt=[ids, ids[:3]], echo=True, logprobs=1,
+                                              max_tokens=limit, stream=stream)
+            found: dict[int, Any] = {0: ["", [], [], [], None], 1: ["", [], [], [], None]}
+            for choice in (choice for part in (reply if stream else [reply]) for choice in part.choices):
+                got = found[choice.index]
+                got[0] += choice.text
+                if choice.logprobs:
+                    got[1] += choice.logprobs.token_logprobs
+                    got[2] += choice.logprobs.text_offset
+                    got[3] += choice.logprobs.top_logprobs
+                got[4] = choice.finish_reason or got[4]
+            more = tokenizer.encode(" base") if limit else []
+            assert len(server.service.asked) == 2 * limit
+            for number, prompt in enumerate((ids, ids[:3])):
+                text, values, offsets, tops, finish = found[number]
+                assert text == tokenizer.decode([*prompt, *more]) and finish == "length"
+                assert values == [None, *(-float(id) for id in prompt[1:]), *(-0.5 for _ in more)]
+                assert offsets == [len(tokenizer.decode_bytes([*prompt, *more][:place]).decode(errors="ignore"))
+                                   for place in range(len(prompt) + len(more))]
+                assert tops[: len(prompt)] == [None] * len(prompt) and all(tops[len(prompt) :])
+    alone = client.completions.create(model="moon", prompt="the moon", echo=True, max_tokens=0)
+    assert alone.choices[0].text == "the moon" and alone.choices[0].logprobs is None
+    assert alone.usage.completion_tokens == 0
+
+
+@pytest.mark.parametrize("options", [
+    {"function_call": "none"}, {"functions": []}, {"functions": None}, {"suffix": ""},
+    {"stream_options": {"include_usage": None}},
+    {"messages": [*USER, {"role": "assistant", "content": None}, *USER]},
+    {"messages": [*USER, {"role": "assistant", "content": "Warm.", "partial": None}, *USER]},
+])  # fmt: skip
+def test_what_asks_for_nothing_is_no_mistake(server: Running, client: openai.OpenAI, options: dict) -> None:
+    create(client, extra_body=options)
+    assert len(server.service.asked) == 1
+
+
+def test_histories_with_refusals_and_calls_without_arguments(
+    server: Running, client: openai.OpenAI, tokenizer: Any
+) -> None:
+    history = [*USER, {"role": "assistant", "content": [{"type": "refusal", "refusal": "I will not."}]}, *USER,
+               {"role": "assistant", "content": None, "refusal": "Never."}, *USER,
+               {"role": "assistant", "content": None, "tool_calls": [
+                   {"id": "a", "type": "function", "function": {"name": "weather", "arguments": None}}]},
+               {"role": "tool", "tool_call_id": "a", "content": "21"}]
+    create(client, messages=history, tools=[WEATHER])
+    prompt = tokenizer.decode(server.service.asked[-1].prompt_ids)
+    assert "I will not.<|im_end|>" in prompt and "Never.<|im_end|>" in prompt
+    assert "functions.weather:0<|tool_call_argument_begin|><|tool_call_end|>" in prompt
+
+
+@pytest.mark.parametrize(("mode", "must_call"), [("auto", False), ("required", True)])
+def test_only_some_of_the_tools(server: Running, client: openai.OpenAI, tokenizer: Any, mode: str, must_call: bool
+                                ) -> None:
+    other = {"type": "function", "function": {"name": "other", "parameters": {"type": "object", "properties": {}}}}
+    allowed = {"mode": mode, "tools": [{"type": "function", "function": {"name": "weather"}}]}
+    create(client, tools=[other, WEATHER], tool_choice={"type": "allowed_tools", "allowed_tools": allowed})
+    asked = server.service.asked[-1]
+    assert set(asked.constraint.tools) == {"weather"} and asked.constraint.must_call is must_call
+    assert "other" not in tokenizer.decode(asked.prompt_ids)
+
+
+def test_json_or_a_call(server: Running, client: openai.OpenAI, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A form for the answer beside tools that may be called: the constraint knows of both."""
+    from moonbase.engine import constraint
+
+    given: list[dict[str, Any]] = []
+    real = constraint.tool_constraint
+
+    def watched(*arguments: Any, response_schema: Any = None, json_reply: bool = False, **options: Any) -> Any:
+        given.append({"response_schema": response_schema, "json_reply": json_reply})
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(constraint, "tool_constraint", watched)
+    schema = {"type": "object", "properties": {"a": {"type": "integer"}}}
+    forms = ({"type": "json_object"}, {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}})
+    for form in forms:
+        create(client, tools=[WEATHER], response_format=form)
+    create(client, tools=[WEATHER], response_format=forms[1], tool_choice="required")
+    assert given == [{"response_schema": None, "json_reply": True}, {"response_schema": schema, "json_reply": True},
+                     {"response_schema": None, "json_reply": False}]
+
+
+def test_what_is_not_enforced_is_said_in_a_header(
+    server: Running, http: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tests.serve.service_double import until
+
+    body = {"model": "moon", "messages": USER, "tools": [WEATHER]}
+    assert "x-moonbase-notes" not in http.post("/v1/chat/completions", json=body).headers
+    notes = ["tools[0].function.parameters: “é”\r\nx-evil: 1 is not enforced"] * 100
+    monkeypatch.setattr("moonbase.serve.backend.check_tools", lambda tools: notes)
+    for path, more, place in (("/v1/chat/completions", {}, "tools[0].function.parameters: "),
+                              ("/v1/messages", {"max_tokens": 5, "tools": [
+                                  {"name": "f", "input_schema": {"type": "object"}}]}, "tools[0].input_schema: ")):
+        for stream in (False, True):
+            server.log.clear()
+            headers = http.post(path, json=body | more | {"stream": stream}).headers
+            assert headers["x-moonbase-notes"].startswith(place) and len(headers["x-moonbase-notes"]) <= 2000
+            assert headers["x-moonbase-notes"].isascii() and "x-evil" not in headers
+            until(lambda: len(server.log) == 1)
+            assert json.loads(server.log[0])["notes"] == 100
+
+
+def test_a_stop_string_that_is_a_special_token(server: Running, client: openai.OpenAI, tokenizer: Any) -> None:
+    """Such a token is no text, so that no search in the text would find it."""
+    create(client, stop=["<|im_user|>", "END"])
+    sampling = server.service.asked[-1].sampling
+    assert sampling.stop_ids == (tokenizer.special_tokens["<|im_user|>"],) and "END" in sampling.stop
+    client.completions.create(model="moon", prompt="x", stop="<|im_end|>")
+    assert server.service.asked[-1].sampling.stop_ids == (tokenizer.special_tokens["<|im_end|>"],)
+
+
+def test_any_name_of_a_model_will_do_unless_names_were_given(tokenizer: Any) -> None:
+    import httpx
+
+    from moonbase.serve.settings import Settings
+    from tests.serve.service_double import ScriptedService
+
+    with serving(ScriptedService(says(tokenizer, "</think>hi")), tokenizer,
+                 model_names=Settings().model_names) as running:
+        client = openai.OpenAI(base_url=f"{running.url}/v1", api_key="unused", max_retries=0)
+        for name in ("gpt-4o", "moonbase"):
+            assert create(client, model=name).model == name
+            assert {chunk.model for chunk in create(client, model=name, stream=True)} == {name}
+        assert [model.id for model in client.models.list()] == ["moonbase"]
+        said = httpx.post(f"{running.url}/v1/messages", json={"model": "claude", "messages": USER, "max_tokens": 5})
+        assert said.json()["model"] == "claude"
+
+
 def test_a_model_that_opens_its_reasoning_itself(tokenizer: Any) -> None:
     """K2-Thinking begins with `<think>` of its own accord, but not where the prompt has closed it already."""
     from tests.serve.service_double import ScriptedService

@@ -72,9 +72,11 @@ def test_both_clients_with_a_changed_base_url(running: Process) -> None:
     assert reply.usage.completion_tokens <= 5
     other = anthropic.Anthropic(base_url=running.url, api_key="x")
     assert other.messages.create(model="tiny-moon", messages=USER, max_tokens=5).usage.output_tokens <= 5
-    assert any("chat style kimi-k2," in line and "4096 tokens" in line for line in running.lines)
-    until(lambda: len(running.log.read_text().splitlines()) == 3)
-    assert [json.loads(line)["status"] for line in running.log.read_text().splitlines()] == [200] * 3
+    assert client.chat.completions.create(model="gpt-4o", messages=USER, max_tokens=5).model == "gpt-4o"
+    assert any("chat style kimi-k2," in line and "4096 tokens" in line and "any model name" in line
+               for line in running.lines)
+    until(lambda: len(running.log.read_text().splitlines()) == 4)
+    assert [json.loads(line)["status"] for line in running.log.read_text().splitlines()] == [200] * 4
 
 
 def test_sigterm_finishes_what_runs_and_leaves_with_0(running: Process) -> None:
@@ -93,9 +95,12 @@ def test_sigterm_finishes_what_runs_and_leaves_with_0(running: Process) -> None:
 
 
 def test_the_end_of_the_grace_ends_what_runs(folder: Path) -> None:
-    process = Process(folder, "--cache-tokens", "8192", "--grace", "0.2", "--api-key", "k", "--model-name", "*")
+    process = Process(folder, "--cache-tokens", "8192", "--grace", "0.2", "--api-key", "k", "--model-name", "any")
     try:
         client = openai.OpenAI(base_url=f"{process.url}/v1", api_key="k")
+        with pytest.raises(openai.NotFoundError, match="this server has 'any'"):
+            client.completions.create(model="gpt-4o", prompt="a")
+        assert any("model names any)" in line for line in process.lines)
         stream = client.completions.create(model="any", prompt="a", max_tokens=4000, stream=True,
                                            extra_body={"ignore_eos": True})
         next(iter(stream))

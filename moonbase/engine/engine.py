@@ -232,20 +232,20 @@ class Engine:
         for part in parts:
             rows.append(first_row)
             ends.append(first_row + part.count - 1)
-            if part.sequence.prompt_logprobs is not None:
+            if part.request.prompt_logprobs is not None:
                 self._score(part, hidden_ND, first_row)
             first_row += part.count + (part.draft is not None)
             # Before anyone can finish: what a finished one leaves behind may be shared.
-            self._scheduler.advance(part.sequence, part.start + part.count)
-        drawing = [number for number, part in enumerate(parts) if part.sequence.pending == 0]
+            self._scheduler.advance(part.request, part.start + part.count)
+        drawing = [number for number, part in enumerate(parts) if part.request.pending == 0]
         self._draw(parts, drawing, hidden_ND, ends)
         self._statistics.drafted_tokens += sum(part.draft is not None for part in parts)
         # A guess that came true has been computed already: its row tells the token after it.
         right = [number for number in drawing if parts[number].draft is not None
-                 and parts[number].sequence.finish_reason is None
-                 and parts[number].sequence.ids[-1] == parts[number].draft]
+                 and parts[number].request.finish_reason is None
+                 and parts[number].request.ids[-1] == parts[number].draft]
         for number in right:
-            self._scheduler.advance(parts[number].sequence, parts[number].sequence.computed + 1)
+            self._scheduler.advance(parts[number].request, parts[number].request.computed + 1)
         self._statistics.accepted_tokens += len(right)
         self._draw(parts, right, hidden_ND, [end + 1 for end in ends])
         if self.speculate:
@@ -303,18 +303,18 @@ class Engine:
 
     def _score(self, part: Part, hidden_ND: torch.Tensor, row: int) -> None:
         """Log-probabilities of the prompt tokens that follow those of `part`."""
-        following = part.sequence.prompt_ids[part.start + 1 : part.start + part.count + 1]
+        following = part.request.prompt_ids[part.start + 1 : part.start + part.count + 1]
         rows = range(row, row + len(following))
         if following:
             logits_NV = self._forward.logits(hidden_ND, list(rows)).log_softmax(-1)
             ids = torch.tensor(following, device=logits_NV.device)[:, None]
-            part.sequence.prompt_logprobs += logits_NV.gather(-1, ids).squeeze(-1).tolist()
+            part.request.prompt_logprobs += logits_NV.gather(-1, ids).squeeze(-1).tolist()
 
     def _draw(self, parts: list[Part], numbers: list[int], hidden_ND: torch.Tensor, rows: list[int]) -> None:
         """Choose the next token of the parts `numbers` from the hidden states at `rows` of all parts."""
         requests, places, masks = [], [], []
         for number in numbers:
-            request = parts[number].sequence
+            request = parts[number].request
             try:
                 masks.append(request.constraint.mask(request.remaining) if request.constraint is not None else None)
             except Exception as error:
@@ -396,7 +396,7 @@ class Engine:
         """
         reads, first_rows = [], []
         for part, row in zip(parts, rows, strict=True):
-            request = part.sequence
+            request = part.request
             # Every token is read together with the one that follows it, so far as that is known.
             count = min(request.computed, len(request.ids) - 1) - part.start
             if count > 0 and request.error is None:
@@ -406,7 +406,7 @@ class Engine:
             return
         guesses = self._forward.further(reads, hidden_ND, first_rows).argmax(-1).tolist()
         for read, guess in zip(reads, guesses, strict=True):
-            request = read.sequence
+            request = read.request
             request.draft = guess if request.pending == 1 and request.output_ids else None
 
 

@@ -42,7 +42,7 @@ class Forward:
         """Hidden states [N, D] of all tokens of `parts`, in order; rows beyond them are padding."""
         tokens: list[int] = []
         for part in parts:
-            tokens += part.sequence.ids[part.start : part.start + part.count]
+            tokens += part.request.ids[part.start : part.start + part.count]
             if part.draft is not None:
                 tokens.append(part.draft)
         self._in_one_call = self._native is not None and self._native.ready()
@@ -63,7 +63,7 @@ class Forward:
         sources: list[int] = []
         ends: list[int] = []
         for part, row in zip(parts, rows, strict=True):
-            following += part.sequence.ids[part.start + 1 : part.start + part.count + 1]
+            following += part.request.ids[part.start + 1 : part.start + part.count + 1]
             sources += range(row, row + part.count)
             ends.append(len(sources) - 1)
         positions, self.cache.batch = self._lay_out(parts)
@@ -86,7 +86,7 @@ class Forward:
         sequences, positions = self._places(parts)
         slots: list[int] = []
         for part in parts:
-            blocks = part.sequence.blocks
+            blocks = part.request.blocks
             slots += [blocks[position // BLOCK_TOKENS] * BLOCK_TOKENS + position % BLOCK_TOKENS
                       for position in range(part.start, _stop(part))]
         position_N = self._padded(positions)
@@ -102,9 +102,9 @@ class Forward:
         sequences: list[int] = []
         positions: list[int] = []
         for part in parts:
-            self._write_table(part.sequence.row, part.sequence.blocks)
+            self._write_table(part.request.row, part.request.blocks)
             stop = _stop(part)
-            sequences += [part.sequence.row] * (stop - part.start)
+            sequences += [part.request.row] * (stop - part.start)
             positions += range(part.start, stop)
         return sequences, positions
 

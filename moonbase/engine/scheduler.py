@@ -95,7 +95,7 @@ class Request:
 class Part(NamedTuple):
     """What a forward pass computes of one sequence: `count` of its known tokens, then the guess where there is one."""
 
-    sequence: Request
+    request: Request
     start: int
     count: int
     draft: int | None
@@ -114,16 +114,16 @@ class Scheduler:
         self.preemptions = 0
         self._rows = list(range(max_running))
 
-    def add(self, sequence: Request) -> None:
-        self.waiting.append(sequence)
+    def add(self, request: Request) -> None:
+        self.waiting.append(request)
 
-    def remove(self, sequence: Request) -> None:
-        """Forget a finished or cancelled sequence; its blocks are free at once."""
-        if sequence in self.running:
-            self.running.remove(sequence)
-        elif sequence in self.waiting:
-            self.waiting.remove(sequence)
-        self._give_up(sequence)
+    def remove(self, request: Request) -> None:
+        """Forget a finished or cancelled request; its blocks are free at once."""
+        if request in self.running:
+            self.running.remove(request)
+        elif request in self.waiting:
+            self.waiting.remove(request)
+        self._give_up(request)
 
     def plan(self) -> list[Part]:
         """The next pass. Empty only when nothing is there to be done."""
@@ -133,35 +133,35 @@ class Scheduler:
         coming: set[bytes] = set()
         budget = self.chunk_tokens
         # Decoding first, one token each, then prompts in the order of arrival with what is left.
-        decoding = [sequence for sequence in self.running if sequence.pending == 1]
-        reading = [sequence for sequence in self.running if sequence.pending > 1]
-        for sequence in [*decoding, *reading]:
-            if sequence not in self.running or (budget <= 0 and sequence.pending > 1):
+        decoding = [request for request in self.running if request.pending == 1]
+        reading = [request for request in self.running if request.pending > 1]
+        for request in [*decoding, *reading]:
+            if request not in self.running or (budget <= 0 and request.pending > 1):
                 continue
-            if sequence.pending > 1 and self._shares(sequence, coming):
+            if request.pending > 1 and self._shares(request, coming):
                 continue
-            count = 1 if sequence.pending == 1 else min(sequence.pending, budget)
-            draft = sequence.draft if count == sequence.pending and sequence.remaining > 1 else None
-            if self._reserve(sequence, sequence.computed + count + (draft is not None), planned):
-                parts.append(Part(sequence, sequence.computed, count, draft))
-                planned.add(id(sequence))
+            count = 1 if request.pending == 1 else min(request.pending, budget)
+            draft = request.draft if count == request.pending and request.remaining > 1 else None
+            if self._reserve(request, request.computed + count + (draft is not None), planned):
+                parts.append(Part(request, request.computed, count, draft))
+                planned.add(id(request))
                 budget -= count
                 # Block by block of what this pass will make known; someone else may need the same.
-                coming.update(sequence.keys[part // BLOCK_TOKENS] for part in
-                              range(sequence.computed, sequence.computed + count - BLOCK_TOKENS + 1, BLOCK_TOKENS)
-                              if part // BLOCK_TOKENS < len(sequence.keys))
+                coming.update(request.keys[part // BLOCK_TOKENS] for part in
+                              range(request.computed, request.computed + count - BLOCK_TOKENS + 1, BLOCK_TOKENS)
+                              if part // BLOCK_TOKENS < len(request.keys))
         return parts
 
-    def advance(self, sequence: Request, computed: int) -> None:
+    def advance(self, request: Request, computed: int) -> None:
         """The cache now knows the first `computed` tokens; full blocks may be shared."""
-        sequence.computed = computed
+        request.computed = computed
         full = max(0, computed - self.lag) // BLOCK_TOKENS
-        if full > sequence.published and self.pool.prefix_cache:
-            if len(sequence.keys) < full:
-                sequence.keys = block_keys(sequence.ids[: full * BLOCK_TOKENS], sequence.keys)
-            for number in range(sequence.published, full):
-                self.pool.publish(sequence.blocks[number], sequence.keys[number])
-            sequence.published = full
+        if full > request.published and self.pool.prefix_cache:
+            if len(request.keys) < full:
+                request.keys = block_keys(request.ids[: full * BLOCK_TOKENS], request.keys)
+            for number in range(request.published, full):
+                self.pool.publish(request.blocks[number], request.keys[number])
+            request.published = full
 
     def _admit(self) -> None:
         while self.waiting and len(self.running) < self.max_running:
@@ -199,32 +199,32 @@ class Scheduler:
         self._take(request, self.pool.match(self._shareable(request)))
         return any(key in coming for key in self._shareable(request)[:1])
 
-    def _reserve(self, sequence: Request, tokens: int, planned: set[int]) -> bool:
+    def _reserve(self, request: Request, tokens: int, planned: set[int]) -> bool:
         """Blocks for its first `tokens` tokens, at the cost of later arrivals; False where it had to give way."""
-        while len(sequence.blocks) < _blocks(tokens):
+        while len(request.blocks) < _blocks(tokens):
             block = self.pool.allocate()
             if block is not None:
-                sequence.blocks.append(block)
+                request.blocks.append(block)
                 continue
-            victim = next((other for other in reversed(self.running) if id(other) not in planned), sequence)
+            victim = next((other for other in reversed(self.running) if id(other) not in planned), request)
             self._preempt(victim)
-            if victim is sequence:
+            if victim is request:
                 return False
         return True
 
-    def _preempt(self, sequence: Request) -> None:
+    def _preempt(self, request: Request) -> None:
         self.preemptions += 1
-        sequence.preempted = True
-        self._give_up(sequence)
-        self.running.remove(sequence)
-        self.waiting.appendleft(sequence)
+        request.preempted = True
+        self._give_up(request)
+        self.running.remove(request)
+        self.waiting.appendleft(request)
 
-    def _give_up(self, sequence: Request) -> None:
-        self.pool.release(sequence.blocks)
-        if sequence.row >= 0:
-            self._rows.append(sequence.row)
-            sequence.row = -1
-        sequence.blocks, sequence.computed, sequence.published, sequence.draft = [], 0, 0, None
+    def _give_up(self, request: Request) -> None:
+        self.pool.release(request.blocks)
+        if request.row >= 0:
+            self._rows.append(request.row)
+            request.row = -1
+        request.blocks, request.computed, request.published, request.draft = [], 0, 0, None
 
 
 def _blocks(tokens: int) -> int:

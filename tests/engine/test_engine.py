@@ -233,7 +233,7 @@ class Knowing:
     def __call__(self, parts, hidden_ND, rows) -> torch.Tensor:
         logits_BV = self.further(parts, hidden_ND, rows)
         for row_V, part in zip(logits_BV, parts, strict=True):
-            known = self.reference.get(tuple(part.sequence.ids))
+            known = self.reference.get(tuple(part.request.ids))
             if known is not None and self.random.random() < self.chance:
                 row_V[known] = 1e9
         return logits_BV

@@ -57,9 +57,10 @@ def read_trace(path: Path, count: int, vocab_size: int, context: int) -> list[Tr
     if not rows:
         raise UserError(f"{path}: no requests")
     # One block of the trace per cache block, or less where even that is too long for the model.
-    room = context - max(1, context // 8)
     longest = max(length for length, _, _ in rows)
-    scale = min(BLOCK_TOKENS / TRACE_BLOCK, room / longest)
+    most_new = max(output for _, output, _ in rows)
+    scale = min(BLOCK_TOKENS / TRACE_BLOCK, (context - 2) / (longest + most_new))
+    room = context - max(1, int(most_new * scale)) - 1
     per_block = max(1, int(TRACE_BLOCK * scale))
     requests = []
     for length, output, ids in rows:

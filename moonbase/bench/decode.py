@@ -38,7 +38,7 @@ class Shape(NamedTuple):
     new: int
 
 
-# The last decoded token sees all the context that the issue is about: 4k on a CPU, 1k and 32k on a GPU.
+# Contexts as people have them: up to 4k on a CPU, 1k and 32k on a GPU.
 _CPU_SHAPES = (Shape(1, 3968, 128), Shape(16, 3968, 128), Shape(1, 256, 128), Shape(16, 256, 128))
 _GPU_SHAPES = (Shape(1, 1024, 256), Shape(64, 1024, 256), Shape(256, 1024, 256), Shape(1, 32512, 128),
                Shape(16, 32512, 128))

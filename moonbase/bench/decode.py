@@ -10,6 +10,7 @@ Shapes: B sequences, S prompt tokens, N new tokens.
 from __future__ import annotations
 
 import gc
+import sys
 import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -69,12 +70,20 @@ def measure(preset: str, peer: str | None, shapes: tuple[Shape, ...] | None = No
     native.available()  # a first use compiles; that is not what is measured
     rows = []
     for shape in shapes:
-        rows += _rows(preset, model, shape, peer, ceiling, rounds=1 if shape.batch * shape.prompt > 100_000 else 3)
+        rows += _rows(preset, model, shape, peer, ceiling)
+        print(*(_line(row) for row in rows[-2:]), sep="\n", file=sys.stderr, flush=True)
     return rows
 
 
+def _line(row: dict[str, Any]) -> str:
+    """What is known so far: the longest shapes take a peer minutes."""
+    peer = "" if row["peer"] is None else f", {row['peer_name']} {row['peer']:,.1f} ({row['ratio']:.1f}x)"
+    share = "" if row["roof_share"] is None else f", {row['roof_share']:.0%} of the floor's rate"
+    return f"{row['shape']}: {row['ours']:,.1f} {row['unit']}{share}{peer}"
+
+
 def _rows(
-    preset: str, model: Transformer, shape: Shape, peer: str | None, ceiling: float, rounds: int
+    preset: str, model: Transformer, shape: Shape, peer: str | None, ceiling: float
 ) -> list[dict[str, Any]]:
     generator = torch.Generator().manual_seed(0)
     prompts = torch.randint(0, model.config.vocab_size, (shape.batch, shape.prompt), generator=generator)
@@ -84,8 +93,11 @@ def _rows(
         name, generate = _peer(model, prompts)
         works |= _works("peer", generate, shape)
         peer_name = f"transformers, {name}"
+    rounds = 1 if shape.batch * shape.prompt > 100_000 else 3
     if torch.cuda.is_available():
-        times = {name: seconds(work, rounds=rounds, warmup=1) for name, work in works.items()}
+        # Ours records graphs when it first runs; a peer that takes seconds is warm from the shapes before.
+        times = {name: seconds(work, rounds, warmup=1) if name.startswith("ours") else
+                 seconds(work, min(rounds, 2), warmup=int(shape.prompt < 10_000)) for name, work in works.items()}
     else:
         times = alternating_seconds(works, rounds=rounds, warmup=1 if shape.prompt < 1000 else 0)
     label = f"{preset} {shape.batch}x({shape.prompt}+{shape.new})"

@@ -18,7 +18,7 @@ import torch
 
 from moonbase.engine.cache import BLOCK_TOKENS, BlockPool, LatentCache
 from moonbase.engine.forward import Forward
-from moonbase.engine.sampling import Chosen, Constraint, Sampling, choose
+from moonbase.engine.sampling import Chosen, Constraint, Sampling, Scores, choose, most_likely
 from moonbase.engine.scheduler import Part, Request, Scheduler
 from moonbase.engine.text import Piece, TextStream, TokenizerLike
 from moonbase.errors import UserError
@@ -76,16 +76,18 @@ class Engine:
 
     def __init__(
         self, model: Transformer, tokenizer: TokenizerLike, stop_ids: Sequence[int] = (), *,
-        cache_tokens: int | None = None, max_running: int = 64, chunk_tokens: int = 512, prefix_cache: bool = True,
-        speculate: bool = True, cuda_graphs: bool = True,
+        cache_tokens: int | None = None, max_running: int = 64, chunk_tokens: int | None = None,
+        prefix_cache: bool = True, speculate: bool = True, cuda_graphs: bool = True, least_cache_bytes: int = 0,
     ) -> None:
-        """`stop_ids` beside the model's own; `cache_tokens`: room for so many tokens, None takes what fits;
-        `chunk_tokens`: prompt tokens per forward pass. Raises UserError where no cache fits."""
+        """`stop_ids` beside the model's own; `cache_tokens`: room for so many tokens, None: for as many as can run
+        together, or what fits; with `least_cache_bytes` at least for so much, where it fits;
+        `chunk_tokens`: prompt tokens per forward pass, None: 512, and 8,192 where a GPU reads them in expanded form.
+        Raises UserError where no cache fits."""
         self.model, self.tokenizer = model, tokenizer
         self.stop_ids = frozenset(stop_ids) | frozenset(model.config.eos_token_ids)
         self.prefix_cache, self.max_running, self.chunk_tokens = prefix_cache, max_running, chunk_tokens
         self.speculate = speculate and len(model.mtp) > 0
-        self._wanted_tokens, self._cuda_graphs = cache_tokens, cuda_graphs
+        self._wanted_tokens, self._least_bytes, self._cuda_graphs = cache_tokens, least_cache_bytes, cuda_graphs
         self._statistics = EngineStatistics()
         self._scheduler: Scheduler | None = None
         self._emitted: list[tuple[Request, Piece]] = []
@@ -115,12 +117,13 @@ class Engine:
         self._finish_all(requests)
         return [_output(request) for request in requests]
 
-    def score(self, prompt_ids: Sequence[int]) -> list[float]:
-        """Log-probability of every token of a text but the first, given those before it."""
-        request = self.request(prompt_ids, Sampling(max_tokens=1), score=True)
+    def score(self, prompt_ids: Sequence[int], top: int = 0) -> Scores:
+        """Log-probability of every token of a text but the first, given those before it; with it the `top` most likely
+        tokens of every place."""
+        request = self.request(prompt_ids, Sampling(max_tokens=1, logprobs=top), score=True)
         self._finish_all([request])
-        assert request.prompt_logprobs is not None
-        return request.prompt_logprobs
+        assert request.scores is not None
+        return request.scores
 
     def stream(self, prompt: str, sampling: Sampling = Sampling()) -> Iterator[str]:
         """Pieces of text as they come; a character whose bytes are incomplete waits for the rest."""
@@ -152,8 +155,9 @@ class Engine:
         text: bool = False, score: bool = False,
     ) -> Request:
         """Something to `submit`. `number` tells requests of one seed apart; `text`: pieces carry text; `score`: the
-        prompt's log-probabilities are wanted. Raises UserError for an empty prompt, one that fills the context or the
-        cache, and ids outside the vocabulary."""
+        prompt's log-probabilities are wanted, with so many of the most likely tokens as `sampling.logprobs` says.
+        Raises UserError for an empty prompt, one that fills the context or the cache, and ids outside the
+        vocabulary."""
         ids, config = list(prompt_ids), self.model.config
         limit = min(config.max_position_embeddings, self.capacity)
         if not ids:
@@ -168,7 +172,7 @@ class Engine:
         stream = TextStream(self.tokenizer, sampling.stop) if text or sampling.stop else None
         return Request(ids, sampling, random.Random(f"{base} {number}").getrandbits(63), limit,
                        constraint() if constraint is not None else None, stream,
-                       prompt_logprobs=[] if score else None)
+                       scores=Scores([], []) if score else None)
 
     def submit(self, request: Request) -> None:
         """Put a request into the queue."""
@@ -205,6 +209,7 @@ class Engine:
         assert not self.busy
         if self._scheduler is not None:
             self._scheduler.pool.forget_all()
+            self._forward.weights_changed()
 
     @torch.inference_mode()
     def step(self) -> None:
@@ -232,7 +237,7 @@ class Engine:
         for part in parts:
             rows.append(first_row)
             ends.append(first_row + part.count - 1)
-            if part.request.prompt_logprobs is not None:
+            if part.request.scores is not None:
                 self._score(part, hidden_ND, first_row)
             first_row += part.count + (part.draft is not None)
             # Before anyone can finish: what a finished one leaves behind may be shared.
@@ -262,7 +267,8 @@ class Engine:
             limit = min(self.model.config.max_position_embeddings, (num_blocks - 1) * BLOCK_TOKENS)
             self._forward = Forward(self.model, cache, self.max_running, -(-limit // BLOCK_TOKENS), self._cuda_graphs)
             pool = BlockPool(num_blocks, self.prefix_cache)
-            self._scheduler = Scheduler(pool, self.max_running, max(self.chunk_tokens, self.max_running),
+            chunk_tokens = self.chunk_tokens or self._forward.chunk_tokens
+            self._scheduler = Scheduler(pool, self.max_running, max(chunk_tokens, self.max_running),
                                         lag=int(self.speculate))
         return self._scheduler
 
@@ -274,7 +280,8 @@ class Engine:
         free = (torch.cuda.mem_get_info(parameter.device)[0] if parameter.is_cuda else free_memory_bytes()) or 1 << 30
         # A GPU is ours; of a computer's memory others want their part.
         fitting = int(free * (0.8 if parameter.is_cuda else 0.4)) // per_token
-        wanted = self._wanted_tokens or min(fitting, self.max_running * config.max_position_embeddings)
+        useful = max(self.max_running * config.max_position_embeddings, self._least_bytes // per_token)
+        wanted = self._wanted_tokens or min(fitting, useful)
         if wanted > fitting:
             raise UserError(f"cache_tokens={wanted} needs {wanted * per_token / 1e9:,.1f} GB; "
                             f"{free / 1e9:,.1f} GB are free, so at most {fitting} fit")
@@ -304,11 +311,15 @@ class Engine:
     def _score(self, part: Part, hidden_ND: torch.Tensor, row: int) -> None:
         """Log-probabilities of the prompt tokens that follow those of `part`."""
         following = part.request.prompt_ids[part.start + 1 : part.start + part.count + 1]
+        if not following:
+            return
         rows = range(row, row + len(following))
-        if following:
-            logits_NV = self._forward.logits(hidden_ND, list(rows)).log_softmax(-1)
-            ids = torch.tensor(following, device=logits_NV.device)[:, None]
-            part.request.prompt_logprobs += logits_NV.gather(-1, ids).squeeze(-1).tolist()
+        logprobs_NV = self._forward.logits(hidden_ND, list(rows)).log_softmax(-1)
+        ids = torch.tensor(following, device=logprobs_NV.device)[:, None]
+        # By place: who was preempted computes again what has been scored already.
+        scores, top = part.request.scores, part.request.sampling.logprobs or 0
+        scores.logprobs[part.start :] = logprobs_NV.gather(-1, ids).squeeze(-1).tolist()
+        scores.top_logprobs[part.start :] = most_likely(logprobs_NV, top)
 
     def _draw(self, parts: list[Part], numbers: list[int], hidden_ND: torch.Tensor, rows: list[int]) -> None:
         """Choose the next token of the parts `numbers` from the hidden states at `rows` of all parts."""

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from moonbase.engine.cache import BLOCK_TOKENS, Batch, LatentCache
-from moonbase.engine.graphs import Recorder
+from moonbase.engine.graphs import LARGEST, Recorder, batch_of
 from moonbase.engine.pass_cpu import CpuPass
+from moonbase.engine.pass_cuda import CudaPass, Reading
 from moonbase.engine.scheduler import Part
 from moonbase.model import Transformer
 
@@ -29,14 +30,26 @@ class Forward:
     ) -> None:
         self.model, self.cache = model, cache
         self.device = cache.store.device
+        on_gpu = self.device.type == "cuda"
         # Written on the host, one row per running sequence, and only where a sequence has grown.
-        self._tables = torch.zeros(max_running, blocks_each, dtype=torch.int32)
+        self._tables = torch.zeros(max_running, blocks_each, dtype=torch.int32, pin_memory=on_gpu)
+        self._tables_version = 0
         self._written: list[tuple[object, int]] = [(None, 0)] * max_running
-        self._native = CpuPass(model, cache) if self.device.type == "cpu" else None
+        self._native = CpuPass(model, cache) if not on_gpu else None
+        self._fused = CudaPass(model, cache) if on_gpu and CudaPass.fits(model) else None
         self._in_one_call = False
-        self._recorder: Recorder | None = None
-        if self.device.type == "cuda" and cuda_graphs:
-            self._recorder = Recorder(self._compute)
+        decode = self._compute if self._fused is None else self._fused.decode
+        self._recorder = Recorder(decode, self.device) if on_gpu and cuda_graphs else None
+
+    @property
+    def chunk_tokens(self) -> int:
+        """Prompt tokens per pass that it handles well."""
+        return 512 if self._fused is None else 8192
+
+    def weights_changed(self) -> None:
+        """Weights may have been replaced or moved."""
+        if self._recorder is not None:
+            self._recorder.forget()
 
     def run(self, parts: Sequence[Part]) -> Tensor:
         """Hidden states [N, D] of all tokens of `parts`, in order; rows beyond them are padding."""
@@ -48,10 +61,18 @@ class Forward:
         self._in_one_call = self._native is not None and self._native.ready()
         if self._in_one_call:
             return self._native.compute(tokens, *self._places(parts), self._tables)
-        positions, batch = self._lay_out(parts)
+        decoding = next((number for number, part in enumerate(parts) if part.count > 1), len(parts))
         # Prompts come in so many lengths that a recording would never be used again.
-        decoding = self._recorder is not None and all(part.count == 1 for part in parts)
-        return (self._recorder if decoding else self._compute)(self._padded(tokens), positions, batch)
+        recorded = self._recorder is not None and decoding == len(parts) and len(tokens) <= LARGEST
+        rows_4N, width = self._lay_out(parts, tokens, round_up=recorded)
+        if recorded:
+            return self._recorder(rows_4N, self._tables[:, :width], self._tables_version)
+        arguments = batch_of(rows_4N.to(self.device, non_blocking=True), self._tables_there(width))
+        if self._fused is None:
+            return self._compute(*arguments)
+        if decoding == len(parts):
+            return self._fused.decode(*arguments)
+        return self._fused.read(*arguments, self._reading(parts, decoding, arguments[2].tables_BM))
 
     def further(self, parts: Sequence[Part], hidden_ND: Tensor, rows: Sequence[int]) -> Tensor:
         """Logits of the token after the next of each part [B, V], by the first multi-token-prediction module.
@@ -66,9 +87,11 @@ class Forward:
             following += part.request.ids[part.start + 1 : part.start + part.count + 1]
             sources += range(row, row + part.count)
             ends.append(len(sources) - 1)
-        positions, self.cache.batch = self._lay_out(parts)
+        rows_4N, width = self._lay_out(parts, following)
+        tokens, positions, self.cache.batch = batch_of(rows_4N.to(self.device), self._tables_there(width))
+        sources += [0] * (len(tokens) - len(sources))
         hidden_ND = hidden_ND[self._padded(sources)]
-        hidden_ND = self.model.decode_further(0, hidden_ND, self._padded(following), positions, self.cache)
+        hidden_ND = self.model.decode_further(0, hidden_ND, tokens, positions, self.cache)
         return self.logits(hidden_ND, ends)
 
     def logits(self, hidden_ND: Tensor, rows: Sequence[int]) -> Tensor:
@@ -81,21 +104,38 @@ class Forward:
         self.cache.batch = batch
         return self.model.decode(tokens_N, positions_N, self.cache)
 
-    def _lay_out(self, parts: Sequence[Part]) -> tuple[Tensor, Batch]:
-        """The tokens' positions int64 [N], and for the cache whose they are."""
+    def _lay_out(self, parts: Sequence[Part], tokens: list[int], round_up: bool = False) -> tuple[Tensor, int]:
+        """Token, position, slot and sequence of every row, int64 [4, N] on the host, with padding (`round_up`: to a
+        power of two); and how many blocks the longest sequence has, rounded up likewise."""
         sequences, positions = self._places(parts)
         slots: list[int] = []
         for part in parts:
             blocks = part.request.blocks
             slots += [blocks[position // BLOCK_TOKENS] * BLOCK_TOKENS + position % BLOCK_TOKENS
                       for position in range(part.start, _stop(part))]
-        position_N = self._padded(positions)
         longest = -(-(max(positions) + 1) // BLOCK_TOKENS)
         # Few widths, so that few shapes are ever seen by a compiler or a recorded graph.
         width = min(self._tables.shape[1], max(64, 1 << (longest - 1).bit_length()))
-        tables = self._tables if self.device.type == "cpu" else self._tables[:, :width].to(self.device)
-        batch = Batch(self._padded(sequences, fill=-1).int(), position_N.int(), self._padded(slots), tables)
-        return position_N, batch
+        count = len(tokens)
+        rows = max(LEAST_ROWS, 1 << (count - 1).bit_length() if round_up else count)
+        rows_4N = torch.zeros(4, rows, dtype=torch.int64, pin_memory=self._tables.is_pinned())
+        rows_4N[:, :count] = torch.tensor([tokens, positions, slots, sequences])
+        rows_4N[3, count:] = -1  # padding is nobody's, and what it writes goes to the block that nobody owns
+        return rows_4N, width
+
+    def _tables_there(self, width: int) -> Tensor:
+        on_cpu = self.device.type == "cpu"
+        return self._tables if on_cpu else self._tables[:, :width].to(self.device, non_blocking=True)
+
+    def _reading(self, parts: Sequence[Part], decoding: int, tables_BM: Tensor) -> Reading:
+        """Where the contexts of the parts from number `decoding` on lie."""
+        reading = parts[decoding:]
+        stops = [_stop(part) for part in reading]
+        places = [torch.arange(stop, device=self.device) for stop in stops]
+        slots = [tables_BM[part.request.row].long()[place // BLOCK_TOKENS] * BLOCK_TOKENS + place % BLOCK_TOKENS
+                 for part, place in zip(reading, places, strict=True)]
+        first = sum(_stop(part) - part.start for part in parts[:decoding])
+        return Reading(first, [_stop(part) - part.start for part in reading], stops, torch.cat(slots))
 
     def _places(self, parts: Sequence[Part]) -> tuple[list[int], list[int]]:
         """The row of the tables and the position of each token; the tables are as they must be for these parts."""
@@ -115,11 +155,12 @@ class Forward:
             count = 0
         if count < len(blocks):
             self._tables[row, count : len(blocks)] = torch.tensor(blocks[count:], dtype=torch.int32)
+            self._tables_version += 1
         self._written[row] = (blocks, len(blocks))
 
-    def _padded(self, values: Sequence[int], fill: int = 0) -> Tensor:
+    def _padded(self, values: Sequence[int]) -> Tensor:
         """int64 [max(N, LEAST_ROWS)] on the device."""
-        values = [*values, *[fill] * (LEAST_ROWS - len(values))]
+        values = [*values, *[0] * (LEAST_ROWS - len(values))]
         return torch.tensor(values, dtype=torch.int64).to(self.device, non_blocking=True)
 
 

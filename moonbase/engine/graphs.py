@@ -21,55 +21,58 @@ LARGEST = 512
 @dataclass
 class _Recording:
     graph: torch.cuda.CUDAGraph
-    tokens_N: Tensor
-    positions_N: Tensor
-    batch: Batch
+    rows_4N: Tensor
+    tables_BM: Tensor
     hidden_ND: Tensor
+    tables_version: int = -1
 
 
 class Recorder:
-    """`Recorder(compute)(tokens, positions, batch)` gives what `compute` gives, from a recording where there is one.
+    """Runs `compute(tokens, positions, batch)` from a recording. The result is overwritten by the next call."""
 
-    The result is overwritten by the next call.
-    """
-
-    def __init__(self, compute: Callable[[Tensor, Tensor, Batch], Tensor]) -> None:
-        self._compute = compute
+    def __init__(self, compute: Callable[[Tensor, Tensor, Batch], Tensor], device: torch.device) -> None:
+        self._compute, self._device = compute, device
         self._recordings: dict[tuple[int, int], _Recording] = {}
         self._pool: tuple[int, int] | None = None
 
-    def __call__(self, tokens_N: Tensor, positions_N: Tensor, batch: Batch) -> Tensor:
-        rows, width = 1 << (len(tokens_N) - 1).bit_length(), batch.tables_BM.shape[1]
-        if rows > LARGEST:
-            return self._compute(tokens_N, positions_N, batch)
-        recording = self._recordings.get((rows, width))
-        if recording is None:
-            recording = self._recordings[rows, width] = self._record(rows, batch)
-        for there, here in ((recording.tokens_N, tokens_N), (recording.positions_N, positions_N),
-                            (recording.batch.position_N, batch.position_N), (recording.batch.slot_N, batch.slot_N)):
-            there[: len(here)].copy_(here, non_blocking=True)
-            there[len(here) :].zero_()
-        # Rows without a token belong to nobody, and what they write goes to the block that nobody owns.
-        recording.batch.sequence_N[: len(tokens_N)].copy_(batch.sequence_N, non_blocking=True)
-        recording.batch.sequence_N[len(tokens_N) :].fill_(-1)
-        recording.batch.tables_BM.copy_(batch.tables_BM, non_blocking=True)
+    def __call__(self, rows_4N: Tensor, tables_BM: Tensor, tables_version: int) -> Tensor:
+        """`rows_4N`: as `batch_of` reads them, on the host, N a power of two; `tables_BM` on the host as well, with a
+        number that changes whenever something was written there."""
+        key = rows_4N.shape[1], tables_BM.shape[1]
+        recording = self._recordings.get(key) or self._record(*key, tables_BM.shape[0])
+        self._recordings[key] = recording
+        recording.rows_4N.copy_(rows_4N, non_blocking=True)
+        if recording.tables_version != tables_version:
+            recording.tables_BM.copy_(tables_BM, non_blocking=True)
+            recording.tables_version = tables_version
         recording.graph.replay()
         return recording.hidden_ND
 
-    def _record(self, rows: int, batch: Batch) -> _Recording:
-        device = batch.slot_N.device
-        long = [torch.zeros(rows, dtype=torch.int64, device=device) for _ in range(3)]
-        short = torch.zeros(rows, dtype=torch.int32, device=device)
-        still = Batch(torch.full_like(short, -1), short, long[2], torch.zeros_like(batch.tables_BM))
+    def forget(self) -> None:
+        """The recordings read weights where they lay; call when these have been replaced or moved."""
+        self._recordings.clear()
+        self._pool = None  # it ends with the last graph that used it
+
+    def _record(self, rows: int, width: int, sequences: int) -> _Recording:
+        # Rows of nobody, which write to the block that nobody owns.
+        rows_4N = torch.zeros(4, rows, dtype=torch.int64, device=self._device)
+        rows_4N[3] = -1
+        tables_BM = torch.zeros(sequences, width, dtype=torch.int32, device=self._device)
         # Kernels are built and libraries set up outside of the recording, on a stream of its own as torch asks.
-        side = torch.cuda.Stream(device)
-        side.wait_stream(torch.cuda.current_stream(device))
+        side = torch.cuda.Stream(self._device)
+        side.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(side):
             for _ in range(2):
-                self._compute(long[0], long[1], still)
-        torch.cuda.current_stream(device).wait_stream(side)
+                self._compute(*batch_of(rows_4N, tables_BM))
+        torch.cuda.current_stream(self._device).wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
-            hidden_ND = self._compute(long[0], long[1], still)
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            hidden_ND = self._compute(*batch_of(rows_4N, tables_BM))
         self._pool = self._pool or graph.pool()
-        return _Recording(graph, long[0], long[1], still, hidden_ND)
+        return _Recording(graph, rows_4N, tables_BM, hidden_ND)
+
+
+def batch_of(rows_4N: Tensor, tables_BM: Tensor) -> tuple[Tensor, Tensor, Batch]:
+    """Tokens, positions and where they belong, of rows that hold token, position, slot and sequence each."""
+    tokens_N, positions_N, slots_N, sequences_N = rows_4N
+    return tokens_N, positions_N, Batch(sequences_N.int(), positions_N.int(), slots_N, tables_BM)

@@ -35,8 +35,8 @@ _SIZES = ("num_layers", "rows", "hidden", "heads", "q_rank", "rank", "nope", "ro
           "groups", "kept_groups", "expert_width", "normalise", "page", "pages", "num_threads")
 _INSIDE = ("layer", "block", "inner_threads", "x", "normed", "query", "read", "weights", "routed", "chosen", "order",
            "inverse", "ends", "work", "pending")
-_MODULES = {Transformer, Decoder, Embedding, Block, LatentAttention, FeedForward, MixtureOfExperts, Router, Experts,
-            Linear, RMSNorm, nn.ModuleList}
+PLAIN_MODULES = {Transformer, Decoder, Embedding, Block, LatentAttention, FeedForward, MixtureOfExperts, Router,
+                 Experts, Linear, RMSNorm, nn.ModuleList}
 _POSITIONS = 1024
 """Rotations are computed for so many positions at once, always the same ones together: one piece is one thread's."""
 
@@ -132,7 +132,7 @@ class CpuPass:
         self._owners, self._names, self._links = (list(column) for column in zip(*found, strict=True))
         self._tensors = tensors = [value for value in self._links if isinstance(value, Tensor)]
         self._addresses = [tensor.data_ptr() for tensor in tensors]
-        fits = (_fits(self._model.config, self._cache) and all(type(module) in _MODULES for module in modules)
+        fits = (_fits(self._model.config, self._cache) and all(type(module) in PLAIN_MODULES for module in modules)
                 and all(_plain(tensor) for tensor in tensors) and native.available())
         self._task = self._describe() if fits else None
         self._head = self._model.lm_head.weight if fits else None

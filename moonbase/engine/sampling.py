@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -125,6 +125,14 @@ class Chosen:
     top_logprobs: list[list[tuple[int, float]] | None]
 
 
+class Scores(NamedTuple):
+    """How likely the tokens of a text are, all but the first, each given those before it."""
+
+    logprobs: list[float]
+    top_logprobs: list[list[tuple[int, float]]]
+    """The most likely (id, log-probability) of every place, so many as were asked for."""
+
+
 def uniform(seed: int, place: int) -> float:
     """A number in (0, 1) that depends on both arguments alone (SplitMix64)."""
     mask = (1 << 64) - 1
@@ -149,14 +157,19 @@ def choose(logits_BV: Tensor, draws: Sequence[Draw], masks: Sequence[np.ndarray 
     most = max((draw.sampling.logprobs or 0 for draw in draws), default=0)
     tops: list[list[tuple[int, float]] | None] = [None] * len(draws)
     if most:
-        values, ids = (own_BV - log_total_B[:, None]).topk(min(most, own_BV.shape[-1]), dim=-1)
-        pairs = zip(ids.tolist(), values.tolist(), strict=True)
-        tops = [list(zip(row[: draw.sampling.logprobs], scores, strict=False)) if draw.sampling.logprobs else None
-                for draw, (row, scores) in zip(draws, pairs, strict=True)]
+        rows = most_likely(own_BV - log_total_B[:, None], most)
+        tops = [row[: draw.sampling.logprobs] if draw.sampling.logprobs else None
+                for draw, row in zip(draws, rows, strict=True)]
     for number, draw in enumerate(draws):
         if draw.sampling.logprobs == 0:
             tops[number] = []
     return Chosen(greedy_B.tolist(), chosen_B.tolist(), tops)
+
+
+def most_likely(logprobs_BV: Tensor, count: int) -> list[list[tuple[int, float]]]:
+    """(id, log-probability) of the `count` most likely tokens of each row, the most likely first."""
+    values, ids = logprobs_BV.topk(min(count, logprobs_BV.shape[-1]), dim=-1)
+    return [list(zip(*row, strict=True)) for row in zip(ids.tolist(), values.tolist(), strict=True)]
 
 
 def _adjusted(logits_BV: Tensor, draws: Sequence[Draw]) -> Tensor:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from moonbase.engine.cache import BLOCK_TOKENS, BlockPool, block_keys
-from moonbase.engine.sampling import Constraint, Sampling
+from moonbase.engine.sampling import Constraint, Sampling, Scores
 from moonbase.engine.text import Piece, TextStream
 
 
@@ -49,7 +49,7 @@ class Request:
     stop_reason: str | int | None = None
     error: Exception | None = None
     """What its constraint raised; only this request ends of it."""
-    prompt_logprobs: list[float] | None = None
+    scores: Scores | None = None
     """Filled for a request that wants its prompt scored; it takes nothing from the cache."""
     inbox: deque[Piece] = field(default_factory=deque)
     """Pieces that nobody has fetched yet."""
@@ -180,7 +180,7 @@ class Scheduler:
     def _shareable(self, request: Request) -> list[bytes]:
         """Keys of the blocks that it may take from others from where it is. Its last token is always computed: its
         logits are wanted."""
-        if request.prompt_logprobs is not None:
+        if request.scores is not None:
             return []
         return request.keys[request.computed // BLOCK_TOKENS : (len(request.ids) - 1) // BLOCK_TOKENS]
 

@@ -9,7 +9,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Sequence
 
 from moonbase.engine.engine import Engine, EngineStatistics, MakeConstraint
-from moonbase.engine.sampling import Sampling
+from moonbase.engine.sampling import Sampling, Scores
 from moonbase.engine.scheduler import Request
 from moonbase.engine.text import Piece
 from moonbase.errors import TryAgain
@@ -93,13 +93,14 @@ class Service:
         async for piece in self._follow(self.engine.request(prompt_ids, sampling, constraint, text=True)):
             yield piece
 
-    async def score(self, prompt_ids: Sequence[int]) -> list[float]:
-        """Log-probability of every token of a text but the first. Raises what `generate` raises."""
+    async def score(self, prompt_ids: Sequence[int], top: int = 0) -> Scores:
+        """See `Engine.score`. Raises what `generate` raises."""
         self._check_room()
-        request = self.engine.request(prompt_ids, Sampling(max_tokens=1), score=True)
+        request = self.engine.request(prompt_ids, Sampling(max_tokens=1, logprobs=top), score=True)
         async for _ in self._follow(request):
             pass
-        return request.prompt_logprobs or []
+        assert request.scores is not None
+        return request.scores
 
     def _check_room(self) -> None:
         if self._stopping or self._thread is None:

@@ -11,6 +11,8 @@ Shapes: B batch, T time, H heads, K query/key dims, V value dims per head, N = B
 from __future__ import annotations
 
 import functools
+import itertools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -41,6 +43,9 @@ def attention_with_logsumexp(
     return output.unflatten(0, (batch, time)), logsumexp.detach().unsqueeze(0)
 
 
+FEW_DOCUMENTS = 16
+"""Up to so many are worth a call each."""
+
 _capability = functools.cache(torch.cuda.get_device_capability)
 
 
@@ -62,9 +67,46 @@ def packed_attention(
     return output[..., : value_NHV.shape[-1]].contiguous(), logsumexp
 
 
+def attention_to_context(
+    query_NHK: Tensor, key_SHK: Tensor, value_SHV: Tensor, counts: Sequence[int], stops: Sequence[int], scale: float
+) -> Tensor:
+    """The last `counts[i]` of `stops[i]` tokens of document i attend to what stands before them and themselves.
+
+    Queries [N = Σ counts] and keys [S = Σ stops] of all documents lie end to end. Returns [N, H, V]; no gradient.
+    """
+    widest = max(query_NHK.shape[-1], value_SHV.shape[-1])
+    if len(counts) <= FEW_DOCUMENTS and widest % 8 == 0 and cudnn_takes(widest, query_NHK.device.index):
+        pieces = zip(query_NHK.split(list(counts)), key_SHK.split(list(stops)), value_SHV.split(list(stops)),
+                     strict=True)
+        return torch.cat([_attention_to_one_context(*piece, scale) for piece in pieces])
+    width = -(-widest // 8) * 8  # heads of other sizes the flash kernel does not take
+    ends = [torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32) for lengths in (counts, stops)]
+    query_ends, key_ends = (end.to(query_NHK.device, non_blocking=True) for end in ends)
+    # With more keys than queries, the flash kernel's diagonal ends in the lower right corner.
+    output, *_ = torch.ops.aten._flash_attention_forward(
+        *(_widen(x, width) for x in (query_NHK, key_SHK, value_SHV)), query_ends, key_ends, max(counts), max(stops),
+        0.0, True, False, scale=scale)
+    return output[..., : value_SHV.shape[-1]]
+
+
+def _attention_to_one_context(query_NHK: Tensor, key_SHK: Tensor, value_SHV: Tensor, scale: float) -> Tensor:
+    """cuDNN's diagonal begins in the upper left corner: what stands before the queries is read apart, and both parts
+    are joined by their log-sum-exps."""
+    before = key_SHK.shape[0] - query_NHK.shape[0]
+    query, key, value = (x.unsqueeze(0).transpose(1, 2) for x in (query_NHK, key_SHK, value_SHV))
+    attend = torch.ops.aten._scaled_dot_product_cudnn_attention
+    own, own_total, *_ = attend(query, key[:, :, before:], value[:, :, before:], None, True, 0.0, True, scale=scale)
+    if before:
+        earlier, earlier_total, *_ = attend(
+            query, key[:, :, :before], value[:, :, :before], None, True, 0.0, False, scale=scale)
+        share = torch.sigmoid(own_total - earlier_total).view(1, -1, query.shape[2], 1)
+        own = torch.lerp(earlier.float(), own.float(), share).to(own.dtype)
+    return own.squeeze(0).transpose(0, 1)
+
+
 def _widen(x_NHV: Tensor, width: int) -> Tensor:
-    """Zeros up to the query's width: the flash kernel knows one head size only."""
-    return torch.nn.functional.pad(x_NHV, (0, width - x_NHV.shape[-1]))
+    """Zeros up to `width`: the flash kernel knows one head size for all."""
+    return x_NHV if x_NHV.shape[-1] == width else torch.nn.functional.pad(x_NHV, (0, width - x_NHV.shape[-1]))
 
 
 @packed_attention.register_fake

@@ -133,4 +133,8 @@ void pack_transposed(long depth, long columns, const float *b, long b_row, float
 void product(long rows, long columns, long depth, const float *a, long a_row, long a_col, const float *panels, float *c,
              long c_row, int add);
 
+/* One row of the gradient of silu(gate) * up * weight, given that of its result. `pre`: gate, then up, `width` each;
+   grad_pre likewise. Returns the gradient of the weight and makes the activation again, weighted. */
+float swiglu_row(long width, const float *pre, const float *grad, float weight, float *grad_pre, float *active);
+
 #endif

@@ -95,9 +95,7 @@ static void forward_task(void *what, long task) {
     }
 }
 
-/* One row of the gradient of silu(gate) * up * weight, given that of its result. Returns the gradient of the weight and
-   makes the activation again, weighted. */
-static float swiglu_row(long width, const float *pre, const float *grad, float weight, float *grad_pre, float *active) {
+float swiglu_row(long width, const float *pre, const float *grad, float weight, float *grad_pre, float *active) {
     vec sum = {0};
     for (long j = 0; j < width; j += LANES) {
         vec gate = load(pre + j), up = load(pre + width + j), found = load(grad + j);

@@ -1,8 +1,8 @@
 """Triton kernels for attention over paged latents. Loaded only on a machine with a GPU.
 
 One program reads one stretch of one token's context for up to 16 (or more) heads at once, so the latents travel from
-memory once for all heads; a second kernel joins the stretches. Stretches have a fixed length, so a token's result does
-not depend on what else is in the batch.
+memory once for all heads; a second kernel joins the stretches. How long a stretch is follows from the token's own
+position alone, so its result does not depend on what else is in the batch.
 
 Shapes as in `ops.latent_attention`; G stretches.
 """
@@ -14,8 +14,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-STRETCH = 1024
-"""Slots that one program reads. Fixed, so that the order of summation does not depend on the batch."""
+STRETCHES = 128
+"""Programs that share one context at most: about one for every multiprocessor of a large GPU."""
+SHORTEST = 128
+"""Slots that one program reads at least; a multiple of those it reads at once."""
+SLOTS, STAGES = 32, 2
+"""Slots read at once, and how many such reads are under way."""
+PARTS_LIMIT = 1 << 28
+"""fp32 numbers of unjoined results at a time (1 GiB)."""
+
+
+@triton.jit
+def _stretch_length(position, MOST: tl.constexpr, SHORTEST: tl.constexpr):
+    """Slots per program for a context of position + 1 tokens: a multiple of SHORTEST, in MOST pieces or fewer."""
+    return tl.cdiv(position + 1, MOST * SHORTEST) * SHORTEST
 
 
 @triton.jit
@@ -24,18 +36,18 @@ def _read_stretch(
     scale_log2, num_heads, table_width, num_stretches,
     query_token, query_head, store_block, store_slot,
     C: tl.constexpr, R: tl.constexpr, C_PAD: tl.constexpr, R_PAD: tl.constexpr, Z: tl.constexpr,
-    HEADS: tl.constexpr, SLOTS: tl.constexpr, LENGTH: tl.constexpr,
+    HEADS: tl.constexpr, SLOTS: tl.constexpr, MOST: tl.constexpr, SHORTEST: tl.constexpr,
 ):
     token, head_block, stretch = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     sequence = tl.load(sequence_of + token)
     position = tl.load(position_of + token)
-    first = stretch * LENGTH
+    length = _stretch_length(position, MOST, SHORTEST)
+    first = stretch * length
     heads = head_block * HEADS + tl.arange(0, HEADS)
     latent, rope = tl.arange(0, C_PAD), tl.arange(0, R_PAD)
     of_head = heads[:, None] < num_heads
     out_row = ((token * num_stretches + stretch) * num_heads + heads).to(tl.int64)
     if (sequence < 0) | (first > position):
-        tl.store(top + out_row, -float("inf"), mask=heads < num_heads)
         return
     base = query + token.to(tl.int64) * query_token + heads[:, None] * query_head
     query_latent = tl.load(base + latent[None], mask=of_head & (latent < C)[None], other=0.0)
@@ -43,7 +55,7 @@ def _read_stretch(
     largest = tl.full([HEADS], -float("inf"), tl.float32)
     total = tl.zeros([HEADS], tl.float32)
     read = tl.zeros([HEADS, C_PAD], tl.float32)
-    last = tl.minimum(first + LENGTH, position + 1)
+    last = tl.minimum(first + length, position + 1)
     for start in range(first, last, SLOTS):
         slots = start + tl.arange(0, SLOTS)
         known = slots < last
@@ -66,23 +78,27 @@ def _read_stretch(
 
 
 @triton.jit
-def _join_stretches(parts, tops, out, num_heads, num_stretches, C: tl.constexpr, C_PAD: tl.constexpr):
+def _join_stretches(
+    parts, tops, out, sequence_of, position_of, num_heads, num_stretches,
+    C: tl.constexpr, C_PAD: tl.constexpr, MOST: tl.constexpr, SHORTEST: tl.constexpr, AT_ONCE: tl.constexpr,
+):
     token, head = tl.program_id(0), tl.program_id(1)
-    latent = tl.arange(0, C_PAD)
-    largest = -float("inf")
-    total = 0.0
+    sequence = tl.load(sequence_of + token)
+    position = tl.load(position_of + token)
+    used = tl.where(sequence < 0, 0, tl.cdiv(position + 1, _stretch_length(position, MOST, SHORTEST)))
+    latent, all_stretches = tl.arange(0, C_PAD), tl.arange(0, MOST)
+    row = token.to(tl.int64) * num_stretches * num_heads + head
+    all_tops = tl.load(tops + row + all_stretches * num_heads, mask=all_stretches < used, other=-float("inf"))
+    largest = tl.where(used > 0, tl.max(all_tops, 0), 0.0)
+    total = tl.where(used > 0, tl.sum(tl.exp2(all_tops - largest), 0), 1.0)
     read = tl.zeros([C_PAD], tl.float32)
-    for stretch in range(num_stretches):
-        row = ((token * num_stretches + stretch) * num_heads + head).to(tl.int64)
-        top = tl.load(tops + row)
-        if top > -float("inf"):
-            new_largest = tl.maximum(largest, top)
-            weight, shrink = tl.exp2(top - new_largest), tl.exp2(largest - new_largest)
-            part = tl.load(parts + row * C + latent, mask=latent < C, other=0.0)
-            read = read * shrink + part * weight
-            total = total * shrink + weight
-            largest = new_largest
-    total = tl.where(total > 0, total, 1.0)
+    for start in range(0, used, AT_ONCE):
+        stretch = start + tl.arange(0, AT_ONCE)
+        there = stretch < used
+        place = row + stretch * num_heads
+        weight = tl.exp2(tl.load(tops + place, mask=there, other=-float("inf")) - largest)
+        part = tl.load(parts + place[:, None] * C + latent[None], mask=there[:, None] & (latent < C)[None], other=0.0)
+        read += tl.sum(part * weight[:, None], 0)
     tl.store(out + (token.to(tl.int64) * num_heads + head) * C + latent, read / total, mask=latent < C)
 
 
@@ -94,7 +110,12 @@ def latent_attention_cuda(
     nothing waits for the device and the call can be recorded in a CUDA graph."""
     num_tokens, num_heads, width = query_NHX.shape
     block = store_PZX.shape[1]
-    num_stretches = max(1, triton.cdiv(tables_BM.shape[1] * block, STRETCH))
+    num_stretches = min(STRETCHES, triton.cdiv(tables_BM.shape[1] * block, SHORTEST))
+    if num_tokens > 1 and num_tokens * num_stretches * num_heads * rank > PARTS_LIMIT:
+        halves = [(query_NHX[part], sequence_N[part], position_N[part])
+                  for part in (slice(num_tokens // 2), slice(num_tokens // 2, None))]
+        return torch.cat([latent_attention_cuda(query, store_PZX, tables_BM, sequence, position, scale, rank)
+                          for query, sequence, position in halves])
     heads = max(16, min(64, triton.next_power_of_2(num_heads)))
     parts = torch.empty(num_tokens, num_stretches, num_heads, rank, dtype=torch.float32, device=query_NHX.device)
     tops = torch.empty(num_tokens, num_stretches, num_heads, dtype=torch.float32, device=query_NHX.device)
@@ -104,9 +125,10 @@ def latent_attention_cuda(
         query_NHX, store_PZX, tables_BM, sequence_N, position_N, parts, tops,
         scale * 1.4426950408889634, num_heads, tables_BM.stride(0), num_stretches,
         query_NHX.stride(0), query_NHX.stride(1), store_PZX.stride(0), store_PZX.stride(1),
-        C=rank, R=width - rank, C_PAD=max(16, padded), R_PAD=rope_padded, Z=block, HEADS=heads, SLOTS=32,
-        LENGTH=STRETCH, num_warps=8 if heads > 16 else 4, num_stages=2)
+        C=rank, R=width - rank, C_PAD=max(16, padded), R_PAD=rope_padded, Z=block, HEADS=heads, SLOTS=SLOTS,
+        MOST=STRETCHES, SHORTEST=SHORTEST, num_warps=8 if heads > 16 else 4, num_stages=STAGES)
     out_NHC = query_NHX.new_empty(num_tokens, num_heads, rank)
-    _join_stretches[(num_tokens, num_heads)](parts, tops, out_NHC, num_heads, num_stretches, C=rank,
-                                             C_PAD=max(16, padded), num_warps=4)
+    _join_stretches[(num_tokens, num_heads)](
+        parts, tops, out_NHC, sequence_N, position_N, num_heads, num_stretches, C=rank, C_PAD=max(16, padded),
+        MOST=STRETCHES, SHORTEST=SHORTEST, AT_ONCE=min(8, STRETCHES), num_warps=4)
     return out_NHC

@@ -18,10 +18,13 @@ Shapes: N matrices, m the smaller and n the larger of a matrix's two dimensions.
 
 from __future__ import annotations
 
+import functools
 from typing import Literal
 
 import torch
 from torch import Tensor
+
+from moonbase.ops import muon_cpu
 
 Coefficients = Literal["quintic", "polar_express"]
 
@@ -107,6 +110,18 @@ def gram_pays(rows: int, columns: int, steps: int, dtype: torch.dtype) -> bool:
     return gram < 0.9 * plain
 
 
+def iteration_on_cpu(rows: int, columns: int, steps: int, coefficients: Coefficients) -> muon_cpu.Iteration:
+    """What `orthogonalize` would do with fp32 matrices, for the CPU kernel."""
+    return _iteration(steps, coefficients, gram_pays(rows, columns, steps, torch.float32))
+
+
+@functools.cache
+def _iteration(steps: int, coefficients: Coefficients, gram: bool) -> muon_cpu.Iteration:
+    return muon_cpu.Iteration(
+        step_coefficients(steps, coefficients), GRAM_STEPS[torch.float32] if gram else 1,
+        _POLAR_EXPRESS_SAFETY if coefficients == "polar_express" else 1.0, SMALLEST_NORM)
+
+
 def matrices_per_chunk(rows: int, columns: int, dtype: torch.dtype, workspace_bytes: int) -> int:
     """How many matrices may be orthogonalised at once: per matrix two copies of X and at most five m × m products."""
     m, n = min(rows, columns), max(rows, columns)
@@ -135,6 +150,9 @@ def orthogonalize(
     rows, columns = matrices.shape[1:]
     if gram == "auto":
         gram = gram_pays(rows, columns, steps, dtype)
+    if dtype == torch.float32 and muon_cpu.takes(matrices):
+        out = matrices if overwrite else torch.empty_like(matrices)
+        return muon_cpu.orthogonalize_cpu(matrices, _iteration(steps, coefficients, gram), out)
     polynomials = step_coefficients(steps, coefficients)
     safety = _POLAR_EXPRESS_SAFETY if coefficients == "polar_express" else 1.0
     count = matrices_per_chunk(rows, columns, dtype, workspace_bytes or default_workspace_bytes(matrices.device))

@@ -103,6 +103,14 @@ def test_the_cache_is_a_limit_too() -> None:
         engine(options=dict(cache_tokens=10**12)).generate_ids([[1]])
 
 
+def test_the_default_cache_is_what_can_be_used_and_what_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Two layers of ten and eight fp32 numbers a token; two sequences of 256 tokens are all that can run.
+    for free, least, expected in ((1 << 30, 0, 512), (1 << 30, 144 * 1600, 1600), (1 << 30, 144 * 100, 512),
+                                  (144 * 2000, 1 << 30, 800), (144 * 1000, 0, 400)):
+        monkeypatch.setattr("moonbase.engine.engine.free_memory_bytes", lambda free=free: free)
+        assert engine(options=dict(max_running=2, least_cache_bytes=least)).capacity == expected
+
+
 def test_prompts_that_are_none() -> None:
     with pytest.raises(UserError, match="empty prompt"):
         engine(vocab_size=300).generate(["a", ""])
@@ -347,9 +355,27 @@ def test_a_score_is_what_the_training_form_gives(options) -> None:
     for prompt in (list(range(40)), [7, 7], [3], list(range(40))):
         with torch.no_grad():
             expected = ours.model(torch.tensor([prompt]))[0, :-1].log_softmax(-1)
-        expected = expected.gather(-1, torch.tensor(prompt[1:])[:, None]).squeeze(-1)
-        torch.testing.assert_close(torch.tensor(ours.score(prompt)), expected, rtol=1e-4, atol=1e-4)
+        chosen = expected.gather(-1, torch.tensor(prompt[1:])[:, None]).squeeze(-1)
+        found = ours.score(prompt, top=3)
+        torch.testing.assert_close(torch.tensor(found.logprobs), chosen, rtol=1e-4, atol=1e-4)
+        for place, likely in zip(expected, found.top_logprobs, strict=True):
+            ids, values = zip(*likely, strict=True)
+            assert ids == tuple(place.argsort(descending=True)[:3].tolist())
+            assert values == pytest.approx(place[list(ids)].tolist(), abs=1e-4)
+        assert ours.score(prompt).top_logprobs == [[]] * (len(prompt) - 1)
     assert ours.statistics.blocks_used == 0
+
+
+def test_who_is_preempted_while_being_scored_is_scored_once() -> None:
+    alone, ours = engine(), engine(options=dict(cache_tokens=96, chunk_tokens=16, max_running=4))
+    prompts = [[n % 61 for n in range(start, start + 60)] for start in range(4)]
+    requests = [ours.request(prompt, Sampling(max_tokens=20, logprobs=2), score=True) for prompt in prompts]
+    ours._finish_all(requests)
+    assert ours.statistics.preemptions > 0
+    for request, prompt in zip(requests, prompts, strict=True):
+        expected = alone.score(prompt, top=2)
+        assert request.scores.logprobs == pytest.approx(expected.logprobs, abs=1e-4)
+        assert len(request.scores.top_logprobs) == 59
 
 
 def test_who_arrives_together_with_the_same_beginning_computes_it_once() -> None:
@@ -441,18 +467,3 @@ def test_what_a_finished_request_leaves_is_whole_for_guesses_too() -> None:
 
 def test_the_tokenizer_of_these_tests_is_one() -> None:
     assert Bytes().decode(Bytes().encode("häh")) == "häh"
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_recorded_passes_say_what_unrecorded_ones_say() -> None:
-    """In bf16 and with sequences that come, go and grow over several table widths."""
-    model = tiny_model(kv_lora_rank=64, qk_rope_head_dim=16, hidden_size=64, max_position_embeddings=4096)
-    model = model.bfloat16().cuda().eval()
-    for parameter in model.buffers():
-        parameter.data = parameter.data.float()
-    prompts = [[id % 61 for id in range(count)] for count in (3, 40, 700, 1500)]
-    sampling = [Sampling(max_tokens=count, temperature=1.0) for count in (60, 9, 30, 25)]
-    plain, recorded = (Engine(model, Bytes(), cuda_graphs=graphs).complete(prompts, sampling)
-                       for graphs in (False, True))
-    assert [output.ids for output in recorded] == [output.ids for output in plain]

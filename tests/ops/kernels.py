@@ -124,7 +124,8 @@ def test_wide_product() -> None:
 
 @pytest.mark.parametrize(("heads", "rank", "rope", "longest"), [(1, 16, 16, 5), (4, 48, 16, 40), (20, 20, 6, 150)])
 def test_latent_attention(heads: int, rank: int, rope: int, longest: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(latent_attention_cuda, "STRETCH", 64)
+    monkeypatch.setattr(latent_attention_cuda, "STRETCHES", 2)  # contexts of one, two and three shortest stretches
+    monkeypatch.setattr(latent_attention_cuda, "SHORTEST", 32)
     case = paged(heads, rank, rope, [longest, 1, longest // 2], new_tokens=[3, 1, 2], seed=heads)
     query, store = case[0].to(EXACT), case[1].to(EXACT)
     expected = latent_attention_reference(query.float(), store.float(), *case[2:], 0.3, rank)

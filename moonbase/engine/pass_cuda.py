@@ -1,0 +1,204 @@
+"""A forward pass of few large steps on a GPU, for models whose weights are plain matrices.
+
+`Transformer.decode` stays the definition; this wraps a model from outside and reads its weights where they lie.
+Decoding reads the latents as they are (absorbed form), 576 values per token of context. Prompts take the expanded form:
+a chunk of thousands of tokens shares what its context's latents expand to, and scoring that is 3.4 times less
+arithmetic than scoring the latents themselves (DeepSeek-V3 §2.1.1).
+
+Between the matrix products stand fused kernels (`ops.decoding_cuda`); nothing in `decode` waits for the host, so it can
+be recorded as a CUDA graph.
+
+Shapes: N tokens of the pass, D hidden, H heads, C latent, R rope dims, X = C + R, K query and key dims, V value dims,
+S tokens of all contexts that prompts read, laid end to end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from moonbase.engine.cache import BLOCK_TOKENS, Batch, LatentCache
+from moonbase.engine.pass_cpu import PLAIN_MODULES
+from moonbase.model import Transformer
+from moonbase.model.mla import LatentAttention
+from moonbase.model.moe import FeedForward, MixtureOfExperts
+from moonbase.model.rope import rotate, rotations
+from moonbase.ops.experts import experts
+from moonbase.ops.latent_attention import latent_attention
+
+FEW_ROWS = 512
+"""Up to so many tokens the experts' weights are what takes time, and kernels that stream them win."""
+EXPANDED_BYTES = 1 << 32
+"""Contexts are expanded together up to this size, then one after the other."""
+
+
+class Reading(NamedTuple):
+    """Parts of prompts in one pass, behind the rows that decode."""
+
+    first_row: int
+    """Rows before it decode one token each."""
+    counts: list[int]
+    """New tokens of each part."""
+    stops: list[int]
+    """Tokens of its context, the new ones included."""
+    slots_S: Tensor
+    """int64: where all contexts lie in the cache, one after the other."""
+
+
+class CudaPass:
+    """`decode` and `read` are `Transformer.decode`, each in the form that suits it. Only for a model that `fits`."""
+
+    def __init__(self, model: Transformer, cache: LatentCache) -> None:
+        self._model, self._cache = model, cache
+        limit = min(model.config.max_position_embeddings, cache.store.shape[1] * BLOCK_TOKENS)
+        self._cos_PR, self._sin_PR = rotations(model.config, torch.arange(limit, device=cache.store.device))
+
+    @staticmethod
+    def fits(model: Transformer) -> bool:
+        """Half precision, and nothing wrapped around the modules or their weights."""
+        modules = [model, model.lm_head, *model.model.modules()]
+        weights = [model.lm_head.weight, *model.model.parameters()]
+        return (all(type(module) in PLAIN_MODULES for module in modules)
+                and all(type(weight) is nn.Parameter and weight.dtype in (torch.bfloat16, torch.float16)
+                        for weight in weights))
+
+    def decode(self, tokens_N: Tensor, positions_N: Tensor, batch: Batch) -> Tensor:
+        """Normalised hidden states [N, D] of tokens that each read their own sequence's latents."""
+        return self._run(tokens_N, positions_N, batch, None)
+
+    def read(self, tokens_N: Tensor, positions_N: Tensor, batch: Batch, reading: Reading) -> Tensor:
+        """The same where some rows are parts of prompts."""
+        return self._run(tokens_N, positions_N, batch, reading)
+
+    # --- inside -------------------------------------------------------------------------------------------------------
+
+    def _run(self, tokens_N: Tensor, positions_N: Tensor, batch: Batch, reading: Reading | None) -> Tensor:
+        from moonbase.ops.decoding_cuda import add_and_norm
+
+        decoder = self._model.model
+        layers = list(decoder.layers)
+        norms = [layer.input_layernorm for layer in layers[1:]] + [decoder.norm]
+        x_ND = decoder.embed_tokens(tokens_N)
+        x_ND, normed_ND = add_and_norm(x_ND, layers[0].input_layernorm.weight, layers[0].input_layernorm.eps)
+        for layer, norm_after in zip(layers, norms, strict=True):
+            attended_ND = self._attend(layer.self_attn, normed_ND, positions_N, batch, reading)
+            norm = layer.post_attention_layernorm
+            x_ND, normed_ND = add_and_norm(x_ND, norm.weight, norm.eps, attended_ND)
+            x_ND, normed_ND = add_and_norm(x_ND, norm_after.weight, norm_after.eps, **_feed(layer.mlp, normed_ND))
+        return normed_ND
+
+    def _attend(
+        self, attention: LatentAttention, x_ND: Tensor, positions_N: Tensor, batch: Batch, reading: Reading | None
+    ) -> Tensor:
+        """Attention of one layer [N, D]; the new tokens' latents are in the cache afterwards."""
+        from moonbase.ops import decoding_cuda
+
+        heads, weight = attention.config.num_attention_heads, attention.kv_b_proj.weight
+        if attention.config.q_lora_rank is None:
+            query_NQ = attention.q_proj(x_ND)
+        else:
+            norm = attention.q_a_layernorm
+            _, normed = decoding_cuda.add_and_norm(attention.q_a_proj(x_ND), norm.weight, norm.eps)
+            query_NQ = attention.q_b_proj(normed)
+        query_NHK = query_NQ.unflatten(-1, (heads, -1))
+        store_PZX, norm = self._cache.store[attention.layer], attention.kv_a_layernorm
+        decoding_cuda.store_latents(attention.kv_a_proj_with_mqa(x_ND), norm.weight, norm.eps, self._cos_PR,
+                                    self._sin_PR, positions_N, store_PZX, batch.slot_N)
+        first = x_ND.shape[0] if reading is None else reading.first_row
+        outputs = []
+        if first:
+            query_NHX = decoding_cuda.absorb_query(query_NHK[:first], weight, self._cos_PR, self._sin_PR,
+                                                   positions_N[:first])
+            read_NHC = latent_attention(query_NHX, store_PZX, batch.tables_BM, batch.sequence_N[:first],
+                                        batch.position_N[:first], attention.config.softmax_scale, self._cache.rank)
+            outputs.append(decoding_cuda.expand_values(read_NHC, weight, attention.config.v_head_dim))
+        if reading is not None:
+            rows = slice(first, first + sum(reading.counts))
+            cos, sin = self._cos_PR[positions_N[rows]], self._sin_PR[positions_N[rows]]
+            outputs.append(self._read_prompts(attention, query_NHK[rows], cos, sin, store_PZX, reading))
+            padding = x_ND.shape[0] - rows.stop
+            outputs.append(outputs[0].new_zeros(padding, outputs[0].shape[1]))
+        return attention.o_proj(outputs[0] if len(outputs) == 1 else torch.cat(outputs))
+
+    def _read_prompts(
+        self, attention: LatentAttention, query_NHK: Tensor, cos_NR: Tensor, sin_NR: Tensor, store_PZX: Tensor,
+        reading: Reading,
+    ) -> Tensor:
+        """Every part against its own context, in expanded form [N, H · V]."""
+        config = attention.config
+        heads, nope = config.num_attention_heads, config.qk_nope_head_dim
+        query_nope, query_rope = query_NHK.split([nope, config.qk_rope_head_dim], dim=-1)
+        query_NHK = torch.cat([query_nope, rotate(query_rope, cos_NR, sin_NR)], dim=-1)
+        rows_PX = store_PZX.flatten(0, 1)
+        outputs, row, slot = [], 0, 0
+        for counts, stops in _batches(reading, heads * 3 * config.qk_head_dim * store_PZX.element_size()):
+            latent_SC, key_rope_SR = rows_PX[reading.slots_S[slot : slot + sum(stops)]].split(
+                [config.kv_lora_rank, config.qk_rope_head_dim], dim=-1)
+            expanded = F.linear(latent_SC, attention.kv_b_proj.weight).unflatten(-1, (heads, -1))
+            key_nope, value_SHV = expanded.split([nope, config.v_head_dim], dim=-1)
+            key_SHK = torch.cat([key_nope, key_rope_SR.unsqueeze(1).expand(-1, heads, -1)], dim=-1)
+            outputs.append(context_attention(
+                query_NHK[row : row + sum(counts)], key_SHK, value_SHV, counts, stops, config.softmax_scale))
+            row, slot = row + sum(counts), slot + sum(stops)
+        return torch.cat(outputs).flatten(1)
+
+
+def context_attention(
+    query_NHK: Tensor, key_SHK: Tensor, value_SHV: Tensor, counts: Sequence[int], stops: Sequence[int], scale: float
+) -> Tensor:
+    """The last `counts[i]` of `stops[i]` tokens of sequence i attend to what stands before them and themselves.
+
+    Queries and keys of all sequences lie end to end. Returns [N, H, V].
+    """
+    if query_NHK.is_cuda:
+        from moonbase.ops.attention_cuda import attention_to_context
+
+        return attention_to_context(query_NHK, key_SHK, value_SHV, counts, stops, scale)
+    outputs = []
+    for query, key, value in zip(query_NHK.split(list(counts)), key_SHK.split(list(stops)),
+                                 value_SHV.split(list(stops)), strict=True):
+        seen = torch.ones(len(query), len(key), dtype=torch.bool, device=query.device).tril(len(key) - len(query))
+        outputs.append(F.scaled_dot_product_attention(
+            *(x.transpose(0, 1) for x in (query, key, value)), attn_mask=seen, scale=scale).transpose(0, 1))
+    return torch.cat(outputs)
+
+
+def _batches(reading: Reading, bytes_each: int) -> list[tuple[list[int], list[int]]]:
+    """Counts and stops of the parts that are expanded together."""
+    batches: list[tuple[list[int], list[int]]] = []
+    for count, stop in zip(reading.counts, reading.stops, strict=True):
+        if batches and (sum(batches[-1][1]) + stop) * bytes_each <= EXPANDED_BYTES:
+            batches[-1][0].append(count)
+            batches[-1][1].append(stop)
+        else:
+            batches.append(([count], [stop]))
+    return batches
+
+
+def _feed(mlp: FeedForward | MixtureOfExperts, x_ND: Tensor) -> dict[str, Tensor | None]:
+    """What the feed-forward part adds, as the addends that `add_and_norm` takes."""
+    if isinstance(mlp, FeedForward):
+        return {"addend_ND": _dense(mlp, x_ND)}
+    from moonbase.ops.decoding_cuda import router_logits, select_experts
+    from moonbase.ops.experts_decoding_cuda import experts_few_rows
+
+    config, router, stack = mlp.config, mlp.gate, mlp.experts
+    indices_NK, weights_NK = select_experts(
+        router_logits(x_ND, router.weight), router.e_score_correction_bias, config.num_experts_per_tok, config.n_group,
+        config.topk_group, config.norm_topk_prob, config.routed_scaling_factor)
+    shared_ND = _dense(mlp.shared_experts, x_ND) if config.n_shared_experts else None
+    if x_ND.shape[0] <= FEW_ROWS:
+        choices_NKD = experts_few_rows(x_ND, indices_NK, weights_NK, stack.gate_up_proj, stack.down_proj)
+        return {"choices_NKD": choices_NKD, "shared_ND": shared_ND}
+    routed_ND = experts(x_ND, indices_NK.long(), weights_NK, stack.gate_up_proj, stack.down_proj)
+    return {"addend_ND": routed_ND, "shared_ND": shared_ND}
+
+
+def _dense(mlp: FeedForward, x_ND: Tensor) -> Tensor:
+    from moonbase.ops.decoding_cuda import gated
+
+    return mlp.down_proj(gated(mlp.gate_proj(x_ND), mlp.up_proj(x_ND)))

@@ -1,0 +1,152 @@
+"""The kernels of `experts_decoding_cuda` against plain PyTorch. `test_cuda_kernels` runs this file as it does
+`kernels.py`: in Triton's interpreter on any machine that has triton, and on the GPU where there is one."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from moonbase.ops.experts import experts_reference
+from moonbase.ops.experts_decoding_cuda import experts_few_rows, group_by_expert, sum_choices_and_add
+
+DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
+on_a_gpu = pytest.mark.skipif(DEVICE != "cuda", reason="the interpreter has neither tensor cores nor CUDA graphs")
+# The interpreter cuts fp32 off where bf16 should be rounded, and multiplies bf16 matrices as if they were integers.
+SHORT = torch.bfloat16 if DEVICE == "cuda" else torch.float16
+each_dtype = pytest.mark.parametrize("dtype", [torch.float32, SHORT], ids=["fp32", "16 bits"])
+
+
+def layer(
+    tokens: int, choices: int, hidden: int, width: int, experts: int, dtype: torch.dtype, seed: int = 0
+) -> tuple[torch.Tensor, ...]:
+    """x, indices (the choices of a token are distinct), routing weights, gate_up, down; values of order one."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(tokens, hidden, generator=generator).to(dtype)
+    indices = torch.rand(tokens, experts, generator=generator).argsort(1)[:, :choices].contiguous()
+    weights = torch.rand(tokens, choices, generator=generator)
+    gate_up = (torch.randn(experts, 2 * width, hidden, generator=generator) / hidden**0.5).to(dtype)
+    down = (torch.randn(experts, hidden, width, generator=generator) / width**0.5).to(dtype)
+    return x, indices, weights, gate_up, down
+
+
+def there(tensors: tuple[torch.Tensor, ...]) -> list[torch.Tensor]:
+    return [tensor.to(DEVICE) for tensor in tensors]
+
+
+def rows_of_choices(x, indices, weights, gate_up, down) -> torch.Tensor:
+    """Every choice by itself, in fp64 but for the activation's one rounding."""
+    gate, up = torch.einsum("nd,nkfd->nkf", x.double(), gate_up[indices].double()).chunk(2, -1)
+    activation = (F.silu(gate) * up).to(x.dtype).double()
+    return torch.einsum("nki,nkdi->nkd", activation, down[indices].double()) * weights[..., None]
+
+
+def assert_near(found: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype) -> None:
+    # An activation on the edge between two bf16 values may go either way.
+    tolerance = dict(rtol=1e-5, atol=1e-5) if dtype == torch.float32 else dict(rtol=1e-2, atol=1e-2)
+    torch.testing.assert_close(found.double().cpu(), expected.double(), **tolerance)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+@pytest.mark.parametrize(("tokens", "choices", "experts"), [(1, 1, 1), (1, 8, 64), (37, 2, 5), (300, 8, 7)])
+def test_group_by_expert(tokens: int, choices: int, experts: int, dtype: torch.dtype) -> None:
+    indices = torch.randint(experts, (tokens, choices), generator=torch.Generator().manual_seed(0), dtype=dtype)
+    order, offsets, counts = group_by_expert(indices.to(DEVICE), experts)
+    assert torch.equal(order.cpu().long(), indices.flatten().argsort(stable=True))
+    expected = torch.bincount(indices.flatten(), minlength=experts)
+    assert torch.equal(counts.cpu().long(), expected)
+    assert torch.equal(offsets.cpu().long(), expected.cumsum(0) - expected)
+
+
+@each_dtype
+@pytest.mark.parametrize(("tokens", "choices", "hidden", "width", "experts"), [
+    (1, 1, 20, 12, 5),
+    (1, 2, 20, 12, 5),  # experts without rows
+    (37, 2, 20, 12, 5),
+    (37, 1, 40, 70, 1),  # more than one tile of rows, more than one block of columns
+    (70, 3, 20, 12, 3),
+    (3, 2, 150, 260, 3),  # more than one step through either depth, the last of them in part
+    (2, 2, 256, 128, 4),  # nothing to mask but rows
+])
+def test_experts_few_rows(
+    tokens: int, choices: int, hidden: int, width: int, experts: int, dtype: torch.dtype
+) -> None:
+    case = layer(tokens, choices, hidden, width, experts, dtype)
+    found = experts_few_rows(*there(case))
+    assert found.dtype == torch.float32 and found.shape == (tokens, choices, hidden)
+    assert_near(found, rows_of_choices(*case), dtype)
+    wide = [tensor.float() if tensor.is_floating_point() else tensor for tensor in case]
+    assert_near(sum_choices_and_add(found, None, None, dtype), experts_reference(*wide), dtype)
+
+
+@pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64])
+@pytest.mark.parametrize("choices", [1, 2], ids=["once", "twice by every token"])
+def test_all_tokens_choose_one_expert(choices: int, index_dtype: torch.dtype) -> None:
+    """Far more rows than the mean: each program goes through several tiles."""
+    x, indices, *others = layer(37, choices, 20, 12, 5, torch.float32)
+    case = (x, torch.full_like(indices, 3), *others)
+    found = experts_few_rows(*there((x, case[1].to(index_dtype), *others)))
+    assert_near(found, rows_of_choices(*case), torch.float32)
+
+
+def test_x_may_be_columns_of_something_wider() -> None:
+    x, *others = layer(3, 2, 20, 12, 5, torch.float32)
+    wider = torch.cat([x, torch.full_like(x, torch.nan)], 1)
+    found = experts_few_rows(wider.to(DEVICE)[:, :20], *there(tuple(others)))
+    assert_near(found, rows_of_choices(x, *others), torch.float32)
+
+
+@on_a_gpu
+@each_dtype
+@pytest.mark.parametrize(("hidden", "width"), [(256, 128), (1024, 512), (2048, 2048)])
+def test_a_row_does_not_depend_on_its_company(hidden: int, width: int, dtype: torch.dtype) -> None:
+    x, indices, weights, *matrices = there(layer(300, 2, hidden, width, 5, dtype))
+    together = experts_few_rows(x, indices, weights, *matrices)  # tiles of 64 rows
+    for first, last in ((0, 1), (7, 8), (20, 52), (40, 110)):  # tiles of 16, 16, 32, 64
+        few = slice(first, last)
+        found = experts_few_rows(x[few], indices[few], weights[few], *matrices)
+        assert torch.equal(found, together[few])
+
+
+@on_a_gpu
+def test_recorded_in_a_cuda_graph() -> None:
+    """The graph follows new tokens and new choices: nothing of the first run is frozen into it but the shapes."""
+    first, second = (layer(5, 2, 64, 48, 6, torch.bfloat16, seed) for seed in (0, 1))
+    case = there((*first[:3], *second[3:]))
+
+    def step() -> torch.Tensor:
+        return sum_choices_and_add(experts_few_rows(*case), case[0], None, torch.bfloat16)
+
+    step()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = step()
+    for held, new in zip(case[:3], second[:3], strict=True):
+        held.copy_(new)
+    graph.replay()
+    assert_near(out, rows_of_choices(*second).sum(1) + second[0], torch.bfloat16)
+
+
+@each_dtype
+@pytest.mark.parametrize(("tokens", "choices", "dims"), [(1, 1, 1), (5, 3, 20), (2, 8, 1300)])
+@pytest.mark.parametrize("with_residual", [False, True])
+@pytest.mark.parametrize("with_extra", [False, True])
+def test_sum_choices_and_add(
+    tokens: int, choices: int, dims: int, with_residual: bool, with_extra: bool, dtype: torch.dtype
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(tokens, choices, dims, generator=generator)
+    both = torch.randn(tokens, 2 * dims, generator=generator).to(dtype)  # rows further apart than they are long
+    residual, extra = both.to(DEVICE)[:, :dims], both.to(DEVICE)[:, dims:]
+    found = sum_choices_and_add(
+        rows.to(DEVICE), residual if with_residual else None, extra if with_extra else None, dtype)
+    expected = torch.zeros(tokens, dims)
+    for choice in range(choices):
+        expected += rows[:, choice]
+    if with_extra:
+        expected += both[:, dims:].float()
+    if with_residual:
+        expected += both[:, :dims].float()
+    assert torch.equal(found.cpu(), expected.to(dtype))  # the same additions in the same order, one rounding

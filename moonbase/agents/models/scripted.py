@@ -1,0 +1,113 @@
+"""A model whose replies a function decides: for tests, and for baselines whose time and cost can be computed."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from moonbase.agents.models.base import (
+    CallOptions,
+    Completion,
+    Message,
+    ModelError,
+    Price,
+    Usage,
+    count_text,
+    estimate_message,
+    estimate_tokens,
+)
+
+Policy = Callable[[list[Message], list[dict[str, Any]]], Message | ModelError]
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Seconds that a call takes."""
+
+    per_call: float = 0.0
+    per_input_token: float = 0.0
+    per_cached_token: float = 0.0
+    per_output_token: float = 0.0
+
+    def of(self, usage: Usage) -> float:
+        """Seconds of a call with this usage."""
+        return (self.per_call + self.per_input_token * (usage.input_tokens - usage.cached_tokens)
+                + self.per_cached_token * usage.cached_tokens + self.per_output_token * usage.output_tokens)
+
+
+class ScriptedModel:
+    """`policy(messages, tools)` gives the reply, or the error to be raised.
+
+    Tokens are counted by the rule of thumb. What a call's prompt has in common with the longest earlier one counts as
+    cached, as a prefix cache that forgets nothing would have it.
+    """
+
+    def __init__(
+        self, policy: Policy, latency: Latency = Latency(), price: Price = Price(), context_tokens: int | None = None,
+        name: str = "scripted",
+    ) -> None:
+        self.policy, self.latency, self.price = policy, latency, price
+        self.context_tokens, self.name = context_tokens, name
+        self.calls = 0
+        self._counts: dict[int, tuple[Message, int]] = {}
+        self._tools: tuple[list[dict[str, Any]] | None, int] = (None, 0)
+        self._seen: set[tuple[int, ...]] = set()
+
+    async def complete(self, messages: list[Message], tools: list[dict[str, Any]], options: CallOptions) -> Completion:
+        """The policy's reply, after the seconds that it takes."""
+        self.calls += 1
+        prompt_tokens = self.count_tokens(messages, tools)
+        if self.context_tokens is not None and prompt_tokens + options.max_tokens > self.context_tokens:
+            raise ModelError("context_length", f"prompt of {prompt_tokens} tokens and {options.max_tokens} to come; "
+                             f"the context is {self.context_tokens}", status=400)
+        reply = self.policy(messages, tools)
+        if isinstance(reply, ModelError):
+            await asyncio.sleep(self.latency.per_call)
+            raise reply
+        message = {"role": "assistant", "content": None, **reply}
+        usage = Usage(prompt_tokens, estimate_message(message), self._cached(messages))
+        finish_reason = "tool_calls" if message.get("tool_calls") else "stop"
+        if usage.output_tokens > options.max_tokens:
+            # A cut call is no call; cut text is what there was of it.
+            text = (message.get("content") or "").encode()[: 4 * max(0, options.max_tokens - 4)].decode(errors="ignore")
+            message, finish_reason = {"role": "assistant", "content": text}, "length"
+            usage = Usage(usage.input_tokens, options.max_tokens, usage.cached_tokens)
+        await asyncio.sleep(self.latency.of(usage))
+        return Completion(message, finish_reason, usage, self.name)
+
+    def count_tokens(self, messages: list[Message], tools: list[dict[str, Any]]) -> int:
+        """By the rule of thumb; each message is counted once."""
+        if self._tools[0] is not tools:
+            self._tools = (tools, estimate_tokens([], tools))
+        return self._tools[1] + sum(self._count(message) for message in messages)
+
+    async def close(self) -> None:
+        """Nothing to give back."""
+
+    def _count(self, message: Message) -> int:
+        known = self._counts.get(id(message))
+        if known is None or known[0] is not message:
+            known = self._counts[id(message)] = (message, estimate_message(message))
+        return known[1]
+
+    def _cached(self, messages: list[Message]) -> int:
+        """Tokens of the longest beginning that an earlier prompt had as well."""
+        if not self.latency.per_input_token and self.price.cached is None:
+            return 0
+        cached, chain = 0, ()
+        for message in messages:
+            chain = (hash((chain, str(message.get("role")), str(message.get("content")),
+                           str(message.get("tool_calls")))),)
+            if chain in self._seen:
+                cached += self._count(message)
+            self._seen.add(chain)
+        return cached
+
+
+def text_of(count: int) -> str:
+    """A text of `count` tokens by the rule of thumb."""
+    text = "word" * count
+    assert count_text(text) == count
+    return text

@@ -1,0 +1,1 @@
+"""What agents can do: typed functions as tools, files, sandboxed code, offline search, MCP servers."""

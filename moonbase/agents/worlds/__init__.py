@@ -1,0 +1,1 @@
+"""Offline worlds with tasks and graders, in which agents can be measured."""

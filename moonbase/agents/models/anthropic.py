@@ -108,6 +108,8 @@ def turns_of(messages: list[Message]) -> tuple[str, list[dict[str, Any]]]:
             continue
         role = "assistant" if message["role"] == "assistant" else "user"
         blocks = _assistant_blocks(message) if role == "assistant" else _user_blocks(message)
+        if not blocks:
+            continue
         if not turns or turns[-1]["role"] != role:
             turns.append({"role": role, "content": []})
         content = turns[-1]["content"]
@@ -116,7 +118,7 @@ def turns_of(messages: list[Message]) -> tuple[str, list[dict[str, Any]]]:
             content[place:place] = blocks
         else:
             content += blocks
-    return "\n\n".join(filter(None, system)), [turn for turn in turns if turn["content"]]
+    return "\n\n".join(filter(None, system)), turns
 
 
 def _assistant_blocks(message: Message) -> list[dict[str, Any]]:

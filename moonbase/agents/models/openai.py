@@ -168,15 +168,17 @@ class _Answer:
 
     def _take_call(self, part: dict[str, Any]) -> None:
         """One element of a delta's `tool_calls`. Some endpoints send no index, or the same for all."""
-        key, function = part.get("index"), as_dict(part.get("function"))
+        key, id, function = part.get("index"), part.get("id"), as_dict(part.get("function"))
+        id = id if isinstance(id, str) else ""
         if not isinstance(key, int):
-            key = len(self.calls) if part.get("id") or not self.calls else next(reversed(self.calls))
+            key = len(self.calls) if id or not self.calls else next(reversed(self.calls))
         known = self.calls.get(key)
-        if known is not None and part.get("id") and known["id"] and part["id"] != known["id"] and function.get("name"):
-            key, known = (key, part["id"]), None
+        if known is not None and id and known["id"] and id != known["id"] and function.get("name"):
+            # Another call under the same index: what follows is of this one.
+            self.calls[key, known["id"]], known = self.calls.pop(key), None
         if known is None:
-            known = self.calls.setdefault(key, {"id": None, "name": "", "arguments": []})
-        known["id"] = known["id"] or part.get("id")
+            known = self.calls.setdefault(key, {"id": "", "name": "", "arguments": []})
+        known["id"] = known["id"] or id
         known["name"] = known["name"] or as_text(function.get("name"))
         arguments = function.get("arguments")
         if arguments is not None:

@@ -113,13 +113,14 @@ class PythonSessions:
             running.stop("wall_seconds")
         finally:
             exchange.cancel()
+            # Before anybody closes the channel under it.
+            await asyncio.wait([exchange])
         # Whatever was written before the answer is in the pipe by now.
         running.read_output()
-        if running.limit is None and exchange.done() and (failed := exchange.result()) is not None:
+        if running.limit is None and not exchange.cancelled() and (failed := exchange.result()) is not None:
             return ToolResult(running.capture.take().rstrip("\n") or "[no output]", failed)
-        # Not `stop` first: how it ended by itself is to be known.
-        if running.limit is None:
-            await running.wait()
+        # Not ended from here at once: how it ended by itself is to be known.
+        await asyncio.wait([running.ended], timeout=1.0)
         await session.end()
         end = "[The interpreter has ended: the next call begins a new one, with nothing defined.]"
         return ToolResult(f"{running.result().text()}\n{end}", error=True)

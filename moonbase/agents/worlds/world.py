@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
-from moonbase.agents.tools.tool import Tool, ToolResult, Toolset, tool
+from moonbase.agents.tools.tool import Tool, Toolset, tool
 from moonbase.agents.worlds.index import MOST_RESULTS, Index
 
 
@@ -113,7 +113,7 @@ def world_tools(world: World) -> Toolset:
     """`search(query, k)` and `open(url)` over a world. Stateless: every agent may share the one toolset."""
 
     @tool(inline=True)
-    def search(query: str, k: int = 10) -> ToolResult:
+    def search(query: str, k: int = 10) -> str:
         """Search the pages. Answers the best matching pages: title, address and the beginning of each.
 
         Args:
@@ -122,9 +122,9 @@ def world_tools(world: World) -> Toolset:
         """
         hits = world.search(query, max(1, min(k, MOST_RESULTS)))
         if not hits:
-            return ToolResult("No results. Try other words.", data=[])
+            return "No results. Try other words."
         lines = [f"{rank}. {hit.title} <{hit.url}>\n   {hit.snippet}" for rank, hit in enumerate(hits, 1)]
-        return ToolResult("\n".join(lines), data=[hit.id for hit in hits])
+        return "\n".join(lines)
 
     @tool(inline=True, name="open")
     def open_page(url: str) -> str:

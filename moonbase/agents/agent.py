@@ -8,16 +8,29 @@ that says so; `run` raises nothing but cancellation, a full disk, and errors of 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
-import json
+from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
-from moonbase.agents.budget import Budget, BudgetExceeded, Limits
-from moonbase.agents.context import HIDDEN, ContextStrategy, KeepAll, Room, View
-from moonbase.agents.journal import Journal
-from moonbase.agents.models.base import CallOptions, ChatModel, Completion, Message, ModelError, Usage
+from moonbase.agents.budget import Budget, BudgetExceeded, Limits, Reservation, Spent
+from moonbase.agents.context import HIDDEN, ContextStrategy, KeepAll, Room, View, rounds
+from moonbase.agents.journal import Event, Journal
+from moonbase.agents.models.base import (
+    CallOptions,
+    ChatModel,
+    Completion,
+    Message,
+    ModelError,
+    Usage,
+    text_of,
+    tidied,
+)
 from moonbase.agents.tools.tool import ToolContext, ToolResult, Toolset
+from moonbase.errors import UserError
+
+Result = TypeVar("Result")
 
 LAST_STEP = "This is your last step: no tool can be called any more. Answer now, with what you have."
 EMPTY = "Your reply was empty. Call a tool, or give your answer."
@@ -68,9 +81,11 @@ class Agent:
         self.steps = 0
         self.usage = Usage()
         self._view = View([], set())
-        self._fixed = 0
-        self._reported = 0
-        self._no_tools: list[dict[str, Any]] = []
+        self._dropped: list[list[int]] = []
+        self._short: dict[int, Message] = {}
+        self._fixed = self._reported = 0
+        # Said with every call.
+        self._limits, self._sampling = dataclasses.asdict(self.limits), dataclasses.asdict(options)
 
     @property
     def stage(self) -> int:
@@ -80,16 +95,15 @@ class Agent:
     async def run(self, task: str | list[Message]) -> AgentResult:
         """Work on a task, or go on with a conversation."""
         if self.budget is None:
-            self.budget = Budget(self.limits, started=self.journal.now())
+            self.budget = Budget(self.limits, started=self.journal.started(self.id))
         given = [{"role": "user", "content": task}] if isinstance(task, str) else list(task)
         for message in [{"role": "system", "content": self.system}] * bool(self.system) + given:
             self._append(message)
         self._fixed = len(self.messages)
         self.journal.write({
             "type": "agent_started", "agent": self.id, "name": self.name, "parent": self.parent,
-            "parent_call": self.parent_call, "system": self.system, "task": _text(given[-1]) if given else "",
-            "tools": self.tools.names, "limits": dataclasses.asdict(self.limits), "trainable": self.trainable,
-            "model": self.model.name})
+            "parent_call": self.parent_call, "system": self.system, "task": text_of(given[-1]) if given else "",
+            "tools": self.tools.names, "limits": self._limits, "trainable": self.trainable, "model": self.model.name})
         status, reason = "finished", None
         try:
             await self._work()
@@ -99,29 +113,30 @@ class Agent:
             status, reason = "failed", f"{error.kind}: {error}"
         except _Ended as error:
             status, reason = error.status, error.reason
-        except asyncio.CancelledError:
-            self._finish("cancelled", "cancelled")
+        except BaseException as error:
+            cancelled = isinstance(error, asyncio.CancelledError)
+            with contextlib.suppress(UserError):  # the journal may be what failed
+                self._finish("cancelled" if cancelled else "failed",
+                             "cancelled" if cancelled else f"{type(error).__name__}: {error}")
             raise
         return self._finish(status, reason)
 
-    # --- inside -------------------------------------------------------------------------------------------------------
+    # --- steps --------------------------------------------------------------------------------------------------------
 
     async def _work(self) -> None:
         circles, empty, before = 0, 0, None
         while True:
-            last = self.budget.steps_left() == 1 and self.steps > 0 and bool(self.tools.names)
-            if last:
-                self._append({"role": "user", "content": LAST_STEP})
-            completion = await self._step(last)
-            calls = [] if last else completion.message.get("tool_calls") or []
+            completion, last = await self._step()
+            calls = [] if last else completion.message.get("tool_calls")
             if calls:
                 results = await self._call_tools(calls)
-                said = json.dumps([[call["function"] for call in calls], [result.content for result in results]])
-                circles = circles + 1 if said == before else 1
-                before = said
+                done = [(call["function"]["name"], call["function"]["arguments"], result.content)
+                        for call, result in zip(calls, results, strict=True)]
+                circles = circles + 1 if done == before else 1
+                before, empty = done, 0
                 if circles >= STUCK_AFTER:
                     raise _Ended("stuck", f"the same calls with the same results {circles} times in a row")
-            elif completion.finish_reason == "length" or not _text(completion.message).strip():
+            elif completion.finish_reason == "length" or not text_of(completion.message).strip():
                 empty += 1
                 if empty >= EMPTY_AFTER or last:
                     what = "was cut off" if completion.finish_reason == "length" else "was empty"
@@ -130,172 +145,219 @@ class Agent:
             else:
                 return
 
-    async def _step(self, last: bool) -> Completion:
-        """One model call with everything around it."""
-        tools = self._no_tools if last else self.tools.schemas()
-        await self._make_room(tools)
-        completion = await self._call_model(self._visible(), tools)
-        self._append(completion.message)
-        return completion
-
-    async def _make_room(self, tools: list[dict[str, Any]]) -> None:
-        """Let the strategy hide something where the context is getting full."""
-        limit = self.model.context_tokens
-        if limit is None:
-            return
+    async def _step(self) -> tuple[Completion, bool]:
+        """The next reply, and whether it is the last."""
+        tools = self.tools.schemas()
         tokens = self.model.count_tokens(self._visible(), tools)
-        view = self.context.manage(self.messages, self._view, self._fixed, Room(tokens, limit))
-        if view is self._view or (view.visible == self._view.visible and view.shortened == self._view.shortened):
-            return
-        if self.context.summarises:
-            request = {"role": "user", "content": self.context.request}
-            completion = await self._call_model([*self._visible(), request], self._no_tools, extra=request)
-            self._view = view
-            self._append({"role": "user", "content": f"What you have found so far:\n{_text(completion.message)}"})
-        self._view = view
-
-    async def _call_model(
-        self, messages: list[Message], tools: list[dict[str, Any]], extra: Message | None = None
-    ) -> Completion:
-        """A call within budget and context; recorded, or found in the record. `extra`: a message shown only now."""
-        budget, journal = self.budget, self.journal
-        call = f"{self.id}#{self.steps + 1}"
-        known = journal.recorded(call)
-        budget.take_step(journal.now() if known is None else 0.0, critical=True)
-        self.steps += 1
-        if known is not None:
-            completion = _completion_of(known)
-            tokens = completion.usage.input_tokens + completion.usage.output_tokens
-            budget.add({"tokens": tokens, "money": known["price_paid"]})
-            self.usage += completion.usage
-            self._reported = len(self.messages)
-            return completion
-        prompt_tokens = self.model.count_tokens(messages, tools)
-        room = self.options.max_tokens
         if self.model.context_tokens is not None:
-            room = min(room, self.model.context_tokens - prompt_tokens)
-            if room < 1:
-                raise _Ended("failed", f"the context is full: a prompt of {prompt_tokens:,} tokens; "
-                             f"the model takes {self.model.context_tokens:,}")
-        reservation = budget.reserve(prompt_tokens, room, self.model.price)
-        options = dataclasses.replace(self.options, max_tokens=reservation.max_output_tokens)
-        started = journal.now()
-        event = {
-            "type": "model_call", "agent": self.id, "call": call, "step": self.steps,
-            "stage": self.stage, "messages_added": self.messages[self._reported :],
-            "context_dropped": _ranges(set(range(len(self.messages))) - set(self._view.visible)),
-            "context_shortened": sorted(self._view.shortened), "extra": extra,
-            "options": {**dataclasses.asdict(options), "tools": bool(tools)}, "started": round(started, 6)}
-        try:
-            seconds = budget.seconds_left(started)
+            tokens = await self._make_room(tokens, self.model.context_tokens)
+        while True:
+            last = bool(tools) and self.budget.steps_left() == 1
+            if last:
+                self._append({"role": "user", "content": LAST_STEP})
+                tools = []
+                tokens = self.model.count_tokens(self._visible(), tools)
             try:
-                async with asyncio.timeout(seconds):
-                    completion = await self.model.complete(messages, tools, options)
-            except TimeoutError:
-                budget.check_seconds(journal.now() + 1e-3)
-                raise ModelError("timeout", "the model did not answer in time") from None
-        except (ModelError, BudgetExceeded, asyncio.CancelledError) as error:
-            reservation.release()
-            kind = getattr(error, "kind", "cancelled" if isinstance(error, asyncio.CancelledError) else "budget")
-            journal.write(event | {
-                "ended": round(journal.now(), 6), "usage": None, "price_paid": 0.0, "completion": None,
-                "finish_reason": None, "model": self.model.name, "error": {"kind": kind, "message": str(error)},
-                "attempts": getattr(error, "attempts", 1), "budget": self._account()})
-            self._reported = len(self.messages)
-            raise
-        paid = reservation.settle(completion.usage)
+                completion = await self._call_model(tools, tokens)
+            except ModelError as error:
+                # The model knows better what fits than we do: hide something, if there is a strategy for it.
+                if error.kind != "context_length" or last or await self._make_room(tokens, 0) == tokens:
+                    raise
+                tokens = self.model.count_tokens(self._visible(), tools)
+                continue
+            self._append(completion.message)
+            return completion, last
+
+    async def _make_room(self, tokens: int, limit: int) -> int:
+        """Let the strategy hide messages from a prompt of `tokens` until what is left fits. Returns its tokens."""
+        while True:
+            view = self.context.manage(self.messages, self._view, self._fixed, Room(tokens, limit))
+            if view == self._view:
+                return tokens
+            if not self.context.summarises or self.budget.steps_left() == 1:
+                self._look_at(view)
+            else:
+                await self._sum_up(view, limit)
+            tokens = self.model.count_tokens(self._visible(), self.tools.schemas())
+            if not limit:
+                return tokens
+
+    async def _sum_up(self, view: View, limit: int) -> None:
+        """Go on with `view` and a summary of what it hides; of what is too long to be summed up, of its end."""
+        self._append({"role": "user", "content": self.context.request})
+        tokens = self.model.count_tokens(self._visible(), [])
+        history = rounds(self.messages, self._view.visible, self._fixed)[:-1]
+        unknown = len(history) // 2 if not limit else 0
+        for number, oldest in enumerate(history):
+            if number >= unknown and (not limit or tokens + limit // 16 <= limit):
+                break
+            self._look_at(View([index for index in self._view.visible if index not in oldest], self._view.shortened))
+            tokens = self.model.count_tokens(self._visible(), [])
+        completion = await self._call_model([], tokens)
+        self._append(completion.message)
+        self._look_at(view)
+        self._append({"role": "user", "content": f"What you have found so far:\n{text_of(completion.message)}"})
+
+    # --- calls of the model -------------------------------------------------------------------------------------------
+
+    async def _call_model(self, tools: list[dict[str, Any]], tokens: int) -> Completion:
+        """A call within budget and context, with a prompt of `tokens`; recorded, or found in the record."""
+        call, journal, budget = f"{self.id}#{self.steps + 1}", self.journal, self.budget
+        known = journal.recorded(call)
+        budget.check_step()
+        if known is not None:
+            return self._repeat(known)
+        started = journal.now()
+        budget.check_seconds(started)
+        most = self.options.max_tokens
+        if self.model.context_tokens is not None:
+            most = min(most, self.model.context_tokens - tokens)
+            if most < 1:
+                raise _Ended("failed", f"the context is full: a prompt of {tokens:,} tokens; "
+                             f"the model takes {self.model.context_tokens:,}")
+        reservation = None
+        try:
+            async with asyncio.timeout(budget.seconds_left(started)) as clock:
+                reservation = await budget.reserve_in_turn(tokens, most, self.model.price)
+                self._count_step()
+                options = dataclasses.replace(self.options, max_tokens=reservation.max_output_tokens)
+                completion = await self.model.complete(self._visible(), tools, options)
+            paid = reservation.settle(completion.usage)
+        except BaseException as error:
+            if isinstance(error, TimeoutError):
+                error = budget.late(journal.now()) if clock.expired() else ModelError(
+                    "timeout", "the model did not answer in time")
+            if reservation is not None:
+                reservation.release()
+                self._note_call(call, started, reservation, {
+                    "usage": None, "price_paid": 0.0, "completion": None, "finish_reason": None,
+                    "model": self.model.name, "error": {"kind": _kind(error), "message": str(error)},
+                    "attempts": getattr(error, "attempts", 1)})
+            raise error
+        completion.message = tidied(completion.message)
         self.usage += completion.usage
-        journal.write(event | {
-            "ended": round(journal.now(), 6), "usage": dataclasses.asdict(completion.usage), "price_paid": paid,
-            "completion": completion.message, "finish_reason": completion.finish_reason, "model": completion.model,
-            "error": None, "attempts": getattr(completion, "attempts", 1), "notes": completion.notes,
-            "budget": self._account()} | {
-                name: value for name in ("prompt_ids", "token_ids", "logprobs")
-                if (value := getattr(completion, name)) is not None})
-        self._reported = len(self.messages)
+        given = {name: getattr(completion, name) for name in ("prompt_ids", "token_ids", "logprobs")}
+        self._note_call(call, started, reservation, {
+            "usage": _usage(completion.usage), "price_paid": paid, "completion": completion.message,
+            "finish_reason": completion.finish_reason, "model": completion.model, "error": None,
+            "attempts": completion.attempts, "notes": completion.notes, "tools": bool(tools),
+            **{name: value for name, value in given.items() if value is not None}})
         return completion
+
+    def _count_step(self) -> None:
+        self.steps += 1
+        self.budget.count_step()
+
+    def _note_call(self, call: str, started: float, reservation: Reservation, outcome: dict[str, Any]) -> None:
+        self.journal.write({
+            "type": "model_call", "agent": self.id, "call": call, "step": self.steps, "stage": self.stage,
+            "messages_added": self.messages[self._reported :], "context_dropped": self._dropped,
+            "context_shortened": sorted(self._view.shortened),
+            "options": {**self._sampling, "max_tokens": reservation.max_output_tokens},
+            "started": round(started, 6), "ended": round(self.journal.now(), 6), **outcome,
+            "budget": {"spent": dict(vars(self.budget.spent)), "limits": self._limits}})
+        self._reported = len(self.messages)
+
+    def _repeat(self, known: Event) -> Completion:
+        """Take a recorded call as if it had just been made. Raises UserError where it was another one."""
+        if known["messages_added"] != self.messages[self._reported :]:
+            raise UserError(f"{self.journal.path}: call {known['call']} was made of other messages; resume with the "
+                            "task, tools, models and settings that the session began with")
+        self._count_step()
+        self._reported = len(self.messages)
+        if known["error"] is not None:
+            raise ModelError(known["error"]["kind"], known["error"]["message"])
+        completion = Completion(
+            known["completion"], known["finish_reason"], Usage(**known["usage"]), known["model"],
+            known.get("prompt_ids"), known.get("token_ids"), known.get("logprobs"))
+        self.usage += completion.usage
+        self.budget.add(Spent(tokens=completion.usage.input_tokens + completion.usage.output_tokens,
+                              money=known["price_paid"]))
+        return completion
+
+    # --- calls of tools -----------------------------------------------------------------------------------------------
 
     async def _call_tools(self, calls: list[dict[str, Any]]) -> list[ToolResult]:
         """All calls of one reply at once; their results in order, as messages."""
-        step = self.steps
-        running = [asyncio.ensure_future(self._call_tool(call, f"{self.id}#{step}.{number}"))
-                   for number, call in enumerate(calls)]
-        try:
-            results = await asyncio.gather(*running)
-        except BaseException:
-            for one in running:
-                one.cancel()
-            await asyncio.gather(*running, return_exceptions=True)
-            raise
+        results = await side_by_side([self._call_tool(call["function"], f"{self.id}#{self.steps}.{number}")
+                                      for number, call in enumerate(calls)])
         for call, result in zip(calls, results, strict=True):
             self._append({"role": "tool", "tool_call_id": call["id"], "content": result.content})
-        self.budget.add_critical_steps(max(result.critical_steps for result in results))
+        self.budget.end_stage()
         return results
 
-    async def _call_tool(self, call: dict[str, Any], id: str) -> ToolResult:
-        journal, function = self.journal, call["function"]
+    async def _call_tool(self, function: dict[str, Any], id: str) -> ToolResult:
+        journal, name, arguments = self.journal, function["name"], function["arguments"]
         known = journal.recorded(id)
         if known is not None:
-            self.budget.add(known.get("spent") or {})
-            return ToolResult(known["result"], known["error"], known.get("critical_steps", 0), known.get("spent"))
+            self.budget.add(journal.spent_inside(id))
+            return ToolResult(known["result"], known["error"])
         started = journal.now()
-        left = self.budget.seconds_left(started)
-        if left is not None and left <= 0:
-            self.budget.check_seconds(started)
-        context = ToolContext(self.id, self.steps, id, left)
-        result = await self.tools.call(function["name"], function["arguments"], context)
-        event = {"type": "tool_call", "agent": self.id, "call": id, "name": function["name"],
-                 "arguments": function["arguments"], "started": round(started, 6), "ended": round(journal.now(), 6),
-                 "result": result.content, "error": result.error}
-        if result.critical_steps or result.spent:
-            event |= {"critical_steps": result.critical_steps, "spent": result.spent}
-        journal.write(event)
+        result = await self.tools.call(
+            name, arguments, ToolContext(self.id, self.steps, id, self.budget.seconds_left(started)))
+        journal.write({
+            "type": "tool_call", "agent": self.id, "call": id, "name": name, "arguments": arguments,
+            "started": round(started, 6), "ended": round(journal.now(), 6), "result": result.content,
+            "error": result.error})
         return result
+
+    # --- messages -----------------------------------------------------------------------------------------------------
 
     def _append(self, message: Message) -> None:
         self._view.visible.append(len(self.messages))
         self.messages.append(message)
 
+    def _look_at(self, view: View) -> None:
+        self._view = View(list(view.visible), view.shortened)
+        self._dropped = _gaps(view.visible, len(self.messages))
+
     def _visible(self) -> list[Message]:
         """What the model sees."""
-        shortened = self._view.shortened
-        if not shortened and len(self._view.visible) == len(self.messages):
+        if len(self._view.visible) == len(self.messages) and not self._view.shortened:
             return list(self.messages)
-        return [self.messages[index] | {"content": HIDDEN} if index in shortened else self.messages[index]
-                for index in self._view.visible]
-
-    def _account(self) -> dict[str, Any]:
-        return {"spent": dataclasses.asdict(self.budget.spent), "limits": dataclasses.asdict(self.limits)}
+        for index in self._view.shortened - self._short.keys():
+            self._short[index] = self.messages[index] | {"content": HIDDEN}
+        shown = self._short if self._view.shortened else {}
+        return [shown.get(index) or self.messages[index] for index in self._view.visible]
 
     def _finish(self, status: str, reason: str | None) -> AgentResult:
-        said = [_text(message) for message in self.messages if message["role"] == "assistant"]
-        text = next((text for text in reversed(said) if text.strip()), "")
-        result = AgentResult(status, text, self.steps, self.usage, reason)
+        said = (text_of(message) for message in reversed(self.messages) if message["role"] == "assistant")
+        text = next((text for text in said if text.strip()), "")
         self.journal.write({"type": "agent_finished", "agent": self.id, "status": status, "text": text,
-                            "reason": reason, "steps": self.steps, "usage": dataclasses.asdict(self.usage),
+                            "reason": reason, "steps": self.steps, "usage": _usage(self.usage),
                             "messages_added": self.messages[self._reported :]})
-        return result
+        return AgentResult(status, text, self.steps, self.usage, reason)
 
 
-def _completion_of(event: dict[str, Any]) -> Completion:
-    """A recorded call's reply."""
-    return Completion(event["completion"], event["finish_reason"], Usage(**event["usage"]), event["model"],
-                      event.get("prompt_ids"), event.get("token_ids"), event.get("logprobs"))
+async def side_by_side(works: Sequence[Coroutine[Any, Any, Result]]) -> list[Result]:
+    """All at once; their results in order. Where one raises, the others are cancelled and waited for."""
+    if len(works) == 1:
+        return [await works[0]]
+    try:
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(work) for work in works]
+    except BaseExceptionGroup as errors:
+        raise errors.exceptions[0] from None
+    return [task.result() for task in tasks]
 
 
-def _text(message: Message) -> str:
-    content = message.get("content") or ""
-    if isinstance(content, list):
-        return "".join(part.get("text", "") for part in content if isinstance(part, dict))
-    return content
+def _kind(error: BaseException) -> str:
+    """Of a call that gave no reply."""
+    if isinstance(error, ModelError):
+        return error.kind
+    return {asyncio.CancelledError: "cancelled", BudgetExceeded: "budget"}.get(type(error), "program")
 
 
-def _ranges(indices: set[int]) -> list[list[int]]:
-    """[start, stop) pairs."""
-    pairs: list[list[int]] = []
-    for index in sorted(indices):
-        if pairs and pairs[-1][1] == index:
-            pairs[-1][1] += 1
-        else:
-            pairs.append([index, index + 1])
-    return pairs
+def _usage(usage: Usage) -> dict[str, int]:
+    return {"input_tokens": usage.input_tokens, "output_tokens": usage.output_tokens,
+            "cached_tokens": usage.cached_tokens}
+
+
+def _gaps(visible: list[int], count: int) -> list[list[int]]:
+    """[start, stop) pairs of what is missing from 0 … `count` - 1."""
+    gaps, at = [], 0
+    for index in [*visible, count]:
+        if index > at:
+            gaps.append([at, index])
+        at = index + 1
+    return gaps

@@ -2,13 +2,15 @@
 
 A budget is a tree: what a sub-agent spends, its parent has spent too. A model call reserves the most that it can cost,
 from itself and from everyone above, and gives back what it did not use. So calls in flight can never overrun a limit
-together, and a call that might is not made.
+together, and a call that might is not made. Where only calls in flight are in the way, a call waits for them.
 """
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import math
+from collections import deque
 from dataclasses import dataclass
 
 from moonbase.agents.models.base import Price, Usage
@@ -37,14 +39,6 @@ class Limits:
             if value is not None and not 0 <= value < math.inf:
                 raise UserError(f"limit {field.name}={value!r} must be 0 or more")
 
-    def tightened(self, other: Limits) -> Limits:
-        """The smaller of each two."""
-        values = {}
-        for field in dataclasses.fields(self):
-            both = [value for value in (getattr(self, field.name), getattr(other, field.name)) if value is not None]
-            values[field.name] = min(both) if both else None
-        return Limits(**values)
-
 
 @dataclass
 class Spent:
@@ -67,7 +61,7 @@ class BudgetExceeded(Exception):
         self.what, self.spent, self.limit, self.needed = what, spent, limit, needed
 
 
-@dataclass
+@dataclass(eq=False)
 class Reservation:
     """Room for one call; `settle` or `release` it."""
 
@@ -83,19 +77,23 @@ class Reservation:
     def settle(self, usage: Usage) -> float:
         """The call is over and cost this. Returns dollars."""
         money = self.price.of(usage)
-        self.release()
-        for node in self.budget.line():
+        for node in self.budget.line:
             node.spent.tokens += usage.input_tokens + usage.output_tokens
             node.spent.money += money
+        self.release()
         return money
 
     def release(self) -> None:
         """The call was not made, or gave nothing that has to be paid."""
-        if self.open:
-            self.open = False
-            for node in self.budget.line():
-                node.reserved_tokens -= self.tokens
-                node.reserved_money -= self.money
+        if not self.open:
+            return
+        self.open = False
+        for node in self.budget.line:
+            node.in_flight -= 1
+            node.reserved_tokens -= self.tokens
+            # Sums of floats leave dust.
+            node.reserved_money = node.reserved_money - self.money if node.in_flight else 0.0
+        self.budget.line[-1].call_next()
 
 
 KEPT = 0.1
@@ -106,58 +104,51 @@ class Budget:
     """What one agent may spend, within what its parents may."""
 
     def __init__(self, limits: Limits = Limits(), parent: Budget | None = None, started: float = 0.0) -> None:
-        """`started`: the loop's time from which seconds count."""
+        """`started`: the journal's time from which seconds count."""
         self.limits, self.parent, self.started = limits, parent, started
+        self.line: tuple[Budget, ...] = (self, *(parent.line if parent is not None else ()))
+        """This one and everyone above."""
         self.spent = Spent()
-        self.reserved_tokens = 0
+        self.in_flight = self.reserved_tokens = 0
         self.reserved_money = 0.0
+        self._cohort: list[Spent] = []
+        self._waiting: deque[asyncio.Event] = deque()
 
     def child(self, limits: Limits, started: float) -> Budget:
-        """For a sub-agent. Raises BudgetExceeded where no more of them may be started."""
-        for node in self.line():
+        """For a sub-agent, which may take no more critical steps than are left. Raises BudgetExceeded where no more
+        of them may be started."""
+        for node in self.line:
             _check("sub-agents", node.spent.subagents, node.limits.subagents, 1)
-        for node in self.line():
+        whole = self.limits.critical_steps
+        if whole is not None:
+            # One is kept for the answer.
+            left = whole - self.spent.critical_steps - 1
+            if left < 1:
+                raise BudgetExceeded("critical steps", self.spent.critical_steps, whole, 2)
+            own = limits.critical_steps
+            limits = dataclasses.replace(limits, critical_steps=left if own is None else min(left, own))
+        child = Budget(limits, self, started)
+        for node in self.line:
             node.spent.subagents += 1
-        return Budget(limits, self, started)
+        self._cohort.append(child.spent)
+        return child
 
-    def line(self) -> list[Budget]:
-        """This one and everyone above."""
-        nodes, node = [], self
-        while node is not None:
-            nodes.append(node)
-            node = node.parent
-        return nodes
+    # --- steps --------------------------------------------------------------------------------------------------------
 
-    def seconds_left(self, now: float) -> float | None:
-        """Until the first limit of this one or anyone above; None without one."""
-        left = [self._of(node, node.limits.seconds) - (now - node.started)
-                for node in self.line() if node.limits.seconds is not None]
-        return min(left) if left else None
-
-    def take_step(self, now: float, critical: bool) -> None:
-        """One more model call of this agent; `critical`: it counts for the critical path as it is. Raises
-        BudgetExceeded and counts nothing where it may not be made."""
-        self.check_seconds(now)
+    def check_step(self) -> None:
+        """Raises BudgetExceeded where this agent may call its model no more."""
         _check("steps", self.spent.steps, self.limits.steps, 1)
-        if critical:
-            _check("critical steps", self.spent.critical_steps, self.limits.critical_steps, 1)
-            self.spent.critical_steps += 1
+        _check("critical steps", self.spent.critical_steps, self.limits.critical_steps, 1)
+
+    def count_step(self) -> None:
+        """This agent calls its model."""
         self.spent.steps += 1
+        self.spent.critical_steps += 1
 
-    def add_critical_steps(self, steps: int) -> None:
-        """A cohort of sub-agents is over; its longest took so many steps."""
-        self.spent.critical_steps += steps
-
-    def add(self, spent: dict[str, float]) -> None:
-        """What was spent below it before it was restored, in the names of `Spent`."""
-        for node in self.line():
-            for name in ("tokens", "money", "subagents"):
-                setattr(node.spent, name, getattr(node.spent, name) + spent.get(name, 0))
-
-    def critical_steps_left(self) -> int | None:
-        """What a sub-agent started now may take at most: one is kept for the answer."""
-        limit = self.limits.critical_steps
-        return None if limit is None else limit - self.spent.critical_steps - 1
+    def end_stage(self) -> None:
+        """The sub-agents that were started since the last step are done; the longest of them counts."""
+        self.spent.critical_steps += max((spent.critical_steps for spent in self._cohort), default=0)
+        self._cohort.clear()
 
     def steps_left(self) -> int | None:
         """Of this agent itself."""
@@ -166,40 +157,101 @@ class Budget:
                 if limit is not None]
         return min(left) if left else None
 
+    def add(self, spent: Spent) -> None:
+        """What a call spent in an earlier life, its sub-agents' part in `critical_steps`."""
+        for node in self.line:
+            node.spent.tokens += spent.tokens
+            node.spent.money += spent.money
+            node.spent.subagents += spent.subagents
+        self._cohort.append(spent)
+
+    # --- seconds ------------------------------------------------------------------------------------------------------
+
+    def seconds_left(self, now: float) -> float | None:
+        """Until the first limit of this one or anyone above; None without one."""
+        left = [self._of(node, node.limits.seconds) - (now - node.started)
+                for node in self.line if node.limits.seconds is not None]
+        return min(left) if left else None
+
+    def check_seconds(self, now: float) -> None:
+        """Raises BudgetExceeded where time is up."""
+        left = self.seconds_left(now)
+        if left is not None and left <= 0:
+            raise self.late(now)
+
+    def late(self, now: float) -> BudgetExceeded:
+        """That the time is up, or as good as; of the limit that comes first."""
+        limited = [node for node in self.line if node.limits.seconds is not None]
+        first = min(limited, key=lambda node: self._of(node, node.limits.seconds) - (now - node.started))
+        return BudgetExceeded("seconds", round(now - first.started, 3), self._of(first, first.limits.seconds), 0)
+
+    # --- tokens and money ---------------------------------------------------------------------------------------------
+
+    def reserve(self, input_tokens: int, max_output_tokens: int, price: Price = Price()) -> Reservation:
+        """Room for a call. Raises BudgetExceeded where not even one token could be generated."""
+        output = self._output_left(input_tokens, max_output_tokens, price)
+        reservation = Reservation(self, input_tokens, output, price, input_tokens + output,
+                                  _most(price, input_tokens, output))
+        for node in self.line:
+            node.in_flight += 1
+            node.reserved_tokens += reservation.tokens
+            node.reserved_money += reservation.money
+        return reservation
+
+    async def reserve_in_turn(self, input_tokens: int, max_output_tokens: int, price: Price = Price()) -> Reservation:
+        """Room for a call, as much as there is when calls in flight have given back what they do not use: where they
+        leave less now, wait, first come, first served. Raises BudgetExceeded where no waiting helps."""
+        root = self.line[-1]
+        if not root._waiting and self._fits(input_tokens, max_output_tokens, price):
+            return self.reserve(input_tokens, max_output_tokens, price)
+        turn = asyncio.Event()
+        root._waiting.append(turn)
+        try:
+            while root._waiting[0] is not turn or not self._fits(input_tokens, max_output_tokens, price):
+                turn.clear()
+                await turn.wait()
+            return self.reserve(input_tokens, max_output_tokens, price)
+        finally:
+            root._waiting.remove(turn)
+            root.call_next()
+
+    def call_next(self) -> None:
+        """Let the first in line look whether it fits now."""
+        if self._waiting:
+            self._waiting[0].set()
+
+    def _fits(self, input_tokens: int, max_output_tokens: int, price: Price) -> bool:
+        """Whether calls in flight take nothing from it. Raises BudgetExceeded where there is no room without them."""
+        alone = self._output_left(input_tokens, max_output_tokens, price, in_flight=False)
+        try:
+            return self._output_left(input_tokens, max_output_tokens, price) == alone
+        except BudgetExceeded:
+            return False
+
     def _of(self, node: Budget, limit: float) -> float:
         """How much of a limit of `node` this agent may use: all of its own, and what those above do not keep."""
         return limit if node is self else limit * (1 - KEPT)
 
-    def check_seconds(self, now: float) -> None:
-        """Raises BudgetExceeded where time is up."""
-        for node in self.line():
-            if node.limits.seconds is not None and now - node.started >= self._of(node, node.limits.seconds):
-                raise BudgetExceeded("seconds", round(now - node.started, 3), node.limits.seconds, 0)
-
-    def reserve(self, input_tokens: int, max_output_tokens: int, price: Price = Price()) -> Reservation:
-        """Room for a call. Raises BudgetExceeded where not even one token could be generated."""
+    def _output_left(self, input_tokens: int, max_output_tokens: int, price: Price, in_flight: bool = True) -> int:
+        """Tokens that a call may generate. `in_flight`: beside the calls that are. Raises BudgetExceeded for none."""
         output = max_output_tokens
-        for node in self.line():
+        for node in self.line:
             if node.limits.tokens is not None:
                 limit = int(self._of(node, node.limits.tokens))
-                left = limit - node.spent.tokens - node.reserved_tokens - input_tokens
+                taken = node.spent.tokens + node.reserved_tokens * in_flight
+                left = limit - taken - input_tokens
                 if left < 1:
-                    raise BudgetExceeded("tokens", node.spent.tokens + node.reserved_tokens, limit, input_tokens + 1)
+                    raise BudgetExceeded("tokens", taken, limit, input_tokens + 1)
                 output = min(output, left)
             if node.limits.money is not None:
                 ceiling = self._of(node, node.limits.money)
-                left_money = ceiling - node.spent.money - node.reserved_money - _most(price, input_tokens, 0)
+                paid = node.spent.money + node.reserved_money * in_flight
+                left_money = ceiling - paid - _most(price, input_tokens, 0)
                 if left_money < price.output / 1e6:
-                    raise BudgetExceeded("money", node.spent.money + node.reserved_money, ceiling,
-                                         _most(price, input_tokens, 1))
+                    raise BudgetExceeded("money", paid, ceiling, _most(price, input_tokens, 1))
                 if price.output > 0:
-                    output = min(output, int(left_money * 1e6 / price.output * (1 - 1e-12)))
-        reservation = Reservation(self, input_tokens, output, price, input_tokens + output,
-                                  _most(price, input_tokens, output))
-        for node in self.line():
-            node.reserved_tokens += reservation.tokens
-            node.reserved_money += reservation.money
-        return reservation
+                    output = min(output, max(1, int(left_money * 1e6 / price.output * (1 - 1e-12))))
+        return output
 
 
 def _most(price: Price, input_tokens: int, output_tokens: int) -> float:

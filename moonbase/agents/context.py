@@ -40,12 +40,12 @@ class View:
 
 
 class ContextStrategy(Protocol):
-    """Decides before a call."""
+    """Decides before a call, and again until the prompt fits or nothing changes."""
 
     name: str
 
     def manage(self, messages: Sequence[Message], view: View, fixed: int, room: Room) -> View:
-        """The new view; `view` itself where nothing changes."""
+        """The new view, or an equal one where nothing changes."""
         ...
 
     @property
@@ -129,9 +129,9 @@ class Summarise:
 
     def manage(self, messages: Sequence[Message], view: View, fixed: int, room: Room) -> View:
         """Hide everything behind the task."""
-        if not room.fuller_than(self.threshold):
-            return view
-        return View([index for index in view.visible if index < fixed], set())
+        history = sum(index >= fixed for index in view.visible) if room.fuller_than(self.threshold) else 0
+        # A single message is a summary already.
+        return View([index for index in view.visible if index < fixed], set()) if history > 1 else view
 
 
 STRATEGIES = {

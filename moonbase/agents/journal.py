@@ -14,12 +14,16 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
+from moonbase.agents.budget import Spent
 from moonbase.errors import UserError
 
 Event = dict[str, Any]
 EVENTS = "events.jsonl"
+_OUTLINES = ("agent_started", "agent_finished")
+"""Events that a new life tells again; what was told before is not written twice."""
 
 
 class Journal:
@@ -30,11 +34,13 @@ class Journal:
         self.events: list[Event] = events or []
         """Those of earlier lives at first; later ones are only kept in memory where there is no file."""
         self.listeners: list[Callable[[Event], None]] = []
-        self._calls = {event["call"]: event for event in self.events
-                       if event["type"] in ("model_call", "tool_call") and not _failed(event)}
-        self._started = {event["agent"] for event in self.events if event["type"] == "agent_started"}
+        self._calls = {event["call"]: event for event in self.events if _is_call(event) and not _is_tried_again(event)}
+        self._inside = spent_inside(self.events)
+        self._outlines = {(event["type"], event["agent"]): event for event in self.events
+                          if event["type"] in _OUTLINES}
         self._before = max((event["time"] for event in self.events), default=0.0)
         self._origin: float | None = None
+        self._failure: UserError | None = None
 
     @staticmethod
     def open(folder: Path, resume: bool = False) -> Journal:
@@ -43,21 +49,25 @@ class Journal:
         path = folder / EVENTS
         if resume and not path.is_file():
             raise UserError(f"{folder}: no session to resume here ({EVENTS} is missing)")
-        if not resume and path.exists():
-            raise UserError(f"{folder}: a session is here already; go on with --resume {folder}, or choose another")
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            file = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            flags = os.O_RDWR | os.O_APPEND | os.O_CLOEXEC | (0 if resume else os.O_CREAT | os.O_EXCL)
+            file = os.open(path, flags, 0o600)
+        except FileExistsError:
+            raise UserError(f"{folder}: a session is here already; go on with --resume {folder}, or choose another"
+                            if path.exists() else f"{folder}: cannot be made: a file is in the way") from None
         except OSError as error:
             raise UserError(f"{path}: cannot be written: {error.strerror}") from None
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            os.close(file)
-            raise UserError(f"{folder}: another process is working on this session") from None
-        try:
             events, good_bytes = read_events(path)
             os.ftruncate(file, good_bytes)  # a line that a crash cut short
+        except BlockingIOError:
+            os.close(file)
+            raise UserError(f"{folder}: another process is working on this session") from None
+        except OSError as error:
+            os.close(file)
+            raise UserError(f"{path}: cannot be used: {error.strerror}") from None
         except UserError:
             os.close(file)
             raise
@@ -74,11 +84,27 @@ class Journal:
         """What an earlier life knows of a call; None where it has not come to an end there."""
         return self._calls.get(call)
 
+    def spent_inside(self, call: str) -> Spent:
+        """What the sub-agents of a recorded tool call spent in earlier lives."""
+        return self._inside.get(call) or Spent()
+
+    def started(self, agent: str) -> float:
+        """When an agent was started, in whichever life."""
+        known = self._outlines.get(("agent_started", agent))
+        return self.now() if known is None else known["time"]
+
     def write(self, event: Event) -> None:
-        """Note something. Raises UserError where the disk is full."""
-        if event["type"] == "agent_started" and event["agent"] in self._started:
-            return
+        """Note something. Raises UserError where the disk is full, and from then on: nothing may follow a gap."""
+        if self._failure is not None:
+            raise self._failure
         event.setdefault("time", round(self.now(), 6))
+        if event["type"] in _OUTLINES:
+            key = (event["type"], event["agent"])
+            known = self._outlines.get(key)
+            if known is not None and (event["type"] == "agent_started" or known | {"time": event["time"]} == event):
+                return
+            if self._outlines:  # only a journal that had a life before has to compare
+                self._outlines[key] = event
         if self._file is None:
             self.events.append(event)
         else:
@@ -92,6 +118,7 @@ class Journal:
         if self._file is not None:
             os.close(self._file)
             self._file = None
+            self._failure = UserError(f"{self.path}: the session was closed")
 
     def _append(self, line: bytes) -> None:
         """Straight to the system: what was written survives the end of this process."""
@@ -101,8 +128,9 @@ class Journal:
                 line = line[os.write(self._file, line) :]
         except OSError as error:
             os.ftruncate(self._file, start)
-            raise UserError(f"{self.path}: cannot be written: {error.strerror}; nothing is lost, make room and resume"
-                            ) from None
+            self._failure = UserError(
+                f"{self.path}: cannot be written: {error.strerror}; nothing is lost, make room and resume")
+            raise self._failure from None
 
 
 def read_events(path: Path) -> tuple[list[Event], int]:
@@ -115,14 +143,83 @@ def read_events(path: Path) -> tuple[list[Event], int]:
                 break
             try:
                 event = json.loads(line)
-                assert isinstance(event, dict) and isinstance(event["type"], str) and event["time"] >= 0
-            except (ValueError, KeyError, TypeError, AssertionError, RecursionError):
-                raise UserError(f"{path}: line {number} is no event: not a session, or an altered one") from None
+            except (ValueError, RecursionError):
+                event = None
+            if not _is_event(event):
+                raise UserError(f"{path}: line {number} is no event: not a session, or an altered one")
             events.append(event)
             good_bytes += len(line)
     return events, good_bytes
 
 
-def _failed(event: Event) -> bool:
-    """A call that a new life should try again."""
-    return event["type"] == "model_call" and event.get("error") is not None
+_NUMBER = (int, float)
+_FIELDS: dict[str, dict[str, Any]] = {
+    "agent_started": {"parent": (str, NoneType), "parent_call": (str, NoneType)},
+    "model_call": {"call": str, "step": int, "messages_added": list, "error": (dict, NoneType)},
+    "tool_call": {"call": str, "result": str, "error": bool},
+}
+_REPLY_FIELDS = {"completion": dict, "finish_reason": str, "model": str, "usage": dict, "price_paid": _NUMBER}
+"""Of a model call without error."""
+
+
+def _is_event(event: Any) -> bool:
+    """Whether it has what a resumed episode reads of it."""
+    if not isinstance(event, dict) or not isinstance(event.get("type"), str):
+        return False
+    if not (_has(event, {"time": _NUMBER, "agent": str}) and 0 <= event["time"] < float("inf")):
+        return False
+    if not _has(event, _FIELDS.get(event["type"], {})):
+        return False
+    if event["type"] != "model_call":
+        return True
+    if event["error"] is not None:
+        return _has(event["error"], {"kind": str, "message": str})
+    return _has(event, _REPLY_FIELDS) and _has(event["usage"], dict.fromkeys(("input_tokens", "output_tokens"), int))
+
+
+def _has(found: Event, fields: dict[str, Any]) -> bool:
+    return all(name in found and isinstance(found[name], kind) for name, kind in fields.items())
+
+
+def _is_call(event: Event) -> bool:
+    return event["type"] in ("model_call", "tool_call")
+
+
+def _is_tried_again(event: Event) -> bool:
+    """A call that a new life should make once more: one that failed, unless it would fail again."""
+    return event["type"] == "model_call" and event["error"] is not None and event["error"]["kind"] != "context_length"
+
+
+def spent_inside(events: list[Event]) -> dict[str, Spent]:
+    """Tool call id -> what the sub-agents spent that it started, theirs included; `critical_steps` is the most that
+    any of them took, and as many steps as an agent's own model calls, the failed ones included."""
+    steps: dict[str, set[str]] = {}
+    total: dict[str, Spent] = {}
+    paid: set[str] = set()
+    for event in events:
+        if event["type"] != "model_call":
+            continue
+        steps.setdefault(event["agent"], set()).add(event["call"])
+        if event["error"] is None and event["call"] not in paid:
+            paid.add(event["call"])
+            own = total.setdefault(event["agent"], Spent())
+            own.tokens += event["usage"]["input_tokens"] + event["usage"]["output_tokens"]
+            own.money += event["price_paid"]
+    inside: dict[str, Spent] = {}
+    stages: dict[str, dict[str, int]] = {}
+    agents = {event["agent"]: event for event in events if event["type"] == "agent_started"}
+    # Children start after their parents.
+    for agent, event in reversed(agents.items()):
+        own = total.setdefault(agent, Spent())
+        own.critical_steps = len(steps.get(agent, ())) + sum(stages.get(agent, {}).values())
+        parent, call = event["parent"], event["parent_call"]
+        if parent is None or call is None:
+            continue
+        for above in (total.setdefault(parent, Spent()), inside.setdefault(call, Spent())):
+            above.tokens += own.tokens
+            above.money += own.money
+            above.subagents += own.subagents + 1
+        inside[call].critical_steps = max(inside[call].critical_steps, own.critical_steps)
+        stage, longest = call.rpartition(".")[0], stages.setdefault(parent, {})
+        longest[stage] = max(longest.get(stage, 0), own.critical_steps)
+    return inside

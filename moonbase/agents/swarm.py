@@ -11,6 +11,7 @@ An episode's events are written as it goes; the same program started again on it
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import datetime
 import json
@@ -22,7 +23,7 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from moonbase.agents.agent import Agent, AgentResult
+from moonbase.agents.agent import Agent, AgentResult, side_by_side
 from moonbase.agents.budget import Budget, BudgetExceeded, Limits
 from moonbase.agents.context import ContextStrategy, KeepAll
 from moonbase.agents.journal import Event, Journal
@@ -30,6 +31,7 @@ from moonbase.agents.models.base import CallOptions, ChatModel
 from moonbase.agents.models.pool import Pool
 from moonbase.agents.tools.tool import ToolContext, ToolResult, Toolset, tool
 from moonbase.agents.trace import Episode, fold
+from moonbase.errors import UserError
 
 SCHEMA = "moonbase.trace/1"
 MAX_SUBAGENTS = 100
@@ -62,59 +64,72 @@ class Swarm:
         context: ContextStrategy = KeepAll(), sub_context: ContextStrategy = KeepAll(),
         options: CallOptions = CallOptions(), journal: Journal | None = None,
         on_event: Callable[[Event], None] | None = None, delegate: bool = True, episode_id: str | None = None,
-        details: dict[str, Any] | None = None,
+        details: dict[str, Any] | None = None, depth: int = 1,
     ) -> None:
         """`sub_model`, `sub_tools`: None takes the orchestrator's. `sub_limits`: of each sub-agent, within what is left
-        of `limits`. `delegate`: False makes a single agent, in the same trace. `details`: noted in the trace."""
+        of `limits`. `delegate`: False makes a single agent, in the same trace. `details`: noted in the trace. `depth`:
+        levels of sub-agents; at 1 they have none of their own."""
         self.model = model if isinstance(model, Pool) else Pool(model)
         self.sub_model = self.model if sub_model is None or sub_model is model else (
             sub_model if isinstance(sub_model, Pool) else Pool(sub_model))
-        self.tools, self.sub_tools = tools, sub_tools or tools
+        self.tools, self.sub_tools = tools, tools if sub_tools is None else sub_tools
         self.system, self.limits, self.sub_limits = system, limits, sub_limits
         self.context, self.sub_context, self.options = context, sub_context, options
         self.journal = journal or Journal()
-        self.delegate, self.episode_id, self.details = delegate, episode_id, details or {}
+        self.depth, self.episode_id, self.details = depth if delegate else 0, episode_id, details or {}
         if on_event is not None:
             self.journal.listeners.append(on_event)
-        self._roles: dict[str, str] = {}
+        self._roles: dict[str, dict[str, str]] = {}
+        """Agent id -> its kinds of sub-agents: name -> system prompt."""
         self._agents: dict[str, Agent] = {}
 
     async def run(self, task: str) -> SwarmResult:
         """Work on a task. Raises UserError where the journal cannot be written."""
         events: list[Event] = list(self.journal.events)
         self.journal.listeners.append(events.append)
-        began = not any(event["type"] == "episode_started" for event in events)
-        tools = self.tools + Toolset(self._swarm_tools(), timeout=math.inf) if self.delegate else self.tools
-        if began:
+        self._recall(events)
+        # The swarm's own tools wait for their agents, who have limits of their own.
+        swarm_tools = Toolset(self._swarm_tools())
+        self._toolset = self.tools + swarm_tools if self.depth else self.tools
+        self._sub_toolset = self.sub_tools + swarm_tools if self.depth > 1 else self.sub_tools
+        if not any(event["type"] == "episode_started" for event in events):
             self.journal.write({
                 "type": "episode_started", "agent": "main", "schema": SCHEMA,
                 "episode": self.episode_id or uuid.uuid4().hex, "task": task, "model": self.model.name,
                 "limits": dataclasses.asdict(self.limits), "sub_limits": dataclasses.asdict(self.sub_limits),
-                "seed": self.options.seed, "tools": tools.names, **self.details,
+                "seed": self.options.seed, "tools": self._toolset.names, **self.details,
                 "started_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")})
-        budget = Budget(self.limits, started=0.0)
-        main = Agent("main", self.model, tools, system=self.system, budget=budget, context=self.context,
-                     journal=self.journal, options=self.options)
+        main = Agent("main", self.model, self._toolset, system=self.system, budget=Budget(self.limits),
+                     context=self.context, journal=self.journal, options=self.options)
         self._agents["main"] = main
-        async with tools:
-            result = await main.run(task)
-        critical = {"steps": budget.spent.critical_steps}
-        self.journal.write({"type": "episode_finished", "agent": "main", "status": result.status, "text": result.text,
-                            "reason": result.reason, "rewards": {}, "critical": critical})
+        try:
+            async with self.tools + self.sub_tools.without(*self.tools.names):
+                result = await main.run(task)
+        except BaseException as error:
+            status = "cancelled" if isinstance(error, asyncio.CancelledError) else "failed"
+            with contextlib.suppress(UserError):  # the journal may be what failed
+                self._finish(main, AgentResult(status, "", main.steps, main.usage, _reason(error)))
+            raise
+        self._finish(main, result)
         return SwarmResult(result.text, result.status, result.reason, fold(events))
+
+    def _finish(self, main: Agent, result: AgentResult) -> None:
+        self.journal.write({"type": "episode_finished", "agent": "main", "status": result.status, "text": result.text,
+                            "reason": result.reason, "rewards": {},
+                            "critical": {"steps": main.budget.spent.critical_steps}})
 
     # --- the orchestrator's tools -------------------------------------------------------------------------------------
 
     def _swarm_tools(self) -> list[Any]:
         @tool(inline=True)
-        def create_subagent(name: str, system_prompt: str) -> ToolResult:
+        def create_subagent(name: str, system_prompt: str, context: ToolContext) -> ToolResult:
             """Create a reusable kind of sub-agent, to give tasks to.
 
             Args:
                 name: A name that no other sub-agent has.
                 system_prompt: Its role, its abilities and its limits.
             """
-            return self._create(name, system_prompt)
+            return self._create(name, system_prompt, context)
 
         @tool(timeout=math.inf)
         async def assign_task(agent: str, prompt: str, context: ToolContext) -> ToolResult:
@@ -142,78 +157,65 @@ class Swarm:
 
         return [create_subagent, assign_task, assign_tasks]
 
-    def _create(self, name: str, system_prompt: str) -> ToolResult:
+    def _create(self, name: str, system_prompt: str, context: ToolContext) -> ToolResult:
+        roles = self._roles.setdefault(context.agent, {})
         if not name.strip():
             return ToolResult("Error: a sub-agent needs a name.", error=True)
-        if name in self._roles:
+        if name in roles:
             return ToolResult(f"Error: there is a sub-agent named {name!r} already; assign tasks to it, or choose "
                               "another name.", error=True)
-        self._roles[name] = system_prompt
+        roles[name] = system_prompt
         return ToolResult(f"Created sub-agent {name!r}.")
 
+    def _recall(self, events: list[Event]) -> None:
+        """The kinds of sub-agents that were created in earlier lives: such a call is not made again."""
+        for event in events:
+            if event["type"] == "tool_call" and event["name"] == "create_subagent" and not event["error"]:
+                values = json.loads(event["arguments"])
+                self._roles.setdefault(event["agent"], {}).setdefault(values["name"], values["system_prompt"])
+
     async def _assign(self, name: str, prompt: str, context: ToolContext, id: str) -> ToolResult:
-        """One sub-agent's run. Raises nothing but cancellation."""
-        self._restore_roles()
-        system = self._roles.get(name)
-        if system is None:
-            known = ", ".join(self._roles) or "none yet"
+        """One sub-agent's run. Raises nothing but cancellation and errors of the program."""
+        roles = self._roles.get(context.agent, {})
+        if name not in roles:
+            known = ", ".join(roles) or "none yet"
             return ToolResult(f"Error: no sub-agent is named {name!r}. Create it first. Sub-agents: {known}.",
                               error=True)
-        above = self._agents[context.agent]
-        limits = self.sub_limits.tightened(Limits(critical_steps=above.budget.critical_steps_left()))
+        above, id = self._agents[context.agent], _agent_id(id)
         try:
-            budget = above.budget.child(limits, self.journal.now())
+            budget = above.budget.child(self.sub_limits, self.journal.started(id))
         except BudgetExceeded as error:
             return ToolResult(f"Error: the sub-agent was not started: {error}.", error=True)
+        deep = id.count("/") >= self.depth
         agent = Agent(
-            name, self.sub_model, self.sub_tools, system=system, budget=budget,
-            context=self.sub_context, journal=self.journal, options=self.options, id=_agent_id(id),
-            parent=above.id, parent_call=context.call_id, stage=above.stage, trainable=False)
-        self._agents[agent.id] = agent
+            name, self.sub_model, self.sub_tools if deep else self._sub_toolset, system=roles[name], budget=budget,
+            context=self.sub_context, journal=self.journal, options=self.options, id=id, parent=above.id,
+            parent_call=context.call_id, stage=above.stage, trainable=False)
+        self._agents[id] = agent
         try:
             result = await agent.run(prompt)
         finally:
-            del self._agents[agent.id]
-        spent = dataclasses.asdict(budget.spent) | {"subagents": budget.spent.subagents + 1}
-        return ToolResult(_report(result), result.status != "finished", budget.spent.critical_steps, spent)
+            del self._agents[id]
+        return ToolResult(_report(result), result.status != "finished")
 
     async def _assign_all(self, name: str, template: str, items: list[str], context: ToolContext) -> ToolResult:
         if "{item}" not in template:
             return ToolResult("Error: the template must contain {item}.", error=True)
-        running = [asyncio.ensure_future(self._assign(name, template.replace("{item}", item), context,
-                                                      f"{context.call_id}.{number}"))
-                   for number, item in enumerate(items)]
-        try:
-            results = await asyncio.gather(*running)
-        except BaseException:
-            for one in running:
-                one.cancel()
-            await asyncio.gather(*running, return_exceptions=True)
-            raise
+        results = await side_by_side([
+            self._assign(name, template.replace("{item}", item), context, f"{context.call_id}.{number}")
+            for number, item in enumerate(items)])
         lines = [json.dumps({"item": item, "result": result.content}, ensure_ascii=False)
                  for item, result in zip(items, results, strict=True)]
-        spent: dict[str, float] = {}
-        for result in results:
-            for key, value in (result.spent or {}).items():
-                spent[key] = spent.get(key, 0) + value
-        return ToolResult("\n".join(lines), all(result.error for result in results),
-                          max(result.critical_steps for result in results), spent)
-
-    def _restore_roles(self) -> None:
-        """After a resume: `create_subagent` was answered from the journal and made nothing."""
-        for message in self._agents["main"].messages:
-            for call in message.get("tool_calls") or ():
-                if call["function"]["name"] == "create_subagent":
-                    try:
-                        values = json.loads(call["function"]["arguments"])
-                        self._roles.setdefault(values["name"], values["system_prompt"])
-                    except (ValueError, KeyError, TypeError):
-                        continue
+        return ToolResult("\n".join(lines), all(result.error for result in results))
 
 
 def _agent_id(call: str) -> str:
     """The agent that a call starts: main#3.1 starts main/3.1."""
     return call.replace("#", "/")
+
+
+def _reason(error: BaseException) -> str:
+    return "cancelled" if isinstance(error, asyncio.CancelledError) else f"{type(error).__name__}: {error}"
 
 
 def _report(result: AgentResult) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import json
 import os
 import random
@@ -18,6 +19,7 @@ from moonbase.errors import UserError
 
 CONTEXT = ToolContext("main", 1, "main#1.0")
 SECRET = "what nobody is to read"
+AT_FDCWD, RENAME_EXCHANGE = -100, 2  # linux/fcntl.h, linux/fs.h
 
 
 @pytest.fixture
@@ -114,6 +116,7 @@ def test_no_way_out(path: str, work: Path, outside: Path) -> None:
 def test_a_link_put_in_the_way_meanwhile(work: Path, outside: Path) -> None:
     """One thread swaps a folder and a file for links to the outside as fast as it can; the others never get through."""
     (outside / "file").write_text(SECRET)
+    exchange = ctypes.CDLL(None).renameat2
     (work / "real").mkdir()
     (work / "real/file").write_text("fine")
     (work / "real/plain").write_text("fine")
@@ -123,14 +126,9 @@ def test_a_link_put_in_the_way_meanwhile(work: Path, outside: Path) -> None:
 
     def swap() -> None:
         while not stop.is_set():
-            os.rename(work / "real", work / "spare")
-            os.rename(work / "out", work / "real")
-            os.rename(work / "real", work / "out")
-            os.rename(work / "spare", work / "real")
-            os.rename(work / "real/plain", work / "real/spare")
-            os.rename(work / "real/out", work / "real/plain")
-            os.rename(work / "real/plain", work / "real/out")
-            os.rename(work / "real/spare", work / "real/plain")
+            for one, other in ((work / "real", work / "out"), (work / "real/plain", work / "real/out")):
+                for _ in range(2):
+                    exchange(AT_FDCWD, bytes(one), AT_FDCWD, bytes(other), RENAME_EXCHANGE)
 
     swapping = threading.Thread(target=swap)
     swapping.start()

@@ -185,6 +185,7 @@ def test_more_agents_than_interpreters(box: Sandbox) -> None:
         found = await asyncio.gather(*(say(f"import time; time.sleep(0.1); x = {agent}; x", agent) for agent in agents))
         assert [result.content for result in found] == agents
         assert len(box.running) == 2
+        await say("x = 5", "5")
         lost = await say("'x' in dir()", "0")
         assert "make room" in lost.content and lost.content.endswith("False")
         # The one used last is still there.

@@ -121,7 +121,7 @@ class ChatModel(Protocol):
 
 def count_text(text: str) -> int:
     """Tokens of a text by the rule of thumb of four bytes each, where nobody knows better."""
-    return -(-len(text.encode(errors="surrogatepass")) // 4)
+    return -(-(len(text) if text.isascii() else len(text.encode(errors="surrogatepass"))) // 4)
 
 
 def estimate_tokens(messages: list[Message], tools: list[dict[str, Any]]) -> int:
@@ -132,10 +132,47 @@ def estimate_tokens(messages: list[Message], tools: list[dict[str, Any]]) -> int
 
 def estimate_message(message: Message) -> int:
     """Tokens of one message by the rule of thumb."""
-    content = message.get("content")
-    if isinstance(content, list):
-        content = "".join(part.get("text", "") for part in content if isinstance(part, dict))
-    count = 4 + count_text(content or "") + count_text(message.get("reasoning_content") or "")
+    count = 4 + count_text(text_of(message)) + count_text(message.get("reasoning_content") or "")
     for call in message.get("tool_calls") or ():
         count += 4 + count_text(call["function"]["name"]) + count_text(call["function"]["arguments"])
     return count
+
+
+def text_of(message: Message) -> str:
+    """What a message says, be it a text or parts."""
+    content = message.get("content") or ""
+    if isinstance(content, list):
+        return "".join(part.get("text") or "" for part in content if isinstance(part, dict))
+    return content
+
+
+def tidied(message: Any) -> Message:
+    """A reply in the form that all messages have here, whatever a model or an endpoint made of it: texts are texts,
+    and every call has a name, arguments as text, and an id that no other call of the reply has."""
+    message = message if isinstance(message, dict) else {"content": message}
+    content, calls = message.get("content"), message.get("tool_calls")
+    tidy = {**message, "role": "assistant",
+            "content": content if content is None or isinstance(content, (str, list)) else _as_text(content)}
+    if not isinstance(message.get("reasoning_content") or "", str):
+        tidy["reasoning_content"] = _as_text(message["reasoning_content"])
+    tidy.pop("tool_calls", None)
+    ids: set[str] = set()
+    tidy_calls = [_tidied_call(call, number, ids) for number, call in enumerate(calls if isinstance(calls, list) else ())]
+    return tidy | {"tool_calls": tidy_calls} if tidy_calls else tidy
+
+
+def _tidied_call(call: Any, number: int, ids: set[str]) -> dict[str, Any]:
+    call = call if isinstance(call, dict) else {}
+    function = call.get("function") if isinstance(call.get("function"), dict) else {}
+    name, arguments, id = function.get("name"), function.get("arguments"), call.get("id")
+    id = id if isinstance(id, str) and id else f"call_{number}"
+    while id in ids:
+        id += "_"
+    ids.add(id)
+    return {**call, "id": id, "type": "function", "function": {
+        **function, "name": name if isinstance(name, str) else "",
+        "arguments": arguments if isinstance(arguments, str) else "" if arguments is None else _as_text(arguments)}}
+
+
+def _as_text(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, default=str)

@@ -196,23 +196,23 @@ class _Turn:
 def open_engine(source: str, *, price: Price = Price(), style: str | None = None) -> EngineModel:
     """The model of a run folder, of a checkpoint folder, or `preset:NAME` (random weights, and a vocabulary of little
     more than bytes). Raises UserError."""
-    import moonbase
     from moonbase.chat import default_style
     from moonbase.checkpoint import resolve_model_folder
     from moonbase.config import read_json
     from moonbase.data import load_tokenizer, train_tokenizer
     from moonbase.engine import Engine
+    from moonbase.loading import load
     from moonbase.recipe import style_of
 
     if source.startswith("preset:"):
         # Before the tokenizer, so that an unknown preset is the first thing said.
-        model = moonbase.load(source)
+        model = load(source)
         tokenizer = train_tokenizer(["The quick brown fox jumps over the lazy dog. "], 400)
         published: Any = model.config
     else:
         folder = resolve_model_folder(Path(source))
         tokenizer = load_tokenizer(folder)
-        model = moonbase.load(source)
+        model = load(source)
         published, style = read_json(folder / "config.json"), style or style_of(source)
     engine = Engine(model, tokenizer, stop_ids=tokenizer.eos_ids)
     return EngineModel(engine, tokenizer, style or default_style(tokenizer.special_tokens, published), name=source,

@@ -14,9 +14,9 @@ from moonbase.agents.models.base import (
     ModelError,
     Price,
     Usage,
-    count_text,
     estimate_message,
     estimate_tokens,
+    tidied,
 )
 
 Policy = Callable[[list[Message], list[dict[str, Any]]], Message | ModelError]
@@ -51,9 +51,9 @@ class ScriptedModel:
         self.policy, self.latency, self.price = policy, latency, price
         self.context_tokens, self.name = context_tokens, name
         self.calls = 0
-        self._counts: dict[int, tuple[Message, int]] = {}
+        self._known: dict[int, tuple[Message, int, int]] = {}
         self._tools: tuple[list[dict[str, Any]] | None, int] = (None, 0)
-        self._seen: set[tuple[int, ...]] = set()
+        self._seen: set[int] = set()
 
     async def complete(self, messages: list[Message], tools: list[dict[str, Any]], options: CallOptions) -> Completion:
         """The policy's reply, after the seconds that it takes."""
@@ -66,7 +66,7 @@ class ScriptedModel:
         if isinstance(reply, ModelError):
             await asyncio.sleep(self.latency.per_call)
             raise reply
-        message = {"role": "assistant", "content": None, **reply}
+        message = tidied({"content": None, **reply})
         usage = Usage(prompt_tokens, estimate_message(message), self._cached(messages))
         finish_reason = "tool_calls" if message.get("tool_calls") else "stop"
         if usage.output_tokens > options.max_tokens:
@@ -87,27 +87,26 @@ class ScriptedModel:
         """Nothing to give back."""
 
     def _count(self, message: Message) -> int:
-        known = self._counts.get(id(message))
-        if known is None or known[0] is not message:
-            known = self._counts[id(message)] = (message, estimate_message(message))
-        return known[1]
+        return self._look(message)[1]
+
+    def _look(self, message: Message) -> tuple[Message, int, int]:
+        """(it, tokens, hash), worked out once. It is kept itself, so that no other message gets its id."""
+        known = self._known.get(id(message))
+        if known is None:
+            said = (message.get("role"), str(message.get("content")), str(message.get("tool_calls")))
+            known = self._known[id(message)] = (message, estimate_message(message), hash(said))
+        return known
 
     def _cached(self, messages: list[Message]) -> int:
         """Tokens of the longest beginning that an earlier prompt had as well."""
         if not self.latency.per_input_token and self.price.cached is None:
             return 0
-        cached, chain = 0, ()
+        cached = chain = 0
         for message in messages:
-            chain = (hash((chain, str(message.get("role")), str(message.get("content")),
-                           str(message.get("tool_calls")))),)
+            _, tokens, digest = self._look(message)
+            chain = hash((chain, digest))
             if chain in self._seen:
-                cached += self._count(message)
-            self._seen.add(chain)
+                cached += tokens
+            else:
+                self._seen.add(chain)
         return cached
-
-
-def text_of(count: int) -> str:
-    """A text of `count` tokens by the rule of thumb."""
-    text = "word" * count
-    assert count_text(text) == count
-    return text

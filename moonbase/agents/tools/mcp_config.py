@@ -46,7 +46,8 @@ class ServerConfig:
         if self.url is None:
             return f"command {self.command}"
         parts = urllib.parse.urlsplit(self.url)
-        return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
+        # Keys stand in paths too.
+        return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}"
 
     def hide(self, text: str) -> str:
         """The text without the secrets."""
@@ -98,12 +99,15 @@ class _Reader:
         args = entry.get("args", ())
         if not isinstance(args, (list, tuple)) or not all(isinstance(one, str) for one in args):
             raise UserError(f"{self.where}: args must be a list of texts")
+        headers = self._texts(entry, "headers")
+        if not all(text.isascii() and text.isprintable() for pair in headers.items() for text in pair):
+            raise UserError(f"{self.where}: headers: a header takes ASCII alone, without ends of lines")
         cwd = self._text(entry, "cwd")
         if cwd is not None and not os.path.isdir(cwd):
             raise UserError(f"{self.where}: cwd: the folder {cwd} does not exist")
         return ServerConfig(
             self.name, command, tuple(self._expand(one, "args", secret=True) for one in args),
-            self._texts(entry, "env"), cwd, url, self._texts(entry, "headers"),
+            self._texts(entry, "env"), cwd, url, headers,
             # The longest first, lest a part of one hides in the whole.
             tuple(sorted(self.secrets, key=lambda secret: (-len(secret), secret))))
 

@@ -378,6 +378,8 @@ class Sandbox:
                 os.close(descriptor)
             if other is not None:
                 other.close()
+        if ours is not None:
+            ours.setblocking(False)
         return Running(self, process, control, report, output, mark, limits, ours)
 
     async def close(self) -> None:

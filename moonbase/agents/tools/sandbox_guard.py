@@ -190,12 +190,13 @@ def in_bubblewrap(spec: dict, command: list[str]) -> tuple[list[str], int | None
 def bind_processes(info: int, block: int, processes: int) -> None:
     """Set the limit of processes inside of the namespace, where it counts those of the sandbox alone, and let it go."""
     try:
-        told = json.loads(os.read(info, 4096) or b"{}")
+        with open(info, "rb") as file:  # written in pieces; it ends when bubblewrap closes it
+            told = json.loads(file.read() or b"{}")
         if "child-pid" in told:
             # Two are bubblewrap's own.
             resource.prlimit(told["child-pid"], resource.RLIMIT_NPROC, (processes + 2, processes + 2))
         os.write(block, b"x")
-    except OSError:
+    except (OSError, ValueError):
         return  # bubblewrap has ended already, and has said why.
 
 

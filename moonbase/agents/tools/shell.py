@@ -33,6 +33,6 @@ def shell_tools(sandbox: Sandbox) -> Toolset:
             return ToolResult(f"Error: the command has {length:,} bytes; a command line takes {LONGEST_BYTES - 1:,}. "
                               "Write it to a file and run that.", error=True)
         result = await sandbox.run([program, "-c", command], seconds=context.seconds_left)
-        return ToolResult(result.text(), error=result.status != 0, data=result)
+        return ToolResult(result.text(), error=result.status != 0)
 
     return Toolset([shell], resources=[sandbox])

@@ -7,6 +7,8 @@ back as an observation that says what and how to mend it.
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
+import contextvars
 import dataclasses
 import difflib
 import functools
@@ -14,14 +16,16 @@ import inspect
 import json
 import math
 import re
+import threading
 import typing
 from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
-from pydantic import TypeAdapter, create_model
+from pydantic import TypeAdapter, ValidationError, create_model
 from pydantic.fields import FieldInfo
+from pydantic_core import to_json
 
 OUTPUT_LIMIT = 32_000
 """Characters of a result that a model sees."""
@@ -33,10 +37,8 @@ class ToolResult:
 
     content: str
     error: bool = False
-    critical_steps: int = 0
-    """Of agents that ran inside the call, the longest chain."""
-    spent: dict[str, float] | None = None
-    """By them, in the names of `agents.budget.Spent`."""
+    data: Any = None
+    """What it stands for, to programs; no model sees it."""
 
 
 @dataclass
@@ -62,6 +64,8 @@ class Tool:
     call: Call
     timeout: float | None = None
     """Seconds; None leaves it to the toolset."""
+    limit: int | None = None
+    """Characters of a result; None leaves it to the toolset."""
 
     def schema(self) -> dict[str, Any]:
         """As the OpenAI chat API has it."""
@@ -71,7 +75,7 @@ class Tool:
 
 def tool(
     function: Callable[..., Any] | None = None, *, name: str | None = None, inline: bool = False,
-    timeout: float | None = None,
+    timeout: float | None = None, limit: int | None = None,
 ) -> Any:
     """A tool from a function: `@tool` or `@tool(inline=True)`.
 
@@ -80,7 +84,7 @@ def tool(
     JSON can say. Raises TypeError for a parameter without annotation.
     """
     if function is None:
-        return functools.partial(tool, name=name, inline=inline, timeout=timeout)
+        return functools.partial(tool, name=name, inline=inline, timeout=timeout, limit=limit)
     description, explained = _read_docstring(function)
     hints = typing.get_type_hints(function, include_extras=True)
     fields: dict[str, Any] = {}
@@ -94,26 +98,63 @@ def tool(
             context_name = parameter.name
             continue
         default = ... if parameter.default is parameter.empty else parameter.default
-        fields[parameter.name] = (hints[parameter.name], FieldInfo(
-            default=default, description=explained.get(parameter.name)))
+        # By alias, since a model's own attributes take many names (copy, json, schema).
+        fields[f"parameter_{len(fields)}"] = (hints[parameter.name], FieldInfo(
+            default=default, description=explained.get(parameter.name), alias=parameter.name,
+            validation_alias=parameter.name))
     model = create_model(function.__name__, __config__={"extra": "forbid"}, **fields)
-    adapters = {key: TypeAdapter(hints[key]) for key in fields}
+    adapters = {field.alias: TypeAdapter(annotation) for annotation, field in fields.values()}
 
-    async def call(arguments: dict[str, Any], context: ToolContext) -> ToolResult | str:
+    async def call(arguments: dict[str, Any], context: ToolContext) -> Any:
         values = {key: adapters[key].validate_python(value) for key, value in arguments.items()}
         if context_name is not None:
             values[context_name] = context
-        if inspect.iscoroutinefunction(function):
-            answer = await function(**values)
-        elif inline:
+        if inline or inspect.iscoroutinefunction(function):
             answer = function(**values)
         else:
-            answer = await asyncio.to_thread(function, **values)
-        if isinstance(answer, (ToolResult, str)):
-            return answer
-        return TypeAdapter(Any).dump_json(answer).decode()
+            answer = await _on_a_thread(functools.partial(function, **values))
+        return await answer if inspect.isawaitable(answer) else answer
 
-    return Tool(name or function.__name__, description, _plain_schema(model.model_json_schema()), call, timeout)
+    return Tool(name or function.__name__, description, _plain_schema(model.model_json_schema()), call, timeout, limit)
+
+
+class _DaemonThreads(concurrent.futures.Executor):
+    """A thread for each call. One that hangs holds up neither another call nor the end of the program, as it would in
+    asyncio's own small pool."""
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> concurrent.futures.Future[Any]:
+        future: concurrent.futures.Future[Any] = concurrent.futures.Future()
+
+        def work() -> None:
+            if not future.set_running_or_notify_cancel():
+                return
+            try:
+                result = fn(*args, **kwargs)
+            except BaseException as error:
+                future.set_exception(error)
+            else:
+                future.set_result(result)
+
+        threading.Thread(target=work, name="moonbase-tool", daemon=True).start()
+        return future
+
+
+_THREADS = _DaemonThreads()
+
+
+async def _on_a_thread(work: Callable[[], Any]) -> Any:
+    def outcome() -> tuple[Any, BaseException | None]:
+        # asyncio's futures do not take every exception (StopIteration), and the loop stops at some (SystemExit).
+        try:
+            return context.run(work), None
+        except BaseException as error:
+            return None, error
+
+    context = contextvars.copy_context()
+    answer, error = await asyncio.get_running_loop().run_in_executor(_THREADS, outcome)
+    if error is not None:
+        raise error
+    return answer
 
 
 class Toolset:
@@ -144,8 +185,11 @@ class Toolset:
         return self._schemas
 
     def __add__(self, other: Toolset) -> Toolset:
-        return Toolset([*self.tools.values(), *other.tools.values()], timeout=max(self.timeout, other.timeout),
-                       limit=max(self.limit, other.limit), resources=[*self.resources, *other.resources])
+        """Both; each tool keeps the limits of its set."""
+        tools = [dataclasses.replace(one, timeout=one.timeout or part.timeout, limit=one.limit or part.limit)
+                 for part in (self, other) for one in part.tools.values()]
+        held = {id(resource): resource for resource in [*self.resources, *other.resources]}
+        return Toolset(tools, timeout=self.timeout, limit=self.limit, resources=held.values())
 
     def without(self, *names: str) -> Toolset:
         """The same less some tools."""
@@ -178,23 +222,30 @@ class Toolset:
         values = self._read(known, arguments)
         if isinstance(values, str):
             return ToolResult(values, error=True)
-        limit = known.timeout or self.timeout
+        timeout, limit = known.timeout or self.timeout, known.limit or self.limit
         if context.seconds_left is not None:
-            limit = min(limit, max(context.seconds_left, 0.001))
+            timeout = min(timeout, context.seconds_left)
+            if timeout <= 0:
+                return ToolResult(f"Error: {name} was not called: the time is up.", error=True)
+        # A tool that raises CancelledError or TimeoutError by itself is a tool that failed.
+        cancelled = asyncio.current_task().cancelling()
         try:
-            answer = await _within(known.call(values, context), limit)
-        except TimeoutError:
-            return ToolResult(f"Error: {name} did not answer within {limit:g} seconds.", error=True)
-        except Exception as error:
-            return ToolResult(f"Error: {name} failed: {type(error).__name__}: {error}"[: self.limit], error=True)
-        if isinstance(answer, str):
-            answer = ToolResult(answer)
-        return dataclasses.replace(answer, content=cut(answer.content, self.limit))
+            async with asyncio.timeout(None if timeout == math.inf else timeout) as clock:
+                answer = _result(await known.call(values, context))
+        except (Exception, asyncio.CancelledError, SystemExit) as error:
+            if isinstance(error, asyncio.CancelledError) and asyncio.current_task().cancelling() > cancelled:
+                raise
+            if isinstance(error, TimeoutError) and clock.expired():
+                return ToolResult(f"Error: {name} did not answer within {timeout:g} seconds.", error=True)
+            if isinstance(error, ValidationError):
+                return ToolResult(cut(f"Error: the arguments of {name} do not fit: {_in_one_line(error)}", limit), True)
+            return ToolResult(cut(f"Error: {name} failed: {type(error).__name__}: {error}", limit), error=True)
+        return dataclasses.replace(answer, content=cut(answer.content, limit))
 
     def _read(self, known: Tool, arguments: str) -> dict[str, Any] | str:
         """The arguments as values, or what is wrong with them."""
         try:
-            values = json.loads(arguments or "{}")
+            values = json.loads(arguments.strip() or "{}")
         except (ValueError, RecursionError) as error:
             return f"Error: the arguments of {known.name} are not JSON ({error}). Call it again with a JSON object."
         if not isinstance(values, dict):
@@ -211,9 +262,22 @@ class Toolset:
         return f"Error: the arguments of {known.name} do not fit: at {wrong.json_path}: {wrong.message}"[:2000]
 
 
-async def _within(work: Awaitable[Any], seconds: float) -> Any:
-    async with asyncio.timeout(None if seconds == math.inf else seconds):
-        return await work
+def _result(answer: Any) -> ToolResult:
+    """Whatever a tool returned, as a result."""
+    if isinstance(answer, str):
+        return ToolResult(answer)
+    if not isinstance(answer, ToolResult):
+        return ToolResult(_text(answer))
+    return answer if isinstance(answer.content, str) else dataclasses.replace(answer, content=_text(answer.content))
+
+
+def _text(value: Any) -> str:
+    return to_json(value).decode()
+
+
+def _in_one_line(error: ValidationError) -> str:
+    first = error.errors(include_url=False)[0]
+    return f"at {'.'.join(map(str, first['loc'])) or 'the value'}: {first['msg']}"
 
 
 def cut(text: str, limit: int) -> str:
@@ -248,12 +312,18 @@ def _read_docstring(function: Callable[..., Any]) -> tuple[str, dict[str, str]]:
     return before.strip(), explained
 
 
+_VALUES = ("default", "const", "enum", "examples")
+"""Keywords of a schema that hold values, not schemas."""
+
+
 def _plain_schema(schema: dict[str, Any]) -> dict[str, Any]:
     """Without the titles that pydantic adds to everything."""
-    def walk(value: Any, inside_properties: bool = False) -> Any:
+    def walk(value: Any, names: bool = False) -> Any:
+        # `names`: the keys are names of parameters or definitions.
         if isinstance(value, dict):
-            return {key: walk(item, key in ("properties", "$defs") and not inside_properties)
-                    for key, item in value.items() if inside_properties or key != "title" or not isinstance(item, str)}
+            return {key: item if key in _VALUES and not names else
+                    walk(item, key in ("properties", "$defs") and not names)
+                    for key, item in value.items() if names or key != "title"}
         return [walk(item) for item in value] if isinstance(value, list) else value
 
     return walk(schema) | {"type": "object"}

@@ -13,8 +13,9 @@ A call is right where its function, its parameters and their values are among th
     Java, JavaScript   a value may stand in a string as the language writes it, and a variable is its name
 
 Parallel calls are right where there are as many as in the answer and each can be given one of the answer's, in any
-order. This differs from the leaderboard's own checker where that is narrower by accident: whole numbers stand for floats
-inside lists too, text in nested values is compared as text is, and calls are matched in the best way, not the first.
+order. This differs from the leaderboard's own checker where that is narrower by accident: whole numbers stand for
+floats inside lists too, text in nested values is compared as text is, Java and JavaScript values may come as JSON, and
+calls are matched in the best way, not the first.
 """
 
 from __future__ import annotations
@@ -170,8 +171,8 @@ def judge(task: CallTask, tool_calls: Sequence[Mapping[str, Any]]) -> Verdict:
     taken: dict[int, int] = {}
     for place in range(len(tool_calls)):
         if not _give(place, wrong, taken, set()):
-            return Verdict(False, f"call {place + 1}: {min((text for text in wrong[place] if text), default='doubled')}"
-                           if any(wrong[place]) else f"call {place + 1} is there more often than expected")
+            text = f": {wrong[place][0]}" if all(wrong[place]) else " is there more often than expected"
+            return Verdict(False, f"call {place + 1}{text}")
     return Verdict(True)
 
 
@@ -264,8 +265,8 @@ def _plain(text: str) -> str:
 def read_literal(text: str) -> Any:
     """The value that a text writes in Java or JavaScript: a number, true, null, a list, an object; else the text."""
     text = text.strip()
-    if found := _JAVA_NUMBER.fullmatch(text):
-        return json.loads(found[1]) if not re.match(r"[+-]?0\d", text) else text
+    if found := _JAVA_NUMBER.fullmatch(text[:40]):
+        return int(found[1]) if found[1].lstrip("+-").isdigit() else float(found[1])
     if found := _JAVA_LIST.fullmatch(text):
         text = f"[{found[1]}]"
     for form in (text, _BARE_KEY.sub(r'\1"\2":', text), _BARE_KEY.sub(r'\1"\2":', text).replace("'", '"')):

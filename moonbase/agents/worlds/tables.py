@@ -27,6 +27,7 @@ from __future__ import annotations
 import csv
 import datetime
 import difflib
+import functools
 import gzip
 import hashlib
 import json
@@ -279,7 +280,7 @@ def score(task: Task, text: str) -> Score:
     if rows is None:
         return Score(notes=("the answer holds no table",))
     metrics = {name: Metric(*value) for name, value in task.meta["metrics"].items()}
-    rows = _rename_near(rows, task.column_names)
+    rows = _rename(rows, task.column_names)
     return score_rows(task.columns, task.keys, _reduce(task.answer, metrics), _reduce(rows, metrics))
 
 
@@ -299,20 +300,23 @@ def _column(name: str, metric: Metric) -> Column:
     return Column(name, "text")
 
 
-def _rename_near(rows: list[Row], names: list[str]) -> list[Row]:
-    """Columns whose names match none that was asked for take the nearest that nobody has."""
+def _rename(rows: list[Row], names: list[str]) -> list[Row]:
+    """The rows with the columns that were asked for under their own names: those that fit, then the nearest."""
     there = list(dict.fromkeys(name for row in rows for name in row))
-    plain = {plain_header(name, unit=True): name for name in names} | {plain_header(name): name for name in names}
-    has = {plain.get(plain_header(name, unit=True), plain.get(plain_header(name))) for name in there}
-    missing = [name for name in names if name not in has]
-    new = {}
-    for name in there:
-        if missing and plain_header(name) not in plain and plain_header(name, unit=True) not in plain:
-            near = difflib.get_close_matches(plain_header(name), [plain_header(one) for one in missing], 1, 0.8)
-            if near:
-                new[name] = next(one for one in missing if plain_header(one) == near[0])
-                missing.remove(new[name])
-    return [{new.get(name, name): value for name, value in row.items()} for row in rows] if new else rows
+    found: dict[str, str] = {}
+    for reading in (str, lambda name: plain_header(name, unit=True), plain_header, None):
+        for name in names:
+            free = [one for one in there if one not in found]
+            if name in found.values():
+                continue
+            if reading is None:
+                near = difflib.get_close_matches(plain_header(name), [plain_header(one) for one in free], 1, 0.8)
+                fitting = [one for one in free if plain_header(one) in near]
+            else:
+                fitting = [one for one in free if reading(one) == reading(name)]
+            if fitting:
+                found[fitting[0]] = name
+    return [{found.get(name, name): value for name, value in row.items()} for row in rows]
 
 
 def _reduce(rows: Sequence[Row], metrics: dict[str, Metric]) -> list[Row]:
@@ -320,6 +324,7 @@ def _reduce(rows: Sequence[Row], metrics: dict[str, Metric]) -> list[Row]:
             for row in rows]
 
 
+@functools.lru_cache(maxsize=1 << 16)
 def reduce_cell(metric: Metric, cell: str) -> str:
     """What a metric looks at in a cell, written so that the common grader compares it by equality or tolerance."""
     text = re.sub(r"<br\s*/?>", "\n", cell)

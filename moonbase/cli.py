@@ -8,12 +8,14 @@ progress to standard error; with `--json` a verb prints exactly one JSON object.
 from __future__ import annotations
 
 import contextlib
+import inspect
 import json
 import math
 import os
+import shlex
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -27,7 +29,7 @@ INTERRUPTED = 130
 app = typer.Typer(
     name="moonbase",
     help="Train, convert, measure and talk to K2-class models, from two CPU cores up.",
-    epilog="Start here:  moonbase quickstart",
+    epilog="Start here:  moonbase quickstart\n\nExamples of a command:  moonbase train --help",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -57,23 +59,29 @@ def _complete_preset(incomplete: str) -> list[str]:
 
 
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON object on standard output, nothing else there.")]
-Preset = Annotated[str | None, typer.Option(help="Preset name.", autocompletion=_complete_preset)]
+PRESETS = "pico, nano, moonlight-16b, deepseek-v3, deepseek-v3.2, kimi-k2 or kimi-k2.5"
+"""For help texts: reading the folder of presets would load what `--help` does not need."""
 
 
 # --- verbs ------------------------------------------------------------------------------------------------------------
 
 
-@app.command(epilog="Example:  moonbase quickstart --minutes 3")
+@app.command(epilog="Examples:  moonbase quickstart\n\n"
+                    "  moonbase quickstart --preset nano --minutes 30 --out runs/nano")
 def quickstart(
     preset: Annotated[str, typer.Option(help="What to train: pico on a CPU, nano on a GPU.",
                                         autocompletion=_complete_preset)] = "pico",
-    out: Annotated[Path, typer.Option(help="Run folder.")] = Path("runs/quickstart"),
-    minutes: Annotated[float, typer.Option(min=0.01, help="Time for pretraining; fine-tuning takes about 1.5 times "
-                                                          "as long.")] = 3.0,
+    out: Annotated[Path, typer.Option(help="Folder for the run and its report; an interrupted run in it is "
+                                           "resumed.")] = Path("runs/quickstart"),
+    minutes: Annotated[float, typer.Option(min=0.01, help="Minutes of pretraining; fine-tuning takes about 1.5 "
+                                                          "times as long.")] = 3.0,
     as_json: AsJson = False,
 ) -> None:
-    """The whole chain on this machine: corpus, tokenizer, pretraining, fine-tuning on dialogues with tools,
-    measurement, report, and a model to talk to."""
+    """The whole chain on this machine, from a corpus to a report and a model to talk to.
+
+    Corpus, tokenizer, pretraining, fine-tuning on dialogues with tools, measurement, report. Nothing is downloaded: the
+    text is the Python code that this machine already has. Ctrl-C stops at a checkpoint; the same command goes on.
+    """
     from moonbase.quickstart import quickstart as run_quickstart
 
     result = _deliver(as_json, lambda: run_quickstart(preset=preset, folder=out, minutes=minutes))
@@ -84,24 +92,31 @@ def quickstart(
 @app.command(epilog="Examples:  moonbase train pico data=my/texts steps=500\n\n"
                     "  moonbase train my-recipe.yaml optimizer.lr=2e-3 --out runs/second\n\n"
                     "  moonbase train runs/second --resume\n\n"
+                    "  moonbase train runs/second stage=continue data=more/texts --out runs/further\n\n"
                     "  moonbase train runs/second stage=sft data=chats.jsonl optimizer.lr=2e-4 --out runs/chat")
 def train(
-    recipe: Annotated[str, typer.Argument(help="A preset, a YAML file, a run folder to repeat or resume, or with "
-                                               "stage=sft or stage=continue a model to train further.",
+    recipe: Annotated[str, typer.Argument(help="A preset such as pico or nano, a YAML file of recipe fields, a run "
+                                               "folder to repeat (--out NEW) or resume (--resume), or with stage=sft "
+                                               "or stage=continue a run or checkpoint folder to train further.",
                                           metavar="RECIPE", autocompletion=_complete_preset)],
     overrides: Annotated[list[str] | None, typer.Argument(
-        metavar="key=value ...", help="Recipe fields by dotted name, such as optimizer.lr=2e-3.")] = None,
+        metavar="key=value ...", help="Recipe fields by dotted name: data, steps, batch_size, sequence_length, "
+                                       "optimizer.lr, seed, ... The config.yaml of any run shows them all.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint of the run folder.")] = False,
-    out: Annotated[Path | None, typer.Option(help="Run folder.", show_default="runs/NAME of the recipe")] = None,
+    out: Annotated[Path | None, typer.Option(help="Run folder: checkpoints, metrics, samples and report.html.",
+                                             show_default="runs/NAME, by the recipe's name")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Pretrain, continue from a checkpoint (stage=continue), or fine-tune one on dialogues (stage=sft).
 
+    data=FOLDER or data=FILE names the text, where the recipe does not yet: .txt .md .py .rst .jsonl .parquet, plain, gz
+    or zst, in any mix.
+
     Dialogues are JSONL, a line each: {"messages": [...], "tools": [...]} as OpenAI's chat API has them. The loss is on
-    what the assistant says. MODEL stage=sft takes network, batches and optimizer from that run, and style=kimi-k2,
+    what the assistant says. Network, batches and optimizer are those of the run that is trained further; style=kimi-k2,
     kimi-k2-thinking or kimi-k2.5 sets how dialogues are written as tokens.
 
-    Under torchrun the work is shared among its processes.
+    Ctrl-C saves a checkpoint first. Under torchrun the work is shared among its processes.
     """
     from moonbase.recipe import load_next_recipe, load_recipe
 
@@ -125,9 +140,28 @@ def train(
         # The run's own recipe is the base, whatever preset it was started from.
         plan = load_recipe(str(folder / "config.yaml"), overrides or ())
     sampler = _chat_sampler(plan) if plan.stage == "sft" else _sampler
-    result = _deliver(as_json, lambda: run_training(plan, folder, resume=resume, make_sampler=sampler), _show_run)
+    with _saying_how_to_go_on(folder):
+        result = _deliver(as_json, lambda: run_training(plan, folder, resume=resume, make_sampler=sampler), _show_run)
     if result.get("status") == "stopped":
         raise typer.Exit(INTERRUPTED)
+
+
+@contextlib.contextmanager
+def _saying_how_to_go_on(folder: Path) -> Iterator[None]:
+    """For Ctrl-C and SIGTERM before the first step or after the last; in between, the run ends in order and says so."""
+    from moonbase.checkpoint import latest_checkpoint
+    from moonbase.train.run import sigterm_as_ctrl_c
+
+    try:
+        with sigterm_as_ctrl_c():
+            yield
+    except KeyboardInterrupt:
+        if os.environ.get("RANK", "0") == "0":
+            again = shlex.join(["moonbase", "train", str(folder), "--resume"])
+            saved = latest_checkpoint(folder) is not None
+            print(f"to go on: {again}" if saved else "nothing is saved yet; to start again: the same command",
+                  file=sys.stderr)
+        raise
 
 
 def _sampler(model: Any, tokenizer: Any) -> Callable[[list[str]], list[str]]:
@@ -148,23 +182,30 @@ def _chat_sampler(plan: Any) -> Callable[[Any, Any], Callable[[list[str]], list[
 
 @app.command(epilog="Examples:  moonbase info kimi-k2\n\n  moonbase info runs/quickstart --json")
 def info(
-    model: Annotated[str, typer.Argument(help="A preset, preset:NAME, a config.json, a checkpoint or a run folder.",
-                                         metavar="MODEL|PRESET", autocompletion=_complete_preset)],
+    model: Annotated[str, typer.Argument(
+        help=f"A run folder, a checkpoint folder, a config.json, or a preset: {PRESETS}.", metavar="MODEL|PRESET",
+        autocompletion=_complete_preset)],
     context: Annotated[int | None, typer.Option(min=1, help="Tokens of context that the FLOPs are stated for.",
                                                 show_default="4096, or the model's limit")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Parameters, active parameters, FLOPs per token, weight bytes and KV bytes per token."""
+    """Parameters, active parameters, FLOPs per token, weight bytes and KV bytes per token.
+
+    Reads the configuration alone, so it answers at once for any size.
+    """
     from moonbase import cli_info
 
     _deliver(as_json, lambda: cli_info.describe(model, context), cli_info.show)
 
 
-@app.command(epilog="Example:  moonbase convert runs/quickstart exported --format hf")
+@app.command(epilog="Examples:  moonbase convert runs/quickstart exported\n\n"
+                    "  moonbase convert path/to/checkpoint smaller --format hf-int4")
 def convert(
     source: Annotated[str, typer.Argument(metavar="SRC", help="A run folder or a checkpoint folder.")],
     destination: Annotated[Path, typer.Argument(metavar="DST", help="Folder to write; it must not exist yet.")],
-    to: Annotated[Format, typer.Option("--format", help="Layout and number format of the weights.")] = Format.hf,
+    to: Annotated[Format, typer.Option("--format", help="hf: plain floats; hf-int4: experts in INT4 as Kimi K2 "
+                                                        "Thinking has them (compressed-tensors); hf-fp8: 128x128 "
+                                                        "blocks as DeepSeek-V3 has them.")] = Format.hf,
     dtype: Annotated[Dtype, typer.Option(help="Weights that are not quantised; keep: as the source stores them "
                                               "(format hf only).")] = Dtype.bf16,
     mtp: Annotated[bool | None, typer.Option(help="Keep or drop multi-token-prediction modules.",
@@ -195,11 +236,14 @@ def convert(
         f"{destination}: {made['bytes'] / 1e6:,.1f} MB of weights, {to.value}, {made['dtype']}"))
 
 
-@app.command(epilog="Example:  moonbase bench train --preset pico --peer transformers")
+@app.command(epilog="Examples:  moonbase bench train --preset pico --peer transformers\n\n"
+                    "  moonbase bench optimizer --peer torch")
 def bench(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="What to measure, such as train or optimizer.")],
-    preset: Preset = None,
-    peer: Annotated[str | None, typer.Option(help="Measure this package beside moonbase in the same run.")] = None,
+    name: Annotated[str, typer.Argument(metavar="NAME", help="What to measure: train, optimizer, decode or serve.")],
+    preset: Annotated[str | None, typer.Option(help="The network, with random weights.", show_default="pico",
+                                               autocompletion=_complete_preset)] = None,
+    peer: Annotated[str | None, typer.Option(help="Measure this package beside moonbase in the same run: transformers, "
+                                                  "for the optimizer torch.", show_default="none")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Measure speed and memory, side by side with a peer, in one table."""
@@ -209,12 +253,16 @@ def bench(
     _deliver(as_json, lambda: run_bench(name, **options), _show_bench)
 
 
-@app.command(epilog="Example:  moonbase chat runs/quickstart")
+@app.command(epilog="Examples:  moonbase chat runs/quickstart\n\n  moonbase chat http://127.0.0.1:8000")
 def chat(
     model: Annotated[str, typer.Argument(
-        metavar="MODEL", help="A run folder, a checkpoint folder, or the URL of an OpenAI-compatible endpoint.")],
+        metavar="MODEL", help="A run folder, a checkpoint folder, or the URL of an OpenAI-compatible endpoint "
+                              "(URL#NAME for one of its models; its key in MOONBASE_API_KEY).")],
 ) -> None:
-    """Talk to a model in the terminal, streaming."""
+    """Talk to a model in the terminal, streaming.
+
+    /help lists what else may be typed, such as /tools. A model that has learnt no dialogues continues what one writes.
+    """
     from moonbase.terminal import chat as run_chat
 
     run_chat(model)
@@ -224,22 +272,24 @@ def chat(
                     "  moonbase serve runs/quickstart --host 0.0.0.0 --api-key SECRET --model-name my-model")
 def serve(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A run folder or a checkpoint folder.")],
-    port: Annotated[int, typer.Option(help="0 takes any free port.")] = 8000,
+    port: Annotated[int, typer.Option(help="Port to listen on; 0 takes any free one.")] = 8000,
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 lets other machines in.")] = "127.0.0.1",
     api_key: Annotated[list[str] | None, typer.Option(
         help="Key that clients must send; may be given several times.", envvar="MOONBASE_API_KEY",
-        show_envvar=True)] = None,
+        show_envvar=True, show_default="none: everyone who can connect may ask")] = None,
     style: Annotated[str | None, typer.Option(help="Chat style: kimi-k2, kimi-k2-thinking or kimi-k2.5.",
                                               show_default="what the model speaks")] = None,
     model_name: Annotated[list[str] | None, typer.Option(
         help="What requests must call the model; may be given several times.",
         show_default="the folder's name, and any other will do")] = None,
     max_running: Annotated[int, typer.Option(min=1, help="Requests that are computed together.")] = 64,
-    cache_tokens: Annotated[int | None, typer.Option(min=1, help="Tokens that the cache holds.",
-                                                     show_default="what fits into memory")] = None,
+    cache_tokens: Annotated[int | None, typer.Option(
+        min=1, help="Tokens that the cache holds, running requests and what is kept of earlier ones.",
+        show_default="max-running whole contexts, on a CPU at least 1 GiB; at most 40% of the free memory, of a GPU's "
+                     "80%")] = None,
     queue_limit: Annotated[int, typer.Option(min=0, help="Requests that may wait; more get status 429.")] = 256,
     request_timeout: Annotated[float, typer.Option(help="Seconds for one request, waiting included.")] = 600.0,
-    grace: Annotated[float, typer.Option(help="Seconds that answers may go on after SIGTERM.")] = 30.0,
+    grace: Annotated[float, typer.Option(help="Seconds that answers may go on after SIGTERM or Ctrl-C.")] = 30.0,
     cors_origin: Annotated[list[str] | None, typer.Option(
         help="Web pages of this origin may call the API, https://example.com for instance.")] = None,
     allowed_host: Annotated[list[str] | None, typer.Option(
@@ -268,6 +318,12 @@ def serve(
     tokenizer = load_tokenizer_of(model)
     run(load(model), tokenizer, settings, read_json(resolve_model_folder(model) / "config.json"),
         max_running=max_running, cache_tokens=cache_tokens, queue_limit=queue_limit, access_log=access_log)
+
+
+for _command in app.registered_commands:
+    # The terminal breaks the lines of a paragraph, not the source.
+    _paragraphs = (inspect.getdoc(_command.callback) or "").split("\n\n")
+    _command.help = "\n\n".join(" ".join(paragraph.split()) for paragraph in _paragraphs)
 
 
 def _print_versions(wanted: bool) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from moonbase.config import ModelConfig
-from moonbase.errors import UserError
+from moonbase.errors import UserError, did_you_mean
 from moonbase.presets import preset_config, preset_names
 from moonbase.recipe import load_recipe
 from moonbase.sizes import sizes
@@ -37,8 +37,9 @@ def find_config(target: str) -> ModelConfig:
         return load_recipe(target).model
     if os.path.isfile(path):
         return ModelConfig.from_file(path)
-    names = ", ".join(preset_names())
-    raise UserError(f"{target}: neither a preset ({names}) nor a config.json, a checkpoint folder or a run folder")
+    known = preset_names()
+    raise UserError(f"{target}: neither a preset ({', '.join(known)}) nor a config.json, a checkpoint folder or a run "
+                    f"folder{did_you_mean(target, known)}")
 
 
 def describe(target: str, context: int | None = None) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from pydantic import (
     model_validator,
 )
 
-from moonbase.errors import UserError
+from moonbase.errors import UserError, did_you_mean
 
 Positive = Field(gt=0)
 
@@ -203,7 +203,8 @@ class ModelConfig(Frozen):
                 if value not in _FIXED[name]:
                     refused.append(f"{name}={value!r} (supported: {_FIXED[name][0]!r})")
             elif name not in _IRRELEVANT and name not in ("rope_parameters", "num_key_value_heads"):
-                refused.append(f"{name}={value!r} (unknown; remove it if it does not change the network)")
+                guess = did_you_mean(str(name), cls.model_fields)
+                refused.append(f"{name}={value!r}{guess or ' (unknown; remove it if it does not change the network)'}")
         rope = values.get("rope_parameters")
         if isinstance(rope, dict):
             if rope.get("rope_theta") is not None:
@@ -275,7 +276,9 @@ def read_json(path: str | Path) -> Any:
         raise UserError(f"{path}: no such file") from None
     except json.JSONDecodeError as error:
         raise UserError(f"{path}: not valid JSON at line {error.lineno}: {error.msg}") from None
-    except (OSError, UnicodeDecodeError) as error:
+    except RecursionError:
+        raise UserError(f"{path}: cannot be read: nested too deeply") from None
+    except (OSError, ValueError) as error:  # ValueError: no UTF-8, or a number of thousands of digits
         raise UserError(f"{path}: cannot be read: {error}") from None
 
 
@@ -289,13 +292,33 @@ def validated(cls: type[Frozen], values: dict[str, Any], source: str) -> Any:
             name = ".".join(str(part) for part in item["loc"])
             message = item["msg"].removeprefix("Value error, ")
             if item["type"] == "extra_forbidden":
-                message = "unknown field"
+                message = "unknown field" + _meant(cls, item["loc"])
             elif item["type"] == "model_type":
                 message = f"a mapping of fields is needed, found {item['input']!r}"
             elif item["type"] not in ("missing", "value_error"):
                 message += f", found {item['input']!r}"
             problems.append(f"{name}: {message}" if name else message)
         raise UserError(f"{source}: {'; '.join(problems)}") from None
+
+
+def _meant(cls: type[BaseModel], place: tuple[int | str, ...]) -> str:
+    """`(did you mean ...?)` for an unknown field: one of that name a level below, else a similar one beside it."""
+    *parents, word = place
+    beside = cls
+    for parent in parents:
+        beside = _kind_of(beside, parent) or beside  # the number of an item in a list leads nowhere further
+    for name in cls.model_fields if beside is cls else ():
+        kind = _kind_of(cls, name)
+        if kind is not None and word in kind.model_fields:
+            return f" (did you mean '{name}.{word}'?)"
+    return did_you_mean(str(word), beside.model_fields)
+
+
+def _kind_of(cls: type[BaseModel], name: int | str) -> type[BaseModel] | None:
+    """The configuration that a field holds, alone or in a list; None where it holds something else."""
+    field = cls.model_fields.get(name) if isinstance(name, str) else None
+    kinds = [] if field is None else [field.annotation, *get_args(field.annotation)]
+    return next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)), None)
 
 
 # DeepseekV3Config's defaults are DeepSeek-V3's own values, ours the plainest form: a checkpoint must say which it

@@ -6,6 +6,9 @@ and keeps its traceback.
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
+
 
 class UserError(Exception):
     """Something the user can mend. The command line prints the message as one line and exits with 2."""
@@ -27,3 +30,10 @@ class TryAgain(Exception):
     """A passing trouble: the same command may work later. Exit code 75."""
 
     exit_code = 75
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """` (did you mean 'steps'?)` where one of `known` looks like `word`, else nothing: the end of a complaint."""
+    by_lower_case = {name.lower(): name for name in known}
+    close = difflib.get_close_matches(word.lower(), by_lower_case, n=1)
+    return f" (did you mean {by_lower_case[close[0]]!r}?)" if close else ""

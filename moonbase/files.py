@@ -34,8 +34,19 @@ def fsync_path(path: Path) -> None:
         os.close(descriptor)
 
 
+def _final(path: Path) -> Path:
+    """What `path` will be called: no one has heard of the names under which things are written aside."""
+    names = []
+    for name in path.parts:
+        while name.startswith(PARTIAL):
+            name = name.removeprefix(PARTIAL).rsplit("-", 2)[0]
+        names.append(name)
+    return Path(*names)
+
+
 def explain_os_error(error: OSError, path: Path) -> UserError:
     """Turn the operating system's complaint into one line with the mend."""
+    path = _final(path)
     name = path if error.filename is None or PARTIAL in str(error.filename) else error.filename
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return UserError(f"{path}: the disk is full. Free some space or choose another folder, then run again.")
@@ -98,22 +109,27 @@ def write_folder(path: str | Path) -> Iterator[Path]:
         yield partial
         for item in [*partial.rglob("*"), partial]:
             fsync_path(item)
-        if path.exists() and not path.is_dir():
-            raise UserError(f"{path}: a file with this name is in the way. Remove it or choose another folder.")
-        if path.exists():
-            retired = partial_sibling(path, RETIRED)
-            os.rename(path, retired)
-            os.rename(partial, path)
-            shutil.rmtree(retired, ignore_errors=True)
-        else:
-            os.rename(partial, path)
-        fsync_path(path.parent)
+        replace_folder(partial, path)
     except OSError as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise explain_os_error(error, path) from None
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
+
+
+def replace_folder(new: Path, path: Path) -> None:
+    """Rename `new` to `path`, its sibling, and remove what was there. Raises UserError where that is a file."""
+    if path.exists() and not path.is_dir():
+        raise UserError(f"{path}: a file with this name is in the way. Remove it or choose another folder.")
+    if path.exists():
+        retired = partial_sibling(path, RETIRED)
+        os.rename(path, retired)
+        os.rename(new, path)
+        shutil.rmtree(retired, ignore_errors=True)
+    else:
+        os.rename(new, path)
+    fsync_path(path.parent)
 
 
 def remove_partial(folder: str | Path) -> None:

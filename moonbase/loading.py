@@ -54,7 +54,8 @@ def load_tokenizer_of(source: str | Path) -> Tokenizer:
     from moonbase.data import load_tokenizer
 
     if str(source).startswith("preset:"):
-        raise UserError(f"{source}: a preset has random weights and no tokenizer; give a run or a checkpoint folder")
+        raise UserError(f"{source}: a preset has random weights and no tokenizer; give a run folder (moonbase "
+                        "quickstart makes one) or a checkpoint folder")
     return load_tokenizer(resolve_model_folder(source))
 
 

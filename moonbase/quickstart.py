@@ -11,11 +11,12 @@ import contextlib
 import gc
 import json
 import lzma
-import os
+import math
 import shlex
 import statistics
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +38,8 @@ from moonbase.synth import Evaluation, evaluate, held_out_tasks, make_dialogues,
 from moonbase.synth.evaluation import Complete, Prompt
 from moonbase.train.assembly import make_trainer
 from moonbase.train.callbacks.validation import FINAL_BYTES
-from moonbase.train.parallel import World
-from moonbase.train.run import train
+from moonbase.train.parallel import World, announced
+from moonbase.train.run import sigterm_as_ctrl_c, train
 from moonbase.train.run_folder import RunFolder
 from moonbase.train.trainer import RepeatedBatch
 
@@ -75,11 +76,13 @@ def quickstart(preset: str = "pico", folder: str | Path = "runs/quickstart",
     A folder that holds an interrupted quickstart of the same preset is resumed; a finished one is refused. Ctrl-C in
     training ends it at a saved checkpoint with status "stopped".
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if announced("WORLD_SIZE", 1) > 1:
         raise UserError("quickstart runs in one process. For several: torchrun ... -m moonbase train")
+    if not 0 < minutes < math.inf:
+        raise UserError(f"minutes={minutes}: a number of minutes is needed, 3 for example")
     started = time.monotonic()
     folder = Path(folder)
-    with Console() as console:
+    with Console() as console, _saying_how_to_go_on(folder, preset):
         _check_folder(folder, preset)
         for run, stage in ((folder / _BASE, _pretrain), (folder, _fine_tune)):
             outcome: dict[str, Any] = {}
@@ -111,7 +114,7 @@ def _check_folder(folder: Path, preset: str) -> None:
 def _facts(folder: Path) -> dict[str, Any]:
     try:
         facts = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {"results": {}}
     return facts if isinstance(facts, dict) and isinstance(facts.get("results"), dict) else {"results": {}}
 
@@ -127,8 +130,9 @@ def _pretrain(preset: str, folder: Path, minutes: float, resume: bool, console: 
     else:
         recipe = _recipe(preset)
         console.stage(f"moonbase quickstart: {preset}, about {duration(60 * minutes)} of pretraining on this machine")
+        _refuse_what_needs_a_gpu(recipe, minutes)
+        texts = _vocabulary_texts(folder)  # first, so that a folder that cannot be written is known at once
         recipe = recipe.model_copy(update={"steps": _steps_for(recipe, minutes, console)})
-        texts = _vocabulary_texts(folder)
         data = recipe.data.model_copy(update={"vocabulary_sources": (Source(path=str(texts)),), "split_digits": True})
         recipe = recipe.model_copy(update={"data": data})
     return train(recipe, folder, resume=resume, console=console, make_sampler=make_sampler)
@@ -159,14 +163,18 @@ def _vocabulary_texts(folder: Path) -> Path:
     return path
 
 
-def _steps_for(recipe: Recipe, minutes: float, console: Console) -> int:
-    """How many steps fit, measured on a throw-away model; rounded, so that it reads well. The median over a few
-    seconds: a busy moment must not decide the length of the run. Raises UserError where not even one would fit."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+def _refuse_what_needs_a_gpu(recipe: Recipe, minutes: float) -> None:
+    """Raises UserError where not even one step would fit into the time."""
     flops = train_flops_per_token(recipe.model, recipe.sequence_length) * recipe.tokens_per_step
-    if device.type == "cpu" and flops / _CPU_FLOPS > 60 * max(minutes, 1.0):
+    if not torch.cuda.is_available() and flops / _CPU_FLOPS > 60 * max(minutes, 1.0):
         raise UserError(f"one step of this preset would take about {duration(flops / _CPU_FLOPS)} on a CPU: "
                         "it needs a GPU; use --preset pico")
+
+
+def _steps_for(recipe: Recipe, minutes: float, console: Console) -> int:
+    """How many steps fit, measured on a throw-away model; rounded, so that it reads well. The median over a few
+    seconds: a busy moment must not decide the length of the run."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     shape = (recipe.batch_size, recipe.sequence_length + 1)
     tokens = torch.randint(0, recipe.model.vocab_size, shape, generator=torch.Generator().manual_seed(0))
     documents = torch.zeros(recipe.batch_size, recipe.sequence_length, dtype=torch.int32)
@@ -324,7 +332,22 @@ def _last_samples(folder: Path) -> list[tuple[str, str]]:
 def _say_stopped(console: Console, folder: Path, run: Path, outcome: dict[str, Any], preset: str) -> None:
     saved = f"; a checkpoint is saved in {run}/checkpoints" if latest_checkpoint(run) else ""
     console.note(f"{outcome['reason']} at step {outcome['step']}{saved}.")
+    _say_how_to_go_on(folder, preset)
+
+
+def _say_how_to_go_on(folder: Path, preset: str) -> None:
     again = ["moonbase", "quickstart"]
     again += ["--preset", preset] if preset != "pico" else []
     again += ["--out", str(folder)] if folder != Path("runs/quickstart") else []
     print(f"to go on: {shlex.join(again)}", file=sys.stderr)
+
+
+@contextlib.contextmanager
+def _saying_how_to_go_on(folder: Path, preset: str) -> Iterator[None]:
+    """Ctrl-C and SIGTERM between the trainings: what is finished stays, what was in hand is done again."""
+    try:
+        with sigterm_as_ctrl_c():
+            yield
+    except KeyboardInterrupt:
+        _say_how_to_go_on(folder, preset)
+        raise

@@ -15,26 +15,33 @@ import yaml
 from pydantic import Field, field_validator, model_validator
 
 from moonbase.config import Frozen, ModelConfig, validated
-from moonbase.errors import UserError
+from moonbase.errors import UserError, did_you_mean
 from moonbase.presets import load_preset, preset_names
 
 
 class Source(Frozen):
     """One origin of training text."""
 
-    path: str
+    path: str = Field(min_length=1)
     """A folder, a file, or `hub:NAME` for a streamed data set (extra `hub`)."""
     weight: float = Field(default=1.0, gt=0)
     """Share of this source in the token stream relative to the others; 1 for all means in proportion to size."""
     text_field: str = "text"
     """Which field of a .jsonl or .parquet record holds the text."""
 
+    @field_validator("path")
+    @classmethod
+    def _check_path(cls, value: str) -> str:
+        if "\0" in value:
+            raise ValueError(f"no file name holds a NUL byte, found {value!r}")
+        return value
+
 
 class DataConfig(Frozen):
     """Where text comes from and how it is cut."""
 
     sources: tuple[Source, ...] = ()
-    tokenizer: str | None = None
+    tokenizer: str | None = Field(default=None, min_length=1)
     """A tokenizer folder or file; None trains a byte-fallback BPE of the model's vocabulary size on the corpus."""
     vocabulary_sources: tuple[Source, ...] = ()
     """Further texts that a new vocabulary is learned from, though the model is not: later stages may speak of more than
@@ -137,12 +144,12 @@ class GuardConfig(Frozen):
 class Recipe(Frozen):
     """Everything that determines a run."""
 
-    name: str = "run"
+    name: str = Field(default="run", min_length=1)
     model: ModelConfig
     stage: Literal["pretrain", "continue", "sft"] = "pretrain"
     """pretrain: from random weights; continue: from the weights of `init`; sft: from them too, on chat dialogues (JSONL
     of OpenAI messages with tools), with the loss on what the assistant says."""
-    init: str | None = None
+    init: str | None = Field(default=None, min_length=1)
     """Checkpoint or run folder to start from (stages continue and sft)."""
     style: Literal["kimi-k2", "kimi-k2-thinking", "kimi-k2.5"] | None = None
     """How dialogues are written as tokens. None asks `init`; whoever talks to the model later finds it here."""
@@ -171,7 +178,7 @@ class Recipe(Frozen):
     checkpoint: CheckpointConfig = CheckpointConfig()
     guard: GuardConfig = GuardConfig()
     tensorboard: bool = False
-    seed: int = 0
+    seed: int = Field(default=0, ge=-(1 << 63), lt=1 << 63)
 
     @field_validator("name")
     @classmethod
@@ -216,7 +223,7 @@ def style_of(source: str | Path) -> str | None:
     for file in (path / "config.yaml", path.parent.parent / "config.yaml"):
         try:
             values = yaml.safe_load(file.read_text(encoding="utf-8"))
-        except (yaml.YAMLError, UnicodeDecodeError, OSError):
+        except (yaml.YAMLError, ValueError, RecursionError, OSError):
             continue
         style = values.get("style") if isinstance(values, dict) else None
         return style if isinstance(style, str) else None
@@ -253,10 +260,14 @@ def load_recipe(recipe: str, overrides: list[str] | tuple[str, ...] = ()) -> Rec
     else:
         path = Path(recipe)
         if not os.path.isfile(path):
-            raise UserError(f"{recipe}: neither a preset ({', '.join(preset_names())}) nor a YAML file")
+            known = preset_names()
+            raise UserError(f"{recipe}: neither a preset ({', '.join(known)}) nor a YAML file nor a run folder"
+                            f"{did_you_mean(recipe, known)}")
         try:
             values, source = yaml.safe_load(path.read_text(encoding="utf-8")), str(path)
-        except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+        except RecursionError:
+            raise UserError(f"{path}: not readable YAML: nested too deeply") from None
+        except (yaml.YAMLError, ValueError, OSError) as error:  # ValueError: no UTF-8, or a date that no calendar has
             raise UserError(f"{path}: not readable YAML: {' '.join(str(error).split())}") from None
         if not isinstance(values, dict):
             raise UserError(f"{path}: expected a mapping of recipe fields")
@@ -281,7 +292,9 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
         raise UserError(f"{override!r}: overrides are written key=value, for example optimizer.lr=1e-3")
     try:
         value = yaml.safe_load(text) if text else None
-    except yaml.YAMLError:
+    except RecursionError:
+        raise UserError(f"{key}: its value is nested too deeply") from None
+    except (yaml.YAMLError, ValueError):  # ValueError: what looks like a date and is none
         value = text
     if _SCIENTIFIC.fullmatch(text):
         # YAML 1.1 reads 1e-3 as a word; people mean the number. A quoted one stays a word.

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -19,6 +20,23 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"real test data is absent: {folder} (set MOONBASE_SHARED)")
     return folder
+
+
+@pytest.fixture(scope="session")
+def kimi_folder(shared_data: Path) -> Path:
+    """The published vocabulary of Kimi K2.5 and its settings."""
+    folder = shared_data / "kimi-k25-tokenizer"
+    if not (folder / "tiktoken.model").is_file():
+        pytest.skip(f"the published vocabulary is absent: {folder}")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def kimi(kimi_folder: Path) -> Any:
+    """Its `moonbase.data.Tokenizer`."""
+    from moonbase.data import load_tokenizer
+
+    return load_tokenizer(kimi_folder)
 
 
 @pytest.fixture(autouse=True)

@@ -78,6 +78,15 @@ def test_every_verb_has_an_example(name: str, flag: str, run: Callable) -> None:
     assert "Example" in out and f"moonbase {name} " in out.split("Example")[1]
 
 
+def test_help_names_every_bench_and_every_preset(run: Callable) -> None:
+    from moonbase import bench, presets
+
+    for name in bench._BENCHES:
+        assert name in run("bench", "--help")[1]
+    for name in presets.preset_names():
+        assert f" {name}" in " ".join(run("info", "--help")[1].replace("│", " ").split())
+
+
 def test_alone_it_shows_the_help_and_counts_as_a_mistake(run: Callable) -> None:
     code, out, err = run()
     assert code == 2
@@ -343,6 +352,25 @@ cli.main(["probe"])
     _, err = process.communicate(timeout=30)
     assert process.returncode == 130
     assert err == "moonbase: interrupted\n"
+
+
+def test_ctrl_c_before_the_first_step_says_how_to_go_on(
+    run: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While the corpus is made, say: in the loop itself a Ctrl-C is no exception."""
+    monkeypatch.setattr("moonbase.train.run.train", lambda *_, **__: _raises(KeyboardInterrupt())())
+    folder = tmp_path / "my run"
+    code, out, err = run("train", "pico", "data=x", "--out", str(folder))
+    assert (code, out) == (130, "")
+    assert err == "nothing is saved yet; to start again: the same command\nmoonbase: interrupted\n"
+    checkpoint = folder / "checkpoints" / "step-000001"
+    checkpoint.mkdir(parents=True)
+    for name in ("config.json", "model.safetensors"):
+        (checkpoint / name).write_text("{}")
+    code, _, err = run("train", "pico", "data=x", "--out", str(folder))
+    assert code == 130 and err == f"to go on: moonbase train '{folder}' --resume\nmoonbase: interrupted\n"
+    monkeypatch.setenv("RANK", "1")
+    assert run("train", "pico", "data=x", "--out", str(folder)) == (130, "", "moonbase: interrupted\n")
 
 
 @pytest.mark.parametrize("arguments", [["info", "kimi-k2"], ["info", "kimi-k2", "--json"], ["--help"]])

@@ -223,7 +223,8 @@ def test_frozen_and_closed() -> None:
 
 @pytest.mark.parametrize(
     ("content", "complaint"),
-    [(b'{"a": 1,\n "b": }', "not valid JSON at line 2"), (b"\xff\xfe{}", "cannot be read"), (b"", "at line 1")],
+    [(b'{"a": 1,\n "b": }', "not valid JSON at line 2"), (b"\xff\xfe{}", "cannot be read"), (b"", "at line 1"),
+     (b"[" * 100_000, "nested too deeply"), (b'{"a": ' + b"9" * 5000 + b"}", "cannot be read")],
 )
 def test_broken_files_are_named(tmp_path: Path, content: bytes, complaint: str) -> None:
     (tmp_path / "config.json").write_bytes(content)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import random
 import subprocess
@@ -199,6 +200,16 @@ def test_full_disk_while_filling_a_folder(tmp_path: Path) -> None:
         (folder / "weights").symlink_to("/dev/full")
         (folder / "weights").write_bytes(b"n" * 100_000)
     assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize("path", [
+    "run/.partial-exported-12-ab34/model-00001-of-00001.safetensors", "run/.partial-exported-12-ab34",
+    "run/.partial-.partial-exported-5-cd-12-ab34/.partial-x.json-12-ef",
+])
+def test_nobody_is_told_the_name_under_which_things_are_written_aside(path: str) -> None:
+    for number in (errno.ENOSPC, errno.EACCES, errno.EIO):
+        message = str(files.explain_os_error(OSError(number, os.strerror(number), path), Path(path)))
+        assert message.startswith("run/exported") and ".partial" not in message and "ab34" not in message
 
 
 FORBIDDEN = """

@@ -20,10 +20,10 @@ FLOORS = (
     ("config", "errors", "files", "layout", "presets", "recipe", "sizes"),
     ("ops", "report"),
     ("chat", "checkpoint", "data", "deploy", "model", "optim"),
-    ("engine", "train"),
+    ("engine", "loading", "train"),
     ("agents", "serve"),
     ("evals", "rl", "synth"),
-    ("__init__", "__main__", "bench", "claims", "cli", "cli_info", "loading", "quickstart", "terminal"),
+    ("__init__", "__main__", "bench", "claims", "cli", "cli_info", "quickstart", "terminal"),
 )
 # The lowest and the highest floor are one room each: their modules may import one another.
 FLOOR_OF = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}

@@ -85,7 +85,8 @@ def test_a_preset_is_random_and_always_the_same() -> None:
         ("preset:", "no preset ''"),
         ("no/such/folder", "no/such/folder: no such folder"),
         ("EMPTY", "neither a checkpoint .* nor a run folder"),
-        ("UNFINISHED", "no complete checkpoint yet"),
+        ("UNFINISHED", r"no complete checkpoint \(step-000001: config.json is missing\)"),
+        ("pico", "pico: a preset has no trained weights"),
         ("NO_WEIGHTS", "model.safetensors"),
     ],
 )

@@ -188,6 +188,13 @@ def test_it_runs_in_one_process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
         chain.quickstart("pico", tmp_path / "run")
 
 
+@pytest.mark.parametrize("minutes", [float("inf"), float("nan"), 0.0, -1.0])
+def test_a_time_that_is_none_is_refused(minutes: float, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"minutes=.*: a number of minutes is needed"):
+        chain.quickstart("pico", tmp_path / "run", minutes)
+    assert not (tmp_path / "run").exists()
+
+
 def test_the_model_that_was_measured_is_gone(preset: str, monkeypatch: pytest.MonkeyPatch) -> None:
     alive: list[weakref.ref] = []
     make = chain.make_trainer
@@ -241,3 +248,25 @@ cli.main(["quickstart", "--preset", {preset!r}, "--out", {str(folder)!r}, "--min
     assert f"stopped by SIGINT at step {step}; a checkpoint is saved in {run}/checkpoints." in err
     assert f"to go on: moonbase quickstart --preset {preset} --out {folder}" in err
     assert process.returncode == 130
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_between_the_trainings_says_how_to_go_on(
+    number: signal.Signals, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupt(*_: Any) -> None:
+        signal.raise_signal(number)
+
+    monkeypatch.setattr(chain, "_steps_for", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        chain.quickstart("pico", tmp_path / "my run")
+    assert capsys.readouterr().err.splitlines()[-1] == f"to go on: moonbase quickstart --out '{tmp_path}/my run'"
+
+
+def test_a_folder_that_cannot_be_made_is_known_before_anything_is_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(chain, "_steps_for", lambda *_: pytest.fail("measured first"))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"file.*: a part of this path is a file"):
+        chain.quickstart("pico", tmp_path / "file" / "run")

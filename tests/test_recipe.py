@@ -8,7 +8,7 @@ import pytest
 
 from moonbase.errors import UserError
 from moonbase.presets import load_preset, preset_config, preset_names
-from moonbase.recipe import Recipe, load_recipe
+from moonbase.recipe import Recipe, load_recipe, style_of
 
 
 @pytest.mark.parametrize("preset", preset_names())
@@ -183,3 +183,71 @@ def test_a_file_cannot_run_code(tmp_path: Path) -> None:
 def test_neither_preset_nor_file(target: str) -> None:
     with pytest.raises(UserError, match=r"neither a preset \(.*pico.*\) nor a YAML file"):
         load_recipe(target)
+
+
+@pytest.mark.parametrize(
+    ("override", "guess"),
+    [
+        ("stepz=3", "'steps'"),
+        ("optimiser.lr=1", "'optimizer'"),
+        ("optimizer.weight_decy=1", "'weight_decay'"),
+        ("schedule.warmup=3", "'warmup_steps'"),
+        ("lr=1e-3", "'optimizer.lr'"),
+        ("every_steps=4", "'checkpoint.every_steps'"),
+        ("data=[{pth: x}]", "'path'"),
+        ("model.hidden_sise=32", "'hidden_size'"),
+        ("model=pyco", "'pico'"),
+    ],
+)
+def test_a_slip_of_the_pen_gets_a_suggestion(override: str, guess: str) -> None:
+    with pytest.raises(UserError, match=rf"\(did you mean {guess}\?\)"):
+        load_recipe("pico", [override])
+
+
+@pytest.mark.parametrize(
+    ("target", "guess"), [("Pico", "pico"), ("kimi_k2", "kimi-k2"), ("moonlight", "moonlight-16b")])
+def test_so_does_one_in_a_presets_name(target: str, guess: str) -> None:
+    with pytest.raises(UserError, match=rf"\(did you mean '{guess}'\?\)"):
+        load_recipe(target)
+
+
+@pytest.mark.parametrize("override", ["no_such_thing=1", "optimizer.colour=1", "data=[{q: 1, path: x}]"])
+def test_what_resembles_nothing_gets_none(override: str) -> None:
+    with pytest.raises(UserError, match=r"unknown field$"):
+        load_recipe("pico", [override])
+
+
+@pytest.mark.parametrize(
+    ("override", "named"),
+    [
+        ("steps=" + "[" * 20_000, "steps: its value is nested too deeply"),
+        ('name="\\ud800"', "name: "),
+        ("name=", "name: "),
+        ('data="a\\0b"', "data.sources.0.path: no file name holds a NUL byte"),
+        ('data=""', "data.sources.0.path: "),
+        ('data.tokenizer="\\ud800"', "data.tokenizer: "),
+        ("seed=9223372036854775808", "seed: "),
+        ("steps=2024-13-45", "steps: "),
+    ],
+)
+def test_hostile_values_are_named_in_one_line(override: str, named: str) -> None:
+    with pytest.raises(UserError) as caught:
+        load_recipe("pico", [override])
+    assert named in str(caught.value) and "\n" not in str(caught.value) and len(str(caught.value)) < 500
+
+
+def test_a_word_that_looks_like_a_date_is_a_word() -> None:
+    assert [load_recipe("pico", [f"name={day}"]).name for day in ("2024-02-30", "2024-02-29")] == [
+        "2024-02-30", "2024-02-29"]
+
+
+@pytest.mark.parametrize("content", ["[" * 100_000, "name: 2024-13-45"])
+def test_hostile_files_are_named_in_one_line(content: str, tmp_path: Path) -> None:
+    path = tmp_path / "hostile.yaml"
+    path.write_text(content, encoding="utf-8")
+    with pytest.raises(UserError, match=rf"^{path}: not readable YAML: ") as caught:
+        load_recipe(str(path))
+    assert "\n" not in str(caught.value)
+    assert style_of(tmp_path) is None
+    path.rename(tmp_path / "config.yaml")
+    assert style_of(tmp_path) is None

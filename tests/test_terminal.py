@@ -273,7 +273,7 @@ def test_save_and_load(talk, tmp_path: Path) -> None:
     _, notes, second = talk(Script(says("more")), f"/load {path}", "go on")
     assert "4 messages read" in notes and second.tools and second.system == "Be brief."
     assert second.messages[:4] == chat.normalise_messages(first.messages)
-    for content, complaint in (("{", "it is no JSON"), ("[]", "messages are missing"),
+    for content, complaint in (("{", "it is no JSON"), ("[" * 100_000, "it is no JSON"), ("[]", "messages are missing"),
                                ('{"messages": [{}]}', "messages[0].role")):
         path.write_text(content, encoding="utf-8")
         assert complaint in talk(Script(says("x")), f"/load {path}")[1]

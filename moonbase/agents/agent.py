@@ -279,11 +279,13 @@ class Agent:
 
     async def _call_tools(self, calls: list[dict[str, Any]]) -> list[ToolResult]:
         """All calls of one reply at once; their results in order, as messages."""
-        results = await side_by_side([self._call_tool(call["function"], f"{self.id}#{self.steps}.{number}")
-                                      for number, call in enumerate(calls)])
+        try:
+            results = await side_by_side([self._call_tool(call["function"], f"{self.id}#{self.steps}.{number}")
+                                          for number, call in enumerate(calls)])
+        finally:
+            self.budget.end_stage()
         for call, result in zip(calls, results, strict=True):
             self._append({"role": "tool", "tool_call_id": call["id"], "content": result.content})
-        self.budget.end_stage()
         return results
 
     async def _call_tool(self, function: dict[str, Any], id: str) -> ToolResult:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from moonbase.checkpoint.conversion import convert
-    from moonbase.checkpoint.folders import latest_checkpoint, list_checkpoints, resolve_model_folder
+    from moonbase.checkpoint.folders import damaged_newest, latest_checkpoint, list_checkpoints, resolve_model_folder
     from moonbase.checkpoint.quantization import read_config
     from moonbase.checkpoint.reader import load_weights, stored_mtp
     from moonbase.checkpoint.state import load_state, save_state
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 _HOME = {
     "convert": "conversion",
+    "damaged_newest": "folders",
     "latest_checkpoint": "folders",
     "list_checkpoints": "folders",
     "resolve_model_folder": "folders",
@@ -32,6 +33,7 @@ _HOME = {
 
 __all__ = [
     "convert",
+    "damaged_newest",
     "latest_checkpoint",
     "list_checkpoints",
     "load_state",

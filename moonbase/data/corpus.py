@@ -11,7 +11,6 @@ from __future__ import annotations
 import copy
 import hashlib
 import itertools
-import json
 import os
 import shutil
 from collections import deque
@@ -24,6 +23,7 @@ from typing import Any
 import numpy as np
 
 from moonbase import files
+from moonbase.data import preparation
 from moonbase.data.readers import PART_LENGTH, Document, Reading, read_file, read_hub
 from moonbase.data.shards import FORMAT, SPLITS, Corpus, ShardWriter, token_dtype
 from moonbase.data.shuffle import combine
@@ -38,14 +38,6 @@ _SAMPLE_SCAN_BYTES = 64 << 20
 """How far to read for that sample."""
 _TASK_BYTES = 256 << 10
 """Text handed to a worker at once, and the step of the progress."""
-_HASHES = 1 << 64
-
-
-class _Resplit(Exception):
-    """All documents fell on one side; the threshold that moves one of them over."""
-
-    def __init__(self, threshold: int) -> None:
-        self.threshold = threshold
 
 
 @dataclass
@@ -84,32 +76,18 @@ def prepare_corpus(
     if tokenizer is None and config.tokenizer is not None:
         tokenizer = load_tokenizer(config.tokenizer)
     if tokenizer is not None:
-        _check_tokenizer(tokenizer, vocab_size)
+        preparation.check_tokenizer(tokenizer, vocab_size)
     listed = Skipped()
     plan = _plan(config, listed, seed)
     digest = _digest(plan, tokenizer, vocab_size, seed)
-    if folder.is_dir() and any(folder.iterdir()):
-        if not (folder / "corpus.json").is_file():
-            raise UserError(f"{folder}: holds other files; choose another folder for the corpus")
-        try:
-            corpus = Corpus.open(folder)
-            if corpus.facts["digest"] == digest:
-                return corpus
-        except UserError:
-            pass  # unfinished or of an older format: made again below
-    threshold = int(config.validation_fraction * _HASHES)
+    if (corpus := preparation.open_unchanged(Corpus, folder, digest)) is not None:
+        return corpus
+    threshold = int(config.validation_fraction * preparation.HASHES)
     while True:
         try:
             return _build(plan, copy.deepcopy(listed), tokenizer, vocab_size, folder, digest, threshold, progress)
-        except _Resplit as resplit:
+        except preparation.Resplit as resplit:
             threshold = resplit.threshold
-
-
-def _check_tokenizer(tokenizer: Tokenizer, vocab_size: int) -> None:
-    if tokenizer.vocab_size > vocab_size:
-        raise UserError(f"model.vocab_size={vocab_size} is smaller than the tokenizer's {tokenizer.vocab_size} entries")
-    if tokenizer.eos_id is None:
-        raise UserError("the tokenizer names no end-of-document token (eos_token in tokenizer_config.json)")
 
 
 def _plan(config: DataConfig, skipped: Skipped, seed: int) -> _Plan:
@@ -149,16 +127,10 @@ def _shares(config: DataConfig, sizes: list[int | None]) -> list[float]:
 
 def _digest(plan: _Plan, tokenizer: Tokenizer | None, vocab_size: int, seed: int) -> str:
     """A hash of everything that the corpus depends on: files with sizes and times, settings, tokenizer."""
-    settings = plan.config.model_dump(mode="json", exclude={"workers", "tokenizer"})
     budgeted = plan.config.max_bytes is not None or plan.config.max_documents is not None
-    digest = hashlib.sha256()
-    facts = [FORMAT, settings, tokenizer.digest if tokenizer else None, vocab_size, seed if budgeted else None]
-    digest.update(json.dumps(facts, sort_keys=True).encode())
-    for listing in plan.listings:
-        for file in listing or ():
-            name = os.fsencode(file.relative)
-            digest.update(b"%d %d %d " % (len(name), file.size, file.modified_ns) + name)
-    return digest.hexdigest()
+    facts = [FORMAT, preparation.settings_of(plan.config), tokenizer.digest if tokenizer else None, vocab_size,
+             seed if budgeted else None]
+    return preparation.digest_of(facts, plan.listings)
 
 
 def _documents(
@@ -206,7 +178,7 @@ def _read_source(
 def _tokenizer_sample(plan: _Plan, threshold: int, progress: Progress | None) -> Iterator[str]:
     """Training documents, each kept or not by its hash, about TOKENIZER_SAMPLE_BYTES of them."""
     expected = min(plan.total or _SAMPLE_SCAN_BYTES, _SAMPLE_SCAN_BYTES)
-    kept = min(1.0, TOKENIZER_SAMPLE_BYTES / max(expected, 1)) * _HASHES
+    kept = min(1.0, TOKENIZER_SAMPLE_BYTES / max(expected, 1)) * preparation.HASHES
     documents = _documents(plan, Skipped(), progress, "reading a sample for the tokenizer", _SAMPLE_SCAN_BYTES)
     for _, document, side in documents:
         if side >= threshold and combine(side) < kept:
@@ -290,8 +262,8 @@ def _build(
             writer.close()
         tokenizer.save(aside / "tokenizer")
         shards = [entry for writer in writers.values() for entry in writer.entries]
-        facts = _facts(plan, tokenizer, vocab_size, digest, shards, skipped)
-        (aside / "corpus.json").write_text(json.dumps(facts, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        facts = preparation.corpus_facts(config, plan.listings, tokenizer, vocab_size, digest, shards, skipped)
+        preparation.write_facts(aside, facts)
     return Corpus.open(folder)
 
 
@@ -304,10 +276,7 @@ def _check_split(plan: _Plan, sides: list[int], threshold: int, skipped: Skipped
     if smallest == largest:
         raise UserError(f"only one usable document in {paths}; two are needed, one to train on and one to hold out "
                         f"(left out: {skipped.one_line()})")
-    if smallest >= threshold:
-        raise _Resplit(smallest + 1)
-    if largest < threshold:
-        raise _Resplit(largest)
+    preparation.check_both_sides(smallest, largest, threshold)
 
 
 def _remove_leftovers(folder: Path) -> None:
@@ -320,37 +289,3 @@ def _remove_leftovers(folder: Path) -> None:
             shutil.rmtree(leftover, ignore_errors=True)
         except (ValueError, OSError):
             continue
-
-
-def _facts(
-    plan: _Plan, tokenizer: Tokenizer, vocab_size: int, digest: str, shards: list[dict[str, Any]], skipped: Skipped
-) -> dict[str, Any]:
-    """The content of corpus.json."""
-
-    def counts(entries: list[dict[str, Any]]) -> dict[str, Any]:
-        sums = {name: sum(entry[name] for entry in entries) for name in ("documents", "bytes", "tokens")}
-        return sums | {"bytes_per_token": round(sums["bytes"] / max(sums["tokens"], 1), 4)}
-
-    sources = []
-    for index, source in enumerate(plan.config.sources):
-        listing = plan.listings[index]
-        sources.append({
-            **source.model_dump(mode="json"),
-            "files": None if listing is None else len(listing),
-            **counts([entry for entry in shards if entry["source"] == index]),
-        })
-    return {
-        "format": FORMAT,
-        "digest": digest,
-        "vocab_size": vocab_size,
-        "dtype": token_dtype(vocab_size).name,
-        "eos_id": tokenizer.eos_id,
-        "pad_id": tokenizer.pad_id,
-        "tokenizer": {"digest": tokenizer.digest, "vocab_size": tokenizer.vocab_size},
-        "settings": plan.config.model_dump(mode="json"),
-        "sources": sources,
-        **counts(shards),
-        **{split: counts([entry for entry in shards if entry["split"] == split]) for split in SPLITS},
-        "skipped": skipped.to_json(),
-        "shards": shards,
-    }

@@ -19,6 +19,7 @@ from typing import IO, Any, NamedTuple
 import numpy as np
 
 from moonbase import files
+from moonbase.data import preparation
 from moonbase.data.packing import IGNORED
 from moonbase.data.readers import read_records
 from moonbase.data.shards import FORMAT, SPLITS, Corpus, ShardWriter, Split, token_dtype
@@ -33,7 +34,6 @@ dialogue, naming the field."""
 
 CUT = "dialogue longer than sequence_length: used up to the last reply that fits"
 """Counted among what was left out, though only the end of these was."""
-_HASHES = 1 << 64
 _REPORT_EVERY = 256
 
 
@@ -44,13 +44,6 @@ class _Dialogue(NamedTuple):
     num_bytes: int
     ids: np.ndarray
     mask: np.ndarray
-
-
-class _Resplit(Exception):
-    """All dialogues fell on one side; the threshold that moves one of them over."""
-
-    def __init__(self, threshold: int) -> None:
-        self.threshold = threshold
 
 
 class MaskedSplit(Split):
@@ -79,7 +72,7 @@ class DialogueCorpus(Corpus):
         corpus = super().open(folder)
         for entry in corpus.facts["shards"]:
             mask = corpus.folder / _mask_name(entry["file"])
-            if not mask.is_file() or mask.stat().st_size < entry["tokens"]:
+            if not mask.is_file() or mask.stat().st_size != entry["tokens"]:
                 raise UserError(f"{mask}: missing or cut short; prepare the dialogues again")
         return corpus
 
@@ -106,16 +99,9 @@ def prepare_dialogues(
     listed = Skipped()
     listings = [_list(source.path, listed) for source in config.sources]
     digest = _digest(config, listings, tokenizer, style, vocab_size, sequence_length)
-    if folder.is_dir() and any(folder.iterdir()):
-        if not (folder / "corpus.json").is_file():
-            raise UserError(f"{folder}: holds other files; choose another folder for the corpus")
-        try:
-            corpus = DialogueCorpus.open(folder)
-            if corpus.facts["digest"] == digest:
-                return corpus
-        except UserError:
-            pass  # unfinished or of an older format: made again below
-    threshold = int(config.validation_fraction * _HASHES)
+    if (corpus := preparation.open_unchanged(DialogueCorpus, folder, digest)) is not None:
+        return corpus
+    threshold = int(config.validation_fraction * preparation.HASHES)
     while True:
         skipped = copy.deepcopy(listed)
         dialogues = _dialogues(config, listings, render, sequence_length, skipped, progress)
@@ -123,13 +109,12 @@ def prepare_dialogues(
             with files.write_folder(folder) as aside:
                 shards, learnt = _write(aside, config, dialogues, threshold, token_dtype(vocab_size), skipped)
                 tokenizer.save(aside / "tokenizer")
-                facts = _facts(config, listings, tokenizer, vocab_size, shards, skipped)
-                facts |= {"kind": "dialogues", "style": style, "sequence_length": sequence_length, "digest": digest,
+                facts = preparation.corpus_facts(config, listings, tokenizer, vocab_size, digest, shards, skipped)
+                facts |= {"kind": "dialogues", "style": style, "sequence_length": sequence_length,
                           "learnt_tokens": learnt}
-                (aside / "corpus.json").write_text(json.dumps(facts, indent=1, ensure_ascii=False) + "\n",
-                                                   encoding="utf-8")
+                preparation.write_facts(aside, facts)
             return DialogueCorpus.open(folder)
-        except _Resplit as resplit:
+        except preparation.Resplit as resplit:
             threshold = resplit.threshold
 
 
@@ -138,10 +123,7 @@ def _check(config: DataConfig, tokenizer: Tokenizer, vocab_size: int) -> None:
         raise UserError("data.sources: nothing to read; name a JSONL file of dialogues, for example data=chats.jsonl")
     if config.max_bytes is not None:
         raise UserError("data.max_bytes is for plain text; dialogues are limited with data.max_documents")
-    if tokenizer.vocab_size > vocab_size:
-        raise UserError(f"model.vocab_size={vocab_size} is smaller than the tokenizer's {tokenizer.vocab_size} entries")
-    if tokenizer.eos_id is None:
-        raise UserError("the tokenizer names no end-of-document token (eos_token in tokenizer_config.json)")
+    preparation.check_tokenizer(tokenizer, vocab_size)
     if tokenizer.im_end_id is None:
         raise UserError("the tokenizer has no chat tokens such as <|im_end|>; this model cannot be taught dialogues")
 
@@ -162,14 +144,8 @@ def _list(source: str, skipped: Skipped) -> list[SourceFile]:
 def _digest(config: DataConfig, listings: list[list[SourceFile]], tokenizer: Tokenizer, style: str, vocab_size: int,
             sequence_length: int) -> str:
     """A hash of everything that the corpus depends on."""
-    settings = config.model_dump(mode="json", exclude={"workers", "tokenizer"})
-    facts = [FORMAT, "dialogues", settings, tokenizer.digest, style, vocab_size, sequence_length]
-    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
-    for listing in listings:
-        for file in listing:
-            name = os.fsencode(file.relative)
-            digest.update(b"%d %d %d " % (len(name), file.size, file.modified_ns) + name)
-    return digest.hexdigest()
+    facts = [FORMAT, "dialogues", preparation.settings_of(config), tokenizer.digest, style, vocab_size, sequence_length]
+    return preparation.digest_of(facts, listings)
 
 
 def _dialogues(config: DataConfig, listings: list[list[SourceFile]], render: Renderer, sequence_length: int,
@@ -239,10 +215,10 @@ def _tokens(record: Any, render: Renderer, sequence_length: int, name: str,
 def _write(folder: Path, config: DataConfig, dialogues: Iterator[_Dialogue], threshold: int, dtype: np.dtype,
            skipped: Skipped) -> tuple[list[dict[str, Any]], int]:
     """Write the shards. Returns their entries and the number of tokens to learn. Raises UserError where there are not
-    two dialogues, _Resplit where all fell on one side."""
+    two dialogues, Resplit where all fell on one side."""
     writers = {(split, source): _MaskedWriter(folder, split, source, dtype)
                for split in SPLITS for source in range(len(config.sources))}
-    smallest, largest, learnt = _HASHES, -1, 0
+    smallest, largest, learnt = preparation.HASHES, -1, 0
     for dialogue in dialogues:
         split = "validation" if dialogue.side < threshold else "train"
         writers[split, dialogue.source].add_masked(dialogue.ids, dialogue.mask, dialogue.num_bytes)
@@ -255,10 +231,7 @@ def _write(folder: Path, config: DataConfig, dialogues: Iterator[_Dialogue], thr
         found = "no usable dialogue" if largest < 0 else "only one usable dialogue"
         wanted = "" if largest < 0 else "; two are needed, one to train on and one to hold out"
         raise UserError(f"{found} in {paths}{wanted} (left out: {_first_refusals(skipped)})")
-    if smallest >= threshold:
-        raise _Resplit(smallest + 1)
-    if largest < threshold:
-        raise _Resplit(largest)
+    preparation.check_both_sides(smallest, largest, threshold)
     return [entry for writer in writers.values() for entry in writer.entries], learnt
 
 
@@ -290,30 +263,3 @@ def _first_refusals(skipped: Skipped) -> str:
     """`2 broken line (chats.jsonl:3), ...`: each reason with its first place."""
     parts = [f"{entry['count']} {reason} ({skipped.names[reason][0]})" for reason, entry in skipped.to_json().items()]
     return ", ".join(parts) or "nothing"
-
-
-def _facts(config: DataConfig, listings: list[list[SourceFile]], tokenizer: Tokenizer, vocab_size: int,
-           shards: list[dict[str, Any]], skipped: Skipped) -> dict[str, Any]:
-    """The content of corpus.json, in the form that plain text has it."""
-
-    def counts(entries: list[dict[str, Any]]) -> dict[str, Any]:
-        sums = {name: sum(entry[name] for entry in entries) for name in ("documents", "bytes", "tokens")}
-        return sums | {"bytes_per_token": round(sums["bytes"] / max(sums["tokens"], 1), 4)}
-
-    sources = [{**source.model_dump(mode="json"), "files": len(listings[index]),
-                **counts([entry for entry in shards if entry["source"] == index])}
-               for index, source in enumerate(config.sources)]
-    return {
-        "format": FORMAT,
-        "vocab_size": vocab_size,
-        "dtype": token_dtype(vocab_size).name,
-        "eos_id": tokenizer.eos_id,
-        "pad_id": tokenizer.pad_id,
-        "tokenizer": {"digest": tokenizer.digest, "vocab_size": tokenizer.vocab_size},
-        "settings": config.model_dump(mode="json"),
-        "sources": sources,
-        **counts(shards),
-        **{split: counts([entry for entry in shards if entry["split"] == split]) for split in SPLITS},
-        "skipped": skipped.to_json(),
-        "shards": shards,
-    }

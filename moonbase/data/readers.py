@@ -10,6 +10,7 @@ import contextlib
 import gzip
 import io
 import json
+import os
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -25,6 +26,9 @@ MAX_LINE_BYTES = 64 << 20
 BINARY_SHARE = 0.1
 """Share of bytes that are no UTF-8 above which a file counts as binary rather than wrongly encoded."""
 
+
+_HUB_SECONDS = 10
+"""How long the hub may take to answer at all."""
 
 PART_LENGTH = 1 << 20
 """Characters in one part of a text that is kept together."""
@@ -303,6 +307,18 @@ def _read_table(file: SourceFile, reading: Reading, skipped: Skipped) -> Iterato
         skipped.add("damaged table", file.path)
 
 
+def _reach_the_hub(name: str) -> None:
+    """Raises UserError where there is no way to it: the library itself would try for half a minute, line by line."""
+    from huggingface_hub import constants
+    from huggingface_hub.utils import get_session
+
+    try:
+        get_session().head(constants.ENDPOINT, timeout=_HUB_SECONDS)
+    except Exception as error:  # of the HTTP client that the installed version uses
+        raise UserError(f"{name}: cannot be streamed: {constants.ENDPOINT} does not answer ({error}). "
+                        "Check the network and HF_HUB_OFFLINE.") from None
+
+
 def read_hub(name: str, reading: Reading, skipped: Skipped) -> Iterator[Document]:
     """Documents of a streamed data set, `hub:NAME` or `hub:NAME:CONFIGURATION`, split train.
 
@@ -313,6 +329,8 @@ def read_hub(name: str, reading: Reading, skipped: Skipped) -> Iterator[Document
     except ImportError:
         raise UserError(f"{name}: streaming data sets needs the extra hub: pip install 'moonbase[hub]'") from None
     identifier, _, configuration = name.removeprefix(HUB).partition(":")
+    if not os.path.exists(identifier):
+        _reach_the_hub(name)
     try:
         stream = datasets.load_dataset(identifier, configuration or None, split="train", streaming=True)
         rows = iter(stream)

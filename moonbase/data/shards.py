@@ -123,6 +123,21 @@ class Split:
         return shard, int(offsets[local]), int(offsets[local + 1])
 
 
+def _check_shard(path: Path, entry: dict[str, Any], width: int) -> None:
+    """Raises UserError where the tokens or the offsets of a shard are not what its entry says."""
+    if not path.is_file() or path.stat().st_size != entry["tokens"] * width:
+        raise UserError(f"{path}: missing or cut short; prepare the corpus again")
+    offsets = path.with_name(path.name.replace(".bin", ".offsets.npy"))
+    try:
+        starts = np.load(offsets, mmap_mode="r")
+        expected = (entry["documents"] + 1, 0, entry["tokens"])
+        whole = starts.dtype == np.int64 and (len(starts), starts[0], starts[-1]) == expected
+    except (OSError, EOFError, ValueError, TypeError, AttributeError, IndexError):  # numpy's ways to refuse junk
+        whole = False
+    if not whole:
+        raise UserError(f"{offsets}: missing, cut short or damaged; prepare the corpus again")
+
+
 class Corpus:
     """A finished corpus folder. Made by `prepare_corpus`, or opened with `Corpus.open`."""
 
@@ -144,20 +159,19 @@ class Corpus:
             facts = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise UserError(f"{folder}: no prepared corpus here (corpus.json is missing)") from None
+        except RecursionError:
+            raise UserError(f"{path}: not readable: nested too deeply") from None
         except (OSError, ValueError) as error:
             raise UserError(f"{path}: not readable: {error}") from None
         if not isinstance(facts, dict) or facts.get("format") != FORMAT:
             raise UserError(f"{path}: not a corpus of format {FORMAT}; prepare it again")
-        width = token_dtype(facts["vocab_size"]).itemsize
-        for entry in facts["shards"]:
-            for name, smallest in (
-                (entry["file"], entry["tokens"] * width),
-                (entry["file"].replace(".bin", ".offsets.npy"), entry["documents"] * 8),
-            ):
-                shard = folder / name
-                if not shard.is_file() or shard.stat().st_size < smallest:
-                    raise UserError(f"{shard}: missing or cut short; prepare the corpus again")
-        return cls(folder, facts)
+        try:
+            width = token_dtype(facts["vocab_size"]).itemsize
+            for entry in facts["shards"]:
+                _check_shard(folder / entry["file"], entry, width)
+            return cls(folder, facts)
+        except (KeyError, TypeError, AttributeError):
+            raise UserError(f"{path}: not the description of a corpus; prepare it again") from None
 
     @cached_property
     def tokenizer(self) -> Tokenizer:

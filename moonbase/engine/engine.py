@@ -11,7 +11,7 @@ Everything that generates text goes through here: samples during training, the t
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -81,7 +81,7 @@ class Engine:
     ) -> None:
         """`stop_ids` beside the model's own; `cache_tokens`: room for so many tokens, None: for as many as can run
         together, or what fits; with `least_cache_bytes` at least for so much, where it fits;
-        `chunk_tokens`: prompt tokens per forward pass, None: 512, and 8,192 where a GPU reads them in expanded form.
+        `chunk_tokens`: prompt tokens per forward pass, None: 512, and 16,384 where a GPU reads them in expanded form.
         Raises UserError where no cache fits."""
         self.model, self.tokenizer = model, tokenizer
         self.stop_ids = frozenset(stop_ids) | frozenset(model.config.eos_token_ids)
@@ -244,16 +244,8 @@ class Engine:
             self._scheduler.advance(part.request, part.start + part.count)
         drawing = [number for number, part in enumerate(parts) if part.request.pending == 0]
         self._draw(parts, drawing, hidden_ND, ends)
-        self._statistics.drafted_tokens += sum(part.draft is not None for part in parts)
-        # A guess that came true has been computed already: its row tells the token after it.
-        right = [number for number in drawing if parts[number].draft is not None
-                 and parts[number].request.finish_reason is None
-                 and parts[number].request.ids[-1] == parts[number].draft]
-        for number in right:
-            self._scheduler.advance(parts[number].request, parts[number].request.computed + 1)
-        self._statistics.accepted_tokens += len(right)
-        self._draw(parts, right, hidden_ND, [end + 1 for end in ends])
         if self.speculate:
+            self._check(parts, drawing, hidden_ND, ends)
             self._guess(parts, rows, hidden_ND)
 
     # --- inside -------------------------------------------------------------------------------------------------------
@@ -289,11 +281,13 @@ class Engine:
 
     def _finish_all(self, requests: list[Request]) -> None:
         """Submit and run until all are done; their pieces are in their inboxes. Raises what a constraint raised."""
+        # Objects that pile up make Python look through all of them again and again: tokens go onto one piece.
+        whole = {request for request in requests if request.text is None}
         for request in requests:
             self.submit(request)
         try:
             while any(request.finish_reason is None for request in requests):
-                self._pump()
+                self._pump(whole)
         except BaseException:
             for request in requests:
                 self.cancel(request)
@@ -302,11 +296,15 @@ class Engine:
             if request.error is not None:
                 raise request.error
 
-    def _pump(self) -> None:
-        """One pass, each piece into its owner's inbox: several replies may be read side by side."""
+    def _pump(self, whole: Collection[Request] = ()) -> None:
+        """One pass, each piece into its owner's inbox: several replies may be read side by side. Of those in `whole`
+        nobody looks at single pieces."""
         self.step()
         for request, piece in self.fetch():
-            request.inbox.append(piece)
+            if request in whole and request.inbox:
+                request.inbox[0].extend(piece)
+            else:
+                request.inbox.append(piece)
 
     def _score(self, part: Part, hidden_ND: torch.Tensor, row: int) -> None:
         """Log-probabilities of the prompt tokens that follow those of `part`."""
@@ -346,7 +344,7 @@ class Engine:
 
     def _accept(self, request: Request, chosen: Chosen, place: int) -> list[Piece]:
         """Append the token, or end the reply."""
-        token, sampling, piece = chosen.ids[place], request.sampling, Piece()
+        token, logprob, sampling = chosen.ids[place], chosen.logprobs[place], request.sampling
         own_end = token in self.stop_ids
         ends = token in sampling.stop_ids or (own_end and not sampling.ignore_eos)
         if not request.output_ids:
@@ -354,11 +352,11 @@ class Engine:
             self._statistics.cached_tokens += request.cached_tokens
         reason, texts = None, []
         if ends:
-            reason, request.stop_reason, piece.end_logprob = "stop", token, chosen.logprobs[place]
+            reason, request.stop_reason, piece = "stop", token, Piece(end_logprob=logprob)
         else:
             self._statistics.generated_tokens += 1
             request.append(token)
-            piece.ids, piece.logprobs = [token], [chosen.logprobs[place]]
+            piece = Piece([token], logprobs=[logprob])
             if (top := chosen.top_logprobs[place]) is not None:
                 piece.top_logprobs = [top]
             # An end that is ignored says nothing, neither to a grammar nor to a reader.
@@ -377,7 +375,9 @@ class Engine:
             piece.finish_reason, piece.stop_reason = reason, request.stop_reason
             piece.cached_tokens = request.cached_tokens
             self._end(request, reason)
-        *earlier, (piece.text, piece.special) = texts or [("", False)]
+        if not texts:
+            return [piece]
+        *earlier, (piece.text, piece.special) = texts
         return [*[Piece(text=text, special=special) for text, special in earlier], piece]
 
     def _say(self, request: Request, token: int) -> list[tuple[str, bool]]:
@@ -399,6 +399,17 @@ class Engine:
         request.finish_reason = reason
         self._statistics.finished[reason] += 1
         self._ended.append(request)
+
+    def _check(self, parts: list[Part], drawing: list[int], hidden_ND: torch.Tensor, ends: list[int]) -> None:
+        """A guess that came true has been computed already: its row tells the token after it."""
+        right = [number for number in drawing if parts[number].draft is not None
+                 and parts[number].request.finish_reason is None
+                 and parts[number].request.ids[-1] == parts[number].draft]
+        for number in right:
+            self._scheduler.advance(parts[number].request, parts[number].request.computed + 1)
+        self._statistics.drafted_tokens += sum(part.draft is not None for part in parts)
+        self._statistics.accepted_tokens += len(right)
+        self._draw(parts, right, hidden_ND, [end + 1 for end in ends])
 
     def _guess(self, parts: list[Part], rows: list[int], hidden_ND: torch.Tensor) -> None:
         """Let the multi-token-prediction module read what was computed, and guess one token on.

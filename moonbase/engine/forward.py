@@ -44,7 +44,7 @@ class Forward:
     @property
     def chunk_tokens(self) -> int:
         """Prompt tokens per pass that it handles well."""
-        return 512 if self._fused is None else 8192
+        return 512 if self._fused is None else 16384
 
     def weights_changed(self) -> None:
         """Weights may have been replaced or moved."""
@@ -98,7 +98,11 @@ class Forward:
         """The head's logits at `rows`, fp32 [len(rows), V]."""
         if self._in_one_call:
             return self._native.logits(hidden_ND, rows)
-        return self.model.lm_head(hidden_ND[self._padded(rows)])[: len(rows)].float()
+        count = max(LEAST_ROWS, len(rows))
+        # Where everybody decodes, these are the first rows, and no list of them need travel.
+        in_order = list(rows) == list(range(len(rows))) and count <= hidden_ND.shape[0]
+        chosen_ND = hidden_ND[:count] if in_order else hidden_ND[self._padded(rows)]
+        return self.model.lm_head(chosen_ND)[: len(rows)].float()
 
     def _compute(self, tokens_N: Tensor, positions_N: Tensor, batch: Batch) -> Tensor:
         self.cache.batch = batch
@@ -109,10 +113,10 @@ class Forward:
         power of two); and how many blocks the longest sequence has, rounded up likewise."""
         sequences, positions = self._places(parts)
         slots: list[int] = []
-        for part in parts:
-            blocks = part.request.blocks
+        for request, start, count, draft in parts:
+            blocks = request.blocks
             slots += [blocks[position // BLOCK_TOKENS] * BLOCK_TOKENS + position % BLOCK_TOKENS
-                      for position in range(part.start, _stop(part))]
+                      for position in range(start, start + count + (draft is not None))]
         longest = -(-(max(positions) + 1) // BLOCK_TOKENS)
         # Few widths, so that few shapes are ever seen by a compiler or a recorded graph.
         width = min(self._tables.shape[1], max(64, 1 << (longest - 1).bit_length()))
@@ -141,11 +145,11 @@ class Forward:
         """The row of the tables and the position of each token; the tables are as they must be for these parts."""
         sequences: list[int] = []
         positions: list[int] = []
-        for part in parts:
-            self._write_table(part.request.row, part.request.blocks)
-            stop = _stop(part)
-            sequences += [part.request.row] * (stop - part.start)
-            positions += range(part.start, stop)
+        for request, start, count, draft in parts:
+            count += draft is not None
+            self._write_table(request.row, request.blocks)
+            sequences += [request.row] * count
+            positions += range(start, start + count)
         return sequences, positions
 
     def _write_table(self, row: int, blocks: list[int]) -> None:
@@ -153,9 +157,10 @@ class Forward:
         # The same list has only grown; a new list is another sequence, or the same one after preemption.
         if owner is not blocks:
             count = 0
-        if count < len(blocks):
-            self._tables[row, count : len(blocks)] = torch.tensor(blocks[count:], dtype=torch.int32)
-            self._tables_version += 1
+        elif count == len(blocks):
+            return
+        self._tables[row, count : len(blocks)] = torch.tensor(blocks[count:], dtype=torch.int32)
+        self._tables_version += 1
         self._written[row] = (blocks, len(blocks))
 
     def _padded(self, values: Sequence[int]) -> Tensor:

@@ -134,17 +134,30 @@ class CudaPass:
         query_nope, query_rope = query_NHK.split([nope, config.qk_rope_head_dim], dim=-1)
         query_NHK = torch.cat([query_nope, rotate(query_rope, cos_NR, sin_NR)], dim=-1)
         rows_PX = store_PZX.flatten(0, 1)
+        key_weight, value_weight = _expansion(attention)
         outputs, row, slot = [], 0, 0
         for counts, stops in _batches(reading, heads * 3 * config.qk_head_dim * store_PZX.element_size()):
-            latent_SC, key_rope_SR = rows_PX[reading.slots_S[slot : slot + sum(stops)]].split(
-                [config.kv_lora_rank, config.qk_rope_head_dim], dim=-1)
-            expanded = F.linear(latent_SC, attention.kv_b_proj.weight).unflatten(-1, (heads, -1))
-            key_nope, value_SHV = expanded.split([nope, config.v_head_dim], dim=-1)
-            key_SHK = torch.cat([key_nope, key_rope_SR.unsqueeze(1).expand(-1, heads, -1)], dim=-1)
+            read_SX = rows_PX[reading.slots_S[slot : slot + sum(stops)]]
+            key_SHK = F.linear(read_SX, key_weight).unflatten(-1, (heads, -1))
+            value_SHV = F.linear(read_SX[:, : config.kv_lora_rank], value_weight).unflatten(-1, (heads, -1))
             outputs.append(context_attention(
                 query_NHK[row : row + sum(counts)], key_SHK, value_SHV, counts, stops, config.softmax_scale))
             row, slot = row + sum(counts), slot + sum(stops)
         return torch.cat(outputs).flatten(1)
+
+
+def _expansion(attention: LatentAttention) -> tuple[Tensor, Tensor]:
+    """Weights [H · K, X] and [H · V, C] that make keys and values of what the cache holds.
+
+    Below the latents' part of a key stands an identity: the product copies the rotated part to every head, exactly, and
+    the keys need not be put together from two pieces afterwards.
+    """
+    config, weight = attention.config, attention.kv_b_proj.weight
+    nope, rope = config.qk_nope_head_dim, config.qk_rope_head_dim
+    key_HNC, value_HVC = weight.unflatten(0, (config.num_attention_heads, -1)).split([nope, config.v_head_dim], dim=1)
+    key_HKX = F.pad(key_HNC, (0, rope, 0, rope))
+    key_HKX[:, nope:, config.kv_lora_rank :] = torch.eye(rope, dtype=weight.dtype, device=weight.device)
+    return key_HKX.flatten(0, 1), value_HVC.flatten(0, 1)
 
 
 def context_attention(

@@ -163,7 +163,9 @@ def choose(logits_BV: Tensor, draws: Sequence[Draw], masks: Sequence[np.ndarray 
     for number, draw in enumerate(draws):
         if draw.sampling.logprobs == 0:
             tops[number] = []
-    return Chosen(greedy_B.tolist(), chosen_B.tolist(), tops)
+    # Together, since each copy to the host waits for the device; fp64 holds either exactly.
+    ids, logprobs = torch.stack([greedy_B.double(), chosen_B.double()]).tolist()
+    return Chosen([int(id) for id in ids], logprobs, tops)
 
 
 def most_likely(logprobs_BV: Tensor, count: int) -> list[list[tuple[int, float]]]:

@@ -136,20 +136,23 @@ class Scheduler:
         decoding = [request for request in self.running if request.pending == 1]
         reading = [request for request in self.running if request.pending > 1]
         for request in [*decoding, *reading]:
-            if request not in self.running or (budget <= 0 and request.pending > 1):
+            # Who has just given way has no row any more.
+            if request.row < 0 or (request.pending > 1 and (budget <= 0 or self._shares(request, coming))):
                 continue
-            if request.pending > 1 and self._shares(request, coming):
-                continue
-            count = 1 if request.pending == 1 else min(request.pending, budget)
-            draft = request.draft if count == request.pending and request.remaining > 1 else None
+            pending = request.pending
+            count = 1 if pending == 1 else min(pending, budget)
+            draft = request.draft
+            if draft is not None and (count < pending or request.remaining <= 1):
+                draft = None
             if self._reserve(request, request.computed + count + (draft is not None), planned):
                 parts.append(Part(request, request.computed, count, draft))
                 planned.add(id(request))
                 budget -= count
-                # Block by block of what this pass will make known; someone else may need the same.
-                coming.update(request.keys[part // BLOCK_TOKENS] for part in
-                              range(request.computed, request.computed + count - BLOCK_TOKENS + 1, BLOCK_TOKENS)
-                              if part // BLOCK_TOKENS < len(request.keys))
+                if count >= BLOCK_TOKENS:
+                    # Block by block of what this pass will make known; someone else may need the same.
+                    coming.update(request.keys[part // BLOCK_TOKENS] for part in
+                                  range(request.computed, request.computed + count - BLOCK_TOKENS + 1, BLOCK_TOKENS)
+                                  if part // BLOCK_TOKENS < len(request.keys))
         return parts
 
     def advance(self, request: Request, computed: int) -> None:
@@ -201,7 +204,7 @@ class Scheduler:
 
     def _reserve(self, request: Request, tokens: int, planned: set[int]) -> bool:
         """Blocks for its first `tokens` tokens, at the cost of later arrivals; False where it had to give way."""
-        while len(request.blocks) < _blocks(tokens):
+        while len(request.blocks) * BLOCK_TOKENS < tokens:
             block = self.pool.allocate()
             if block is not None:
                 request.blocks.append(block)

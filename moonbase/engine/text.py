@@ -41,6 +41,17 @@ class Piece:
     cached_tokens: int = 0
     """Prompt tokens whose latents were there already; on the last piece."""
 
+    def extend(self, later: Piece) -> None:
+        """Make one piece of this one and the one that follows it."""
+        self.ids += later.ids
+        self.text += later.text
+        self.logprobs += later.logprobs
+        if later.top_logprobs is not None:
+            self.top_logprobs = self.top_logprobs or []
+            self.top_logprobs += later.top_logprobs
+        self.finish_reason, self.stop_reason = later.finish_reason, later.stop_reason
+        self.end_logprob, self.cached_tokens = later.end_logprob, later.cached_tokens
+
 
 class TextStream:
     """Text of one reply. A character whose bytes are incomplete waits for the rest, and so does the possible beginning

@@ -10,12 +10,14 @@ Shapes: B batch, T time, D hidden, E experts, K chosen experts, G groups.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moonbase.config import ModelConfig
 from moonbase.model.linear import Linear
 from moonbase.ops.experts import experts
+from moonbase.ops.feed_forward import feed_forward
+from moonbase.ops.linear import linear
+from moonbase.ops.top_k import top_k
 
 
 class FeedForward(nn.Module):
@@ -28,7 +30,7 @@ class FeedForward(nn.Module):
         self.down_proj = Linear(width, hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return feed_forward(x, self.gate_proj.weight, self.up_proj.weight, self.down_proj.weight)
 
 
 class Router(nn.Module):
@@ -43,7 +45,7 @@ class Router(nn.Module):
     def forward(self, x_BTD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Returns scores [B, T, E], chosen experts [B, T, K] and their weights [B, T, K]."""
         config = self.config
-        scores = F.linear(x_BTD.float(), self.weight.float()).sigmoid()
+        scores = linear(x_BTD.float(), self.weight.float()).sigmoid()
         indices = self.select(scores.detach())
         weights = scores.gather(-1, indices)
         if config.norm_topk_prob:
@@ -60,7 +62,7 @@ class Router(nn.Module):
             kept = torch.zeros_like(grouped[..., 0], dtype=torch.bool).scatter_(-1, best, True)
             # -inf as in DeepSeek's inference code: 0 would beat every expert whose biased score is negative.
             biased = grouped.masked_fill(~kept.unsqueeze(-1), -torch.inf).flatten(-2)
-        return biased.topk(config.num_experts_per_tok, dim=-1, sorted=False).indices
+        return top_k(biased, config.num_experts_per_tok)
 
 
 class Experts(nn.Module):

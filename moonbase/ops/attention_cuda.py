@@ -43,8 +43,8 @@ def attention_with_logsumexp(
     return output.unflatten(0, (batch, time)), logsumexp.detach().unsqueeze(0)
 
 
-FEW_DOCUMENTS = 16
-"""Up to so many are worth a call each."""
+LONG_CONTEXT = 2048
+"""From so many tokens on average a document is worth a call of its own."""
 
 _capability = functools.cache(torch.cuda.get_device_capability)
 
@@ -75,7 +75,7 @@ def attention_to_context(
     Queries [N = Σ counts] and keys [S = Σ stops] of all documents lie end to end. Returns [N, H, V]; no gradient.
     """
     widest = max(query_NHK.shape[-1], value_SHV.shape[-1])
-    if len(counts) <= FEW_DOCUMENTS and widest % 8 == 0 and cudnn_takes(widest, query_NHK.device.index):
+    if sum(stops) >= LONG_CONTEXT * len(stops) and widest % 8 == 0 and cudnn_takes(widest, query_NHK.device.index):
         pieces = zip(query_NHK.split(list(counts)), key_SHK.split(list(stops)), value_SHV.split(list(stops)),
                      strict=True)
         return torch.cat([_attention_to_one_context(*piece, scale) for piece in pieces])

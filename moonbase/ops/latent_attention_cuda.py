@@ -14,14 +14,23 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-STRETCHES = 128
-"""Programs that share one context at most: about one for every multiprocessor of a large GPU."""
-SHORTEST = 128
+STRETCHES = 64
+"""Programs that share one context at most. Twice as many read one long context no faster on an H200, and many of them
+slower: what they leave to be joined grows with their number (docs/log.md)."""
+SHORTEST = 256
 """Slots that one program reads at least; a multiple of those it reads at once."""
-SLOTS, STAGES = 32, 2
-"""Slots read at once, and how many such reads are under way."""
+SLOTS, STAGES = 64, 2
+"""Slots read at once where a GPU has the room, else half of them; and how many such reads are under way."""
 PARTS_LIMIT = 1 << 28
 """fp32 numbers of unjoined results at a time (1 GiB)."""
+
+
+def _slots(heads: int, width: int, device: torch.device) -> int:
+    """Slots that a program reads at once: they stand in shared memory beside the queries of its heads."""
+    if device.type != "cuda":
+        return SLOTS
+    room = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+    return SLOTS if (STAGES * SLOTS + heads) * width * 2 <= room else SLOTS // 2
 
 
 @triton.jit
@@ -125,8 +134,9 @@ def latent_attention_cuda(
         query_NHX, store_PZX, tables_BM, sequence_N, position_N, parts, tops,
         scale * 1.4426950408889634, num_heads, tables_BM.stride(0), num_stretches,
         query_NHX.stride(0), query_NHX.stride(1), store_PZX.stride(0), store_PZX.stride(1),
-        C=rank, R=width - rank, C_PAD=max(16, padded), R_PAD=rope_padded, Z=block, HEADS=heads, SLOTS=SLOTS,
-        MOST=STRETCHES, SHORTEST=SHORTEST, num_warps=8 if heads > 16 else 4, num_stages=STAGES)
+        C=rank, R=width - rank, C_PAD=max(16, padded), R_PAD=rope_padded, Z=block, HEADS=heads,
+        SLOTS=_slots(heads, width, query_NHX.device), MOST=STRETCHES, SHORTEST=SHORTEST,
+        num_warps=8 if heads > 16 else 4, num_stages=STAGES)
     out_NHC = query_NHX.new_empty(num_tokens, num_heads, rank)
     _join_stretches[(num_tokens, num_heads)](
         parts, tops, out_NHC, sequence_N, position_N, num_heads, num_stretches, C=rank, C_PAD=max(16, padded),

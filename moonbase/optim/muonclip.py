@@ -11,8 +11,8 @@ matrix into equal blocks of rows (gate and up of a fused projection; the heads o
 it were alone. The clip itself, which acts after the step, is in `qk_clip`.
 
 Equal shapes of different parameters are orthogonalised together, in chunks of bounded memory: one matrix at a time
-would be all launch overhead. Nothing here waits for the device. Sharded parameters (DTensor, FSDP2) get the update of
-the unsharded ones; see `sharding`.
+would be all launch overhead. On a CPU the small fp32 ones of all shapes go through one call (`ops.muon_cpu`). Nothing
+here waits for the device. Sharded parameters (DTensor, FSDP2) get the update of the unsharded ones; see `sharding`.
 """
 
 from __future__ import annotations
@@ -28,10 +28,12 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 
 from moonbase.errors import CheckpointError
+from moonbase.ops import muon_cpu
 from moonbase.ops.newton_schulz import (
     Coefficients,
     compute_dtype,
     default_workspace_bytes,
+    iteration_on_cpu,
     matrices_per_chunk,
     orthogonalize,
     orthogonalize_reference,
@@ -184,21 +186,30 @@ class MuonClip(torch.optim.Optimizer):
                 loss = closure()
         self._squares, self._measured_elements, self._measured = {}, 0, measure_update
         batches: dict[_Shape, list[_Stack]] = {}
+        native: list[tuple[_Shape, _Stack]] = []
         for group in self.param_groups:
             if group["kind"] == "adamw":
                 self._adamw_step(group)
                 continue
-            self._decay(group)
+            decayed = []
             for parameter in group["params"]:
-                if parameter.grad is not None:
-                    shape, stack = self._stack(parameter, group)
+                if parameter.grad is None:
+                    continue
+                shape, stack = self._stack(parameter, group)
+                self._measured_elements += parameter.numel()
+                if measure_update and shape.shard not in self._squares:
+                    # Even where no matrix is here (fewer experts than processes): update_rms is a collective call.
+                    self._squares[shape.shard] = torch.zeros((), dtype=torch.float32, device=shape.device)
+                if self._takes_native(shape, stack):
+                    native.append((shape, stack))
+                else:
                     batches.setdefault(shape, []).append(stack)
-                    self._measured_elements += parameter.numel()
+                    decayed.append(stack.weight)
+            self._decay(decayed, group)
+        if native:
+            self._native_update(native, measure_update)
         first_owner = 0
         for shape, stacks in batches.items():
-            if measure_update and shape.shard not in self._squares:
-                # Even where no matrix is here (fewer experts than processes): update_rms is a collective call.
-                self._squares[shape.shard] = torch.zeros((), dtype=torch.float32, device=shape.device)
             if shape.cut:
                 self._cut_matrices(shape, stacks, measure_update, first_owner)
                 first_owner += len(stacks)  # continue in turn, or the first processes would own all the remainders
@@ -224,8 +235,7 @@ class MuonClip(torch.optim.Optimizer):
 
     # --- Muon ---------------------------------------------------------------------------------------------------------
 
-    def _decay(self, group: dict[str, Any]) -> None:
-        weights = [local_part(parameter) for parameter in group["params"] if parameter.grad is not None]
+    def _decay(self, weights: list[Tensor], group: dict[str, Any]) -> None:
         if weights and group["weight_decay"]:
             torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
 
@@ -249,6 +259,24 @@ class MuonClip(torch.optim.Optimizer):
         weight, momentum = matrices(parameter), matrices(state["momentum"])
         assert weight.data_ptr() == local_part(parameter).data_ptr(), "parameters must be contiguous"
         return shape, _Stack(weight, momentum, matrices(parameter.grad), group)
+
+    def _takes_native(self, shape: _Shape, stack: _Stack) -> bool:
+        return (not shape.cut and self.ns_dtype in (None, torch.float32)
+                and muon_cpu.takes(stack.weight, stack.momentum, stack.gradient))
+
+    def _native_update(self, stacks: list[tuple[_Shape, _Stack]], measure: bool) -> None:
+        """Small fp32 matrices on a CPU: all of them in one call, decay included."""
+        updates = []
+        for shape, stack in stacks:
+            lr, group = float(stack.group["lr"]), stack.group
+            updates.append(muon_cpu.Update(
+                stack.weight, stack.momentum, stack.gradient,
+                iteration_on_cpu(shape.rows, shape.columns, shape.steps, shape.coefficients), group["momentum"],
+                group["nesterov"], keep=1 - lr * group["weight_decay"], rate=lr * shape.scale))
+        squares = muon_cpu.update_(updates)
+        if measure:
+            for (shape, _), square in zip(stacks, squares, strict=True):
+                self._squares[shape.shard] += square * shape.scale**2
 
     def _matrices_at_once(self, shape: _Shape, dtype: torch.dtype) -> int:
         # The orthogonaliser overwrites the combined matrices, so they are part of its own reckoning.

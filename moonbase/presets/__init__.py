@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from moonbase.config import ModelConfig
-from moonbase.errors import UserError
+from moonbase.errors import UserError, did_you_mean
 
 
 @cache
@@ -22,7 +22,8 @@ def preset_names() -> tuple[str, ...]:
 def load_preset(name: str) -> dict[str, Any]:
     """The preset's YAML as a plain mapping. Raises UserError, listing the presets, where none has that name."""
     if name not in preset_names():
-        raise UserError(f"no preset {name!r}. Presets: {', '.join(preset_names())}")
+        known = preset_names()
+        raise UserError(f"no preset {name!r}{did_you_mean(name, known)}. Presets: {', '.join(known)}")
     return yaml.safe_load((resources.files(__package__) / f"{name}.yaml").read_text(encoding="utf-8"))
 
 

@@ -36,8 +36,9 @@ _STRETCHES = 100
 _SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
-def loss_chart(metrics: Metrics) -> Chart | None:
-    """Training loss, raw and smoothed, with the validation points and a tick for every skipped step."""
+def loss_chart(metrics: Metrics, held_out_text: str = "held-out files") -> Chart | None:
+    """Training loss, raw and smoothed, with the validation points and a tick for every skipped step. `held_out_text`:
+    what the run is measured on."""
     loss, held_out = metrics.scalars.get("loss"), metrics.scalars.get("validation_loss")
     if loss is None and held_out is None:
         return None
@@ -73,7 +74,7 @@ def loss_chart(metrics: Metrics) -> Chart | None:
     if held_out is not None:
         last = last_finite(held_out)
         words.append(f"Held-out loss was {fixed(held_out[last])} at step {count(steps[last])}.")
-        legend.append(Key("dot", "second", "held-out files"))
+        legend.append(Key("dot", "second", held_out_text))
     else:
         words.append("No validation was recorded.")
     if known.any():
@@ -82,8 +83,8 @@ def loss_chart(metrics: Metrics) -> Chart | None:
     return Chart("loss", "Loss", "nats per token", " ".join(words), small, wide, tuple(legend))
 
 
-def bits_chart(metrics: Metrics, xz: float | None) -> Chart | None:
-    """Bits per byte on held-out files beside what xz -9 makes of the same bytes."""
+def bits_chart(metrics: Metrics, xz: float | None, held_out_text: str = "held-out files") -> Chart | None:
+    """Bits per byte on held-out text beside what xz -9 makes of the same bytes."""
     bits = metrics.scalars.get("validation_bits_per_byte")
     if bits is None:
         return None
@@ -111,7 +112,7 @@ def bits_chart(metrics: Metrics, xz: float | None) -> Chart | None:
     if xz is not None:
         words += (f" xz \u22129 needs {fixed(xz)} for the same bytes: the model is "
                   f"{abs(1 - bits[last] / xz):.0%} {'below' if bits[last] <= xz else 'above'} it.")
-    return Chart("bits", "Bits per byte", "on held-out files; lower is better", words, small, wide)
+    return Chart("bits", "Bits per byte", f"on {held_out_text}; lower is better", words, small, wide)
 
 
 def logit_chart(metrics: Metrics, tau: float | None, names: list[str]) -> Chart | None:

@@ -201,8 +201,9 @@ def _tiles(run: RunRecord) -> list[tuple[str, str, str]]:
     add("Parameters", number(facts.get("parameters")), words.compact,
         f"{words.compact(active)} active per token" if active is not None else "")
     planned = number(dig(run.recipe, "steps"))
-    add("Steps", float(_last_step(metrics)), words.count,
-        f"of {words.count(planned)} planned" if planned is not None else "")
+    about_steps = [f"of {words.count(planned)} planned"] if planned is not None else []
+    about_steps += [f"{words.count(len(metrics.skipped)) if metrics.skipped else 'none'} skipped"] if metrics else []
+    add("Steps", float(_last_step(metrics)), words.count, ", ".join(about_steps))
     add("Tokens seen", metrics.last("tokens"), words.compact)
     seconds = number(facts.get("seconds"))
     cores = number(dig(facts, "machine", "cores"))
@@ -223,8 +224,6 @@ def _tiles(run: RunRecord) -> list[tuple[str, str, str]]:
     if load is not None:
         last = load[(load == load).any(axis=1)][-1]
         add("Expert load", float(last[last == last].max()), words.fixed, "busiest ÷ mean, at the end")
-    if len(metrics):
-        add("Skipped steps", float(len(metrics.skipped)), words.count)
     return tiles
 
 
@@ -249,10 +248,11 @@ def _charts(run: RunRecord) -> dict[str, Any]:
     def width(name: str) -> int:
         return metrics.per_layer[name].shape[1] if name in metrics.per_layer else 0
 
+    xz = number(dig(run.facts, "results", "xz_bits_per_byte"))
     share_rows = len(metrics.expert_share[1]) if metrics.expert_share else 0
     drawn = (
-        ("loss", figures.loss_chart(metrics)),
-        ("bits per byte", figures.bits_chart(metrics, number(dig(run.facts, "results", "xz_bits_per_byte")))),
+        ("loss", figures.loss_chart(metrics, _held_out(run))),
+        ("bits per byte", figures.bits_chart(metrics, xz, _held_out(run))),
         ("attention logits", figures.logit_chart(metrics, _tau(run), names(width("max_logit"), 0))),
         ("expert load", figures.load_chart(metrics, names(width("expert_load"), dense))),
         ("expert share", figures.share_chart(metrics, names(share_rows, dense))),

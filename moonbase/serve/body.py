@@ -51,6 +51,9 @@ async def read_body(request: Any, most_bytes: int, seconds: float) -> bytes:
                            headers=HANG_UP) from None
     except ClientDisconnect:
         raise RequestError(400, "the connection ended within the body", code="incomplete_body") from None
+    except asyncio.CancelledError:
+        # Only the end of the server cancels a request: an answer, not a traceback.
+        raise RequestError(503, "the server is shutting down", code="shutting_down", headers=HANG_UP) from None
     if size > most_bytes:
         raise RequestError(413, f"the body is larger than {most_bytes:,} bytes", code="request_too_large",
                            headers=HANG_UP)

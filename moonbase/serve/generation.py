@@ -16,7 +16,7 @@ from moonbase.errors import TryAgain, UserError
 from moonbase.serve.errors import RequestError, from_user_error
 
 if TYPE_CHECKING:
-    from moonbase.engine import Sampling
+    from moonbase.engine import Sampling, Scores
 
 
 class ServiceLike(Protocol):
@@ -34,7 +34,7 @@ class ServiceLike(Protocol):
 
     def generate(self, prompt_ids: Sequence[int], sampling: Sampling, constraint: Any = None) -> AsyncIterator[Any]: ...
 
-    async def score(self, prompt_ids: Sequence[int]) -> list[float]: ...
+    async def score(self, prompt_ids: Sequence[int], top: int = 0) -> Scores: ...
 
 
 def capacity(service: ServiceLike) -> int:

@@ -10,7 +10,7 @@ import codecs
 import secrets
 import time
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from moonbase.chat import ArgumentsDelta, ContentDelta, ReasoningDelta, ToolCallAborted, ToolCallStart
 from moonbase.data.tokenizer import VISIBLE_SPECIALS
@@ -21,6 +21,9 @@ from moonbase.serve.generation import as_request_error
 from moonbase.serve.openai_types import AllowedChoice, ChatRequest, Common, CompletionRequest, NamedChoice
 from moonbase.serve.streaming import Reply, event
 from moonbase.serve.turn import TokenLogprob, Turn
+
+if TYPE_CHECKING:
+    from moonbase.engine import Scores
 
 DEFAULT_COMPLETION_TOKENS = 16
 """Of plain completions, as OpenAI has it."""
@@ -66,15 +69,17 @@ async def completions(backend: Backend, body: bytes, record: Any, deadline: floa
     request, prompts, jobs = await backend.read(body, read)
     record.prompt_tokens = sum(len(ids) for ids in prompts)
     turns = [Turn(None, ended=None if jobs else "length") for _ in range(len(prompts) * (request.n or 1))]
-    scores = await _scores(backend, prompts) if request.echo and request.logprobs is not None else None
+    scores = None
+    if request.echo and request.logprobs is not None:
+        scores = await _scores(backend, prompts, request.logprobs)
     return Reply(backend, jobs, CompletionAnswer(backend, request, turns, prompts, scores), record, deadline)
 
 
-async def _scores(backend: Backend, prompts: list[list[int]]) -> list[list[float]]:
-    """Log-probabilities of the tokens of each prompt but its first. One after the other: they take no more than one
-    place in the queue. Raises RequestError."""
+async def _scores(backend: Backend, prompts: list[list[int]], top: int) -> list[Scores]:
+    """Log-probabilities of the tokens of each prompt but its first, with the `top` most likely. One prompt after the
+    other: they take no more than one place in the queue. Raises RequestError."""
     try:
-        return [await backend.service.score(ids) for ids in prompts]
+        return [await backend.service.score(ids, top) for ids in prompts]
     except Exception as error:
         known = as_request_error(error)
         if known is error:
@@ -302,15 +307,15 @@ class ShownText:
 class CompletionAnswer(OpenAIAnswer):
     """text_completion, whole and in chunks. Choices of the first prompt come first.
 
-    With `echo` the prompt precedes, and its tokens the log-probabilities; the first has none, as nothing precedes it.
-    Of a prompt's tokens no alternatives are known: their `top_logprobs` are null.
+    With `echo` the prompt precedes, and its tokens the log-probabilities; the first has none, as nothing precedes it,
+    and null among the `top_logprobs`.
     """
 
     kind = chunk_kind = "text_completion"
 
     def __init__(
         self, backend: Backend, request: CompletionRequest, turns: list[Turn], prompts: list[list[int]],
-        scores: list[list[float]] | None = None,
+        scores: list[Scores] | None = None,
     ) -> None:
         super().__init__(backend, request, turns, sum(len(ids) for ids in prompts))
         each = len(turns) // len(prompts)
@@ -319,8 +324,8 @@ class CompletionAnswer(OpenAIAnswer):
         self.shown = [ShownText(backend) for _ in turns]
         measured: list[list[TokenLogprob]] = [[] for _ in prompts]
         if scores is not None:
-            measured = [[TokenLogprob(id, score, None) for id, score in zip(ids, [None, *score], strict=True)]
-                        for ids, score in zip(prompts, scores, strict=True)]
+            measured = [[TokenLogprob(ids[0], None, None), *map(TokenLogprob, ids[1:], *found)]
+                        for ids, found in zip(prompts, scores, strict=True)]
         self.head_logprobs = [measured[number // each] for number in range(len(turns))]
 
     def body(self) -> dict[str, Any]:

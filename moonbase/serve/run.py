@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from moonbase.data import Tokenizer
     from moonbase.model import Transformer
 
+LEAST_CACHE_BYTES = 1 << 30
+"""Of the cache on a CPU, where memory allows: beginnings of dialogues are worth keeping beyond what runs now."""
 LAST_WORDS = 5.0
 """Seconds for answers that were ended to reach their clients."""
 
@@ -94,7 +96,9 @@ def run(
     """Put an engine behind the application and serve until it is told to stop.
 
     `published`: the content of the model's `config.json`, which tells its chat style. `access_log`: a file to append
-    to, None is standard error. Raises UserError where the port, the file or memory for the cache cannot be had.
+    to, None is standard error. `cache_tokens`: None is room for `max_running` whole contexts, on a CPU at least
+    LEAST_CACHE_BYTES, and of free memory no more than the engine's share. Raises UserError where the port, the file or
+    memory for the cache cannot be had.
     """
     from moonbase.chat import default_style
     from moonbase.engine import Engine
@@ -103,7 +107,9 @@ def run(
 
     style = settings.style or default_style(tokenizer.special_tokens, published)
     settings = replace(settings, style=style)
-    engine = Engine(model, tokenizer, stop_ids=tokenizer.eos_ids, max_running=max_running, cache_tokens=cache_tokens)
+    on_cpu = next(model.parameters()).device.type == "cpu"
+    engine = Engine(model, tokenizer, stop_ids=tokenizer.eos_ids, max_running=max_running, cache_tokens=cache_tokens,
+                    least_cache_bytes=LEAST_CACHE_BYTES if on_cpu else 0)
     # The cache is made here, so that lack of memory is one line and not a server that did not start.
     context_length = min(model.config.max_position_embeddings, engine.capacity)
     service = Service(engine, queue_limit=queue_limit)

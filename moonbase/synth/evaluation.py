@@ -151,7 +151,7 @@ def _fault_of_calls(task: Task, reply: Reply) -> str:
             return f"the call is {call.id} instead of {call_id(question.kind, task.first_index + number)}"
         try:
             arguments = json.loads(call.arguments)
-        except ValueError:
+        except (ValueError, RecursionError):
             return "the arguments are no JSON"
         if arguments != question.arguments:
             return f"the arguments are {call.arguments} instead of {json.dumps(question.arguments)}"

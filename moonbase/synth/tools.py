@@ -59,7 +59,7 @@ def run_tool(name: str, arguments: str | Mapping[str, Any]) -> str:
     if isinstance(arguments, str):
         try:
             arguments = json.loads(arguments)
-        except ValueError:
+        except (ValueError, RecursionError):
             raise UserError(f"{name}: the arguments are no JSON") from None
     if name not in TOOLS:
         raise UserError(f"there is no tool {name}; there are {', '.join(TOOLS)}")

@@ -291,7 +291,7 @@ class Session:
             saved = json.loads(Path(value).expanduser().read_text(encoding="utf-8"))
         except OSError as error:
             raise UserError(f"{value}: {error.strerror or error}") from None
-        except ValueError:
+        except (ValueError, RecursionError):
             raise UserError(f"{value}: no saved conversation (it is no JSON)") from None
         if not isinstance(saved, dict) or "messages" not in saved:
             raise UserError(f"{value}: no saved conversation (messages are missing)")

@@ -203,7 +203,7 @@ class RemoteSpeaker:
                 names = [str(entry["id"]) for entry in json.loads(response.read())["data"]]
         except httpx.InvalidURL as error:
             raise UserError(f"{url}: no valid address: {error}") from None
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             raise UserError(f"{self.url}/models: no list of models; is this an OpenAI-compatible endpoint?") from None
         if wanted and wanted not in names:
             raise UserError(f"{address}: no model {wanted}; there are {', '.join(names) or 'none'}")
@@ -264,7 +264,7 @@ class RemoteSpeaker:
                     return
                 try:
                     chunk = json.loads(data)
-                except ValueError:
+                except (ValueError, RecursionError):
                     raise UserError(f"{self.url}{path}: an event that is no JSON: {data[:80]!r}") from None
                 if not isinstance(chunk, dict) or chunk.get("error"):
                     raise TryAgain(_message_of(chunk) or f"{self.url}{path}: the answer broke off")
@@ -316,7 +316,7 @@ def _call_events(call: dict[str, Any], open_calls: list[int]) -> Iterator[Event]
 def _refusal(url: str, status: int, content: bytes) -> Exception:
     try:
         message = _message_of(json.loads(content))
-    except ValueError:
+    except (ValueError, RecursionError):
         message = ""
     message = f"{url}: {message or f'status {status}'}"
     if status == 401:

@@ -76,11 +76,24 @@ class World:
         return result
 
 
+def announced(name: str, otherwise: int) -> int:
+    """A number that torchrun tells its processes in the environment. Raises UserError where it is none."""
+    text = os.environ.get(name, "").strip()
+    if not text:
+        return otherwise
+    if not text.isdecimal():
+        raise UserError(f"{name}={text!r} in the environment is no number. Unset it, or start processes with torchrun.")
+    return int(text)
+
+
 def start_world() -> World:
     """Join the process group that torchrun announced in the environment, or stand alone. Raises UserError."""
     has_gpu = torch.cuda.is_available()
-    size = int(os.environ.get("WORLD_SIZE", "1"))
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    size, local_rank = announced("WORLD_SIZE", 1), announced("LOCAL_RANK", 0)
+    if size < 1 or announced("RANK", 0) >= size or announced("LOCAL_WORLD_SIZE", 1) not in range(1, size + 1):
+        names = [name for name in ("WORLD_SIZE", "RANK", "LOCAL_WORLD_SIZE") if name in os.environ]
+        raise UserError(", ".join(f"{name}={os.environ[name]}" for name in names) + " in the environment do not belong "
+                        "together. Unset them, or start processes with torchrun.")
     missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
     if size > 1 and missing and not dist.is_initialized():
         raise UserError(f"WORLD_SIZE={size}, but {', '.join(missing)} is not set. "

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import math
 import os
 import shlex
+import shutil
 import signal
 import sys
 import threading
@@ -17,7 +19,8 @@ from typing import Any
 
 import torch
 
-from moonbase.checkpoint import latest_checkpoint, resolve_model_folder
+from moonbase import files
+from moonbase.checkpoint import damaged_newest, latest_checkpoint, list_checkpoints, resolve_model_folder
 from moonbase.data import (
     Corpus,
     DialogueCorpus,
@@ -33,7 +36,7 @@ from moonbase.model import Transformer
 from moonbase.recipe import Recipe, load_recipe
 from moonbase.report import write_report
 from moonbase.report.console import Console
-from moonbase.report.machine import git_commit, machine_facts, package_versions
+from moonbase.report.machine import free_memory_bytes, git_commit, machine_facts, package_versions
 from moonbase.sizes import sizes
 from moonbase.train.assembly import make_trainer
 from moonbase.train.callbacks.checkpoints import Checkpoints, resume
@@ -41,8 +44,8 @@ from moonbase.train.callbacks.metrics import MetricsWriter, TensorBoardWriter
 from moonbase.train.callbacks.progress import Progress
 from moonbase.train.callbacks.sampling import Sampler, Sampling
 from moonbase.train.callbacks.validation import Validation
-from moonbase.train.parallel import World, start_world, stop_world
-from moonbase.train.run_folder import RunFolder
+from moonbase.train.parallel import World, announced, start_world, stop_world
+from moonbase.train.run_folder import RunFolder, read_facts
 from moonbase.train.sft import chat_style, renderer
 from moonbase.train.trainer import Callback, Trainer
 
@@ -94,6 +97,7 @@ def train(recipe: Recipe, folder: str | Path, *, resume: bool = False, console: 
     finally:
         console.close()
         if run is not None:
+            run.discard_if_empty()
             run.close()
         stop_world(world)
 
@@ -102,19 +106,40 @@ def _enter(recipe: Recipe, path: Path, resume: bool, world: World) -> RunFolder:
     """Take possession of the run folder. Raises UserError for one that is taken or that the recipe cannot go on in."""
     if recipe.batch_size % world.size:
         raise UserError(f"batch_size={recipe.batch_size} cannot be shared evenly by {world.size} processes")
+    _check_room(recipe, world)
     if resume and not (path / "config.yaml").is_file():
         raise UserError(f"{path}: no run to resume here (no config.yaml)")
     run = RunFolder(path)
     try:
+        saved = list_checkpoints(path)
         if resume:
             _check_unchanged(load_recipe(str(path / "config.yaml")), recipe, path)
-        elif latest_checkpoint(path) is not None:
+            if saved and saved[-1][0] > recipe.steps:
+                raise UserError(f"{path}: is at step {saved[-1][0]} already, past steps={recipe.steps}. "
+                                "Give more steps to go on.")
+        elif saved or damaged_newest(path):
             raise UserError(f"{path}: already holds a run. "
                             "Add --resume to go on with it, or choose another folder with --out.")
     except BaseException:
+        run.discard_if_empty()
         run.close()
         raise
     return run
+
+
+def _check_room(recipe: Recipe, world: World) -> None:
+    """Raises UserError for a model that cannot be trained here whatever its batch: its weights in fp32, their gradients
+    and one moment take 12 bytes a parameter, and a machine that runs out of memory ends other people's processes."""
+    if world.device.type == "cuda":
+        place, room = "GPU memory", torch.cuda.get_device_properties(world.device).total_memory * world.size
+    else:
+        machines = world.size / announced("LOCAL_WORLD_SIZE", world.size)
+        place, room = "free memory", (free_memory_bytes() or math.inf) * machines
+    parameters = sizes(recipe.model, recipe.sequence_length).parameters
+    if 12 * parameters > room:
+        raise UserError(f"model: {parameters / 1e9:,.1f}B parameters need at least {12 * parameters / 1e9:,.0f} GB to "
+                        f"train, and there are {room / 1e9:,.0f} GB of {place}. Take a smaller model, pico for "
+                        "example, or more machines with torchrun")
 
 
 def _check_unchanged(stored: Recipe, recipe: Recipe, path: Path) -> None:
@@ -152,11 +177,45 @@ def _prepare(recipe: Recipe, folder: Path, resume: bool, console: Console) -> No
     if not recipe.data.sources:
         example = "data=chats.jsonl" if recipe.stage == "sft" else "data=my/texts"
         raise UserError(f"data: nothing to train on. Name a folder or file, for example {example}")
-    if resume:
+    if not resume:
+        _make_corpus(recipe, folder, console)
+        return
+    try:
         # The run's own corpus, whatever has become of the files that it was made of.
-        with contextlib.suppress(UserError):
-            _corpus_kind(recipe).open(folder)
+        corpus = _corpus_kind(recipe).open(folder)
+        if corpus.tokenizer.digest == corpus.facts["tokenizer"]["digest"]:
             return
+        reason = f"{folder / 'tokenizer'}: not the tokenizer that the corpus was made with"
+    except UserError as error:
+        reason = str(error)
+    if folder.exists():
+        console.note(f"moonbase: warning: the run's corpus is damaged ({reason}); making it again from its sources")
+    again = files.partial_sibling(folder)
+    try:
+        made = _make_corpus(recipe, again, console)
+        if latest_checkpoint(folder.parent) is not None:
+            _check_same_corpus(folder, made)
+        files.replace_folder(again, folder)
+    except OSError as error:
+        raise files.explain_os_error(error, folder) from None
+    finally:
+        shutil.rmtree(again, ignore_errors=True)
+
+
+def _check_same_corpus(folder: Path, made: Corpus) -> None:
+    """Raises UserError where a corpus that was made again is not the one that the run has been trained on: its position
+    in the data would mean other texts. A run.json that tells nothing of it is no reason to refuse."""
+    before = read_facts(folder.parent).get("corpus")
+    after = made.summary
+    compared = ("documents", "bytes", "tokens", "train", "validation", "tokenizer")
+    different = [name for name in compared if isinstance(before, dict) and before.get(name) != after[name]]
+    if different:
+        raise UserError(f"{folder}: damaged, and what its sources hold now is something else ({', '.join(different)} "
+                        "differ), so the run cannot go on where it was. Start a new one with --out, from this run's "
+                        "weights with stage=continue init=RUN if you like.")
+
+
+def _make_corpus(recipe: Recipe, folder: Path, console: Console) -> Corpus:
     tokenizer = load_tokenizer(recipe.data.tokenizer) if recipe.data.tokenizer else None
     if tokenizer is None and recipe.init is not None:
         tokenizer = load_tokenizer(resolve_model_folder(recipe.init))
@@ -166,10 +225,9 @@ def _prepare(recipe: Recipe, folder: Path, resume: bool, console: Console) -> No
     if recipe.stage == "sft":
         assert tokenizer is not None, "sft starts from a model, which has one"
         style = chat_style(recipe, tokenizer)
-        prepare_dialogues(recipe.data, tokenizer, renderer(tokenizer, style), style, recipe.model.vocab_size,
-                          recipe.sequence_length, folder, progress=console)
-    else:
-        prepare_corpus(recipe.data, tokenizer, recipe.model.vocab_size, folder, recipe.seed, progress=console)
+        return prepare_dialogues(recipe.data, tokenizer, renderer(tokenizer, style), style, recipe.model.vocab_size,
+                                 recipe.sequence_length, folder, progress=console)
+    return prepare_corpus(recipe.data, tokenizer, recipe.model.vocab_size, folder, recipe.seed, progress=console)
 
 
 def _open_run(run: RunFolder | None, recipe: Recipe, corpus: Corpus, resume: bool) -> None:
@@ -189,10 +247,10 @@ def _open_run(run: RunFolder | None, recipe: Recipe, corpus: Corpus, resume: boo
 
 def _command() -> str:
     """What was typed, torchrun's part of it as its environment tells."""
-    size = int(os.environ.get("WORLD_SIZE", "1"))
+    size = announced("WORLD_SIZE", 1)
     if size == 1:
         return shlex.join(["moonbase", *sys.argv[1:]])
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", size))
+    here = announced("LOCAL_WORLD_SIZE", size)
     nodes = ["--nnodes", str(size // here)] if size > here else []
     return shlex.join(["torchrun", *nodes, "--nproc-per-node", str(here), "-m", "moonbase", *sys.argv[1:]])
 
@@ -224,17 +282,21 @@ def _assemble(recipe: Recipe, path: Path, run: RunFolder | None, world: World, c
 
 def _continue(trainer: Trainer, path: Path, console: Console) -> None:
     checkpoint = latest_checkpoint(path)
+    for folder, reason in damaged_newest(path):
+        console.note(f"moonbase: warning: {folder} is damaged ({reason}) and is passed over")
     if checkpoint is None:
         console.note(f"{path}: no checkpoint yet, starting from the first step")
-    else:
-        resume(trainer, checkpoint)
-        console.note(f"resuming {path} at step {trainer.step}")
+        return
+    resume(trainer, checkpoint)
+    done = trainer.step >= trainer.recipe.steps
+    console.note(f"{path}: all {trainer.step} steps are done; measuring again" if done else
+                 f"resuming {path} at step {trainer.step}")
 
 
 def _run(trainer: Trainer, validation: Validation, run: RunFolder | None, console: Console,
          facts: dict[str, Any]) -> None:
     """The loop, and the held-out text after its last checkpoint; fills the facts' status, reason, seconds, results."""
-    with stopping_on_signals(trainer, console), _explaining_full_memory(trainer):
+    with stopping_on_signals(trainer, console), _explaining(trainer):
         try:
             trainer.run()
         finally:
@@ -252,13 +314,20 @@ def _run(trainer: Trainer, validation: Validation, run: RunFolder | None, consol
 
 
 @contextlib.contextmanager
-def _explaining_full_memory(trainer: Trainer) -> Iterator[None]:
+def _explaining(trainer: Trainer) -> Iterator[None]:
+    """What a recipe can mend in the middle of a step: full memory, and a compiler that is missing or fails."""
     try:
         yield
     except torch.OutOfMemoryError:
         less = {"none": " or set recompute=selective", "selective": " or set recompute=full", "full": ""}
         raise UserError(f"GPU memory is full: lower micro_batch_size (now {trainer.micro_batch_size})"
                         f"{less[trainer.recipe.recompute]}") from None
+    except Exception as error:
+        if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            raise
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"compile={trainer.recipe.compile}: torch cannot compile the model here ({reason}). "
+                        "Set compile=off.") from error
 
 
 @contextlib.contextmanager
@@ -274,7 +343,7 @@ def _recording(run: RunFolder | None, console: Console) -> Iterator[dict[str, An
             write_report(run.path)
 
     try:
-        with _handling({signal.SIGTERM: _interrupt}):
+        with sigterm_as_ctrl_c():
             yield facts
     except BaseException as error:
         if isinstance(error, KeyboardInterrupt):
@@ -318,6 +387,13 @@ def stopping_on_signals(trainer: Trainer, console: Console) -> Iterator[None]:
             raise KeyboardInterrupt
 
     with _handling({signal.SIGINT: stop, signal.SIGTERM: stop}):
+        yield
+
+
+@contextlib.contextmanager
+def sigterm_as_ctrl_c() -> Iterator[None]:
+    """Where there is no step to finish: what was written aside goes away, and the last words are said."""
+    with _handling({signal.SIGTERM: _interrupt}):
         yield
 
 

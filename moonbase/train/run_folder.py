@@ -26,6 +26,9 @@ class RunFolder:
     """
 
     def __init__(self, path: str | Path) -> None:
+        path = Path(path)
+        self._made = [folder for folder in (path, *path.parents) if not folder.exists()]
+        self._had_lock = (path / ".lock").exists()
         self.path = files.make_folder(path)
         self._metrics: int | None = None
         self._lock = -1
@@ -58,13 +61,8 @@ class RunFolder:
 
     def update_facts(self, *, afresh: bool = False, **facts: Any) -> dict[str, Any]:
         """Merge into run.json, or with `afresh` replace it, and return the whole of it."""
-        path = self.path / "run.json"
-        known: Any = {}
-        if not afresh:
-            with contextlib.suppress(OSError, ValueError):
-                known = json.loads(path.read_text(encoding="utf-8"))
-        known = {**(known if isinstance(known, dict) else {}), **facts}
-        files.write_text(path, json.dumps(known, indent=1, default=str) + "\n")
+        known = {**({} if afresh else read_facts(self.path)), **facts}
+        files.write_text(self.path / "run.json", json.dumps(known, indent=1, default=str) + "\n")
         return known
 
     def rewind(self, step: int) -> None:
@@ -75,7 +73,7 @@ class RunFolder:
             try:
                 if json.loads(line)["step"] <= step:
                     kept.append(line + "\n")
-            except (ValueError, KeyError, TypeError):
+            except (ValueError, KeyError, TypeError, RecursionError):
                 continue
         self._replace("metrics.jsonl", kept)
         kept, keep = [], True
@@ -139,6 +137,14 @@ class RunFolder:
             except OSError as error:
                 raise files.explain_os_error(error, self.path / "metrics.jsonl") from None
 
+    def discard_if_empty(self) -> None:
+        """Where nothing but this lock has come to lie in the folder, for a run that was refused, leave no trace."""
+        with contextlib.suppress(OSError):
+            if os.listdir(self.path) == [".lock"] and not self._had_lock:
+                (self.path / ".lock").unlink()
+            for folder in self._made:
+                folder.rmdir()  # fails, and ends this, where anything is inside
+
     def close(self) -> None:
         """Release the folder for other processes."""
         for descriptor in (self._metrics, self._lock):
@@ -146,6 +152,14 @@ class RunFolder:
                 with contextlib.suppress(OSError):
                     os.close(descriptor)
         self._metrics, self._lock = None, -1
+
+
+def read_facts(path: str | Path) -> dict[str, Any]:
+    """The run.json of a run folder; nothing where it is missing or damaged."""
+    known: Any = {}
+    with contextlib.suppress(OSError, ValueError, RecursionError):
+        known = json.loads((Path(path) / "run.json").read_text(encoding="utf-8"))
+    return known if isinstance(known, dict) else {}
 
 
 def _finite(value: Any) -> Any:

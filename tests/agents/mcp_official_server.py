@@ -42,9 +42,9 @@ def picture() -> list:
 
 
 @server.tool()
-def environment(name: str) -> str:
+def environment(variable: str) -> str:
     """A variable of this server's environment."""
-    return os.environ.get(name, "not set")
+    return os.environ.get(variable, "not set")
 
 
 @server.tool()
@@ -61,10 +61,10 @@ def die() -> str:
 
 
 @server.tool()
-async def sleep(seconds: float) -> str:
+async def sleep(duration: float) -> str:
     """Answer later."""
     try:
-        await asyncio.sleep(seconds)
+        await asyncio.sleep(duration)
     except asyncio.CancelledError:
         finished.append("cancelled")
         raise

@@ -83,7 +83,7 @@ for line in sys.stdin:
     if behaviour == "lying":
         say({"id": 987654, "result": {}})
         say({"id": "x", "method": "sampling/createMessage", "params": {}})
-        print("DEBUG: got", request["method"], flush=True)
+        print("DEBUG: got", request.get("method"), flush=True)
     if "method" not in request:
         continue
     if behaviour == "dies_in_calls" and request["method"] == "tools/call":

@@ -83,11 +83,11 @@ def test_tools_of_an_official_server(monkeypatch: pytest.MonkeyPatch) -> None:
                 "a text", "[image, image/png, 9 bytes: not shown]", "[resource notes <file:///notes.txt>: what was said]",
                 "[resource <file:///a.txt>]", "inside", "[resource <file:///b.pdf>, application/pdf, 3 bytes: not shown]",
                 "the end"]
-            assert (await call(tools, "off__environment", name="KEY")).content == "a-very-secret-key"
-            assert (await call(tools, "off__environment", name="D")).content == "other"
-            assert (await call(tools, "off__environment", name="MY_KEY")).content == "not set"
+            assert (await call(tools, "off__environment", variable="KEY")).content == "a-very-secret-key"
+            assert (await call(tools, "off__environment", variable="D")).content == "other"
+            assert (await call(tools, "off__environment", variable="MY_KEY")).content == "not set"
 
-            late = await call(tools, "off__sleep", 0.3, seconds=60)
+            late = await call(tools, "off__sleep", 0.3, duration=60)
             assert late.error and "did not answer within 0.3 seconds" in late.content
             assert (await call(tools, "off__history")).content == "cancelled"
 
@@ -227,7 +227,7 @@ def test_servers_start_side_by_side_and_cancelling_ends_them() -> None:
         async def use() -> None:
             async with await mcp_tools({"mcpServers": {"off": OFFICIAL}}) as tools:
                 waiting.set()
-                await call(tools, "off__sleep", seconds=60)
+                await call(tools, "off__sleep", duration=60)
 
         waiting = asyncio.Event()
         using = asyncio.create_task(use())

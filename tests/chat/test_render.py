@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moonbase.chat import STYLES, Part, encode, encode_with_mask, render, render_parts
-from moonbase.data.tokenizer import SPECIAL_NAMES, SPLIT_PATTERN, Tokenizer, load_tokenizer, train_tokenizer
+from moonbase.data.tokenizer import SPECIAL_NAMES, SPLIT_PATTERN, Tokenizer, train_tokenizer
 from moonbase.errors import UserError
 
 DEFAULT = "<|im_system|>system<|im_middle|>You are Kimi, an AI assistant created by Moonshot AI.<|im_end|>"
@@ -59,19 +59,6 @@ def client(trained: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Any:
     loaded = transformers.AutoTokenizer.from_pretrained(folder)
     loaded.chat_template = TEMPLATE
     return loaded
-
-
-@pytest.fixture(scope="module")
-def kimi_folder(shared_data: Path) -> Path:
-    folder = shared_data / "kimi-k25-tokenizer"
-    if not (folder / "tiktoken.model").is_file():
-        pytest.skip(f"the published vocabulary is absent: {folder}")
-    return folder
-
-
-@pytest.fixture(scope="module")
-def kimi(kimi_folder: Path) -> Tokenizer:
-    return load_tokenizer(kimi_folder)
 
 
 def call(id: str, name: str = "look", arguments: str = "{}") -> dict[str, Any]:

@@ -7,20 +7,26 @@ from pathlib import Path
 
 import pytest
 
-from moonbase.checkpoint import latest_checkpoint, list_checkpoints, read_config, resolve_model_folder, save_weights
+from moonbase.checkpoint import (
+    damaged_newest,
+    latest_checkpoint,
+    list_checkpoints,
+    read_config,
+    resolve_model_folder,
+    save_weights,
+)
 from moonbase.errors import CheckpointError
 
 
 @pytest.fixture
 def run(written, tmp_path: Path) -> Path:
-    """A run folder with steps 5, 20 and 100, and what a crash can leave."""
+    """A run folder with steps 5, 20 and 100, what a crash can leave, and what is no checkpoint at all."""
     model, source = written("k2")
     run = tmp_path / "run"
     save_weights(model, run / "checkpoints" / "step-000005", read_config(source))
-    for name in ("step-000020", "step-000100", "step-000200", "step-000300", ".partial-step-000400-1", "best"):
+    for name in ("step-000020", "step-000100", ".partial-step-000400-1", "best"):
         shutil.copytree(run / "checkpoints" / "step-000005", run / "checkpoints" / name)
-    next((run / "checkpoints" / "step-000200").glob("*.safetensors")).unlink()
-    (run / "checkpoints" / "step-000300" / "config.json").unlink()
+    (run / "checkpoints" / "step-000500").write_text("a file")
     return run
 
 
@@ -41,10 +47,47 @@ def test_a_checkpoint_is_itself(run: Path, folder: Path) -> None:
     assert resolve_model_folder(folder) == folder
 
 
-def test_a_spoiled_index_is_not_complete(run: Path) -> None:
-    (run / "checkpoints" / "step-000100" / "model.safetensors.index.json").write_text("{")
-    (run / "checkpoints" / "step-000020" / "model.safetensors.index.json").unlink()
-    assert latest_checkpoint(run) == run / "checkpoints" / "step-000005"
+def spoil(folder: Path, what: str) -> str:
+    """Damage a checkpoint and return what is to be said of it."""
+    index, shard = folder / "model.safetensors.index.json", next(folder.glob("*.safetensors"))
+    if what == "spoiled":
+        index.write_text("{")
+        return f"{index.name} is damaged"
+    gone = {"index": index, "shard": shard, "config": folder / "config.json"}[what]
+    gone.unlink()
+    return f"{gone.name} is missing"
+
+
+@pytest.mark.parametrize("what", ["spoiled", "index", "shard", "config"])
+def test_an_older_checkpoint_never_takes_the_place_of_a_damaged_one_in_silence(run: Path, what: str) -> None:
+    newest, before = run / "checkpoints" / "step-000100", run / "checkpoints" / "step-000020"
+    reason = spoil(newest, what)
+    assert latest_checkpoint(run) == before and damaged_newest(run) == [(newest, reason)]
+    for path in (run, run / "checkpoints"):
+        with pytest.raises(CheckpointError) as refused:
+            resolve_model_folder(path)
+        assert str(newest) in str(refused.value) and reason in str(refused.value)
+        assert str(refused.value).endswith(str(before))
+    assert resolve_model_folder(before) == before
+    shutil.rmtree(newest)
+    assert resolve_model_folder(run) == before and damaged_newest(run) == []
+    spoil(run / "checkpoints" / "step-000005", "config")
+    assert resolve_model_folder(run) == before, "what is older than a complete one is nobody's concern"
+
+
+def test_where_all_are_damaged(run: Path) -> None:
+    for step in (5, 20, 100):
+        reason = spoil(run / "checkpoints" / f"step-{step:06d}", "config")
+    assert latest_checkpoint(run) is None and len(damaged_newest(run)) == 3
+    with pytest.raises(CheckpointError, match=rf"no complete checkpoint \(step-000100: {reason}\)"):
+        resolve_model_folder(run)
+
+
+@pytest.mark.parametrize("name", ["pico", "preset:pico"])
+def test_a_preset_has_no_trained_weights(name: str) -> None:
+    with pytest.raises(CheckpointError, match=rf"{name}: a preset has no trained weights.*moonbase quickstart.*"
+                                              r"moonbase train pico data=FOLDER.*'preset:pico'"):
+        resolve_model_folder(name)
 
 
 def test_clear_errors(tmp_path: Path, run: Path) -> None:

@@ -327,12 +327,26 @@ def test_validation_text_is_the_held_out_text(tmp_path: Path, tokenizer: Tokeniz
     assert len(corpus.validation_text(1)) == len(held_out[corpus.validation_order()[0]])
 
 
-@pytest.mark.parametrize("content", [None, "{", "[]", '{"format": 0}'])
+@pytest.mark.parametrize("content", [None, "{", "[]", '{"format": 0}', '{"format": 1}', "[" * 100_000,
+                                     '{"format": 1, "vocab_size": 512, "shards": [1]}'])
 def test_open_names_what_is_wrong(tmp_path: Path, content: str | None) -> None:
     if content is not None:
         (tmp_path / "corpus.json").write_text(content)
     with pytest.raises(UserError, match=r"corpus\.json"):
         Corpus.open(tmp_path)
+
+
+@pytest.mark.parametrize("junk", [b"", b"junk", b"\x93NUMPY\x01\x00 cut short", "other", "short", "words"])
+def test_offsets_that_do_not_fit_are_found(junk: bytes | str, tmp_path: Path, tokenizer: Tokenizer) -> None:
+    prepare_corpus(DataConfig.model_validate(str(fill(tmp_path / "in", texts(20)))), tokenizer, 512, tmp_path / "out")
+    path = next((tmp_path / "out").glob("train*.offsets.npy"))
+    offsets = np.load(path)
+    if isinstance(junk, bytes):
+        path.write_bytes(junk)
+    else:
+        np.save(path, {"other": offsets + 1, "short": offsets[:-1], "words": offsets.astype(str)}[junk])
+    with pytest.raises(UserError, match=rf"{path.name}: missing, cut short or damaged"):
+        Corpus.open(tmp_path / "out")
 
 
 def test_corpus_can_be_moved(tmp_path: Path, tokenizer: Tokenizer) -> None:

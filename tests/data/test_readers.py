@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -198,6 +200,22 @@ def test_streamed_data_set(tmp_path: Path) -> None:
     assert skipped.counts == {"empty": 1}
     with pytest.raises(UserError, match=r"hub:.*cannot be streamed"):
         list(read_hub(f"hub:{tmp_path}/nothing-here", Reading(), Skipped()))
+
+
+def test_without_a_network_one_line_comes_at_once(tmp_path: Path) -> None:
+    """In a process of its own: the library reads the address once. No port is ever 0, so nobody answers."""
+    pytest.importorskip("datasets")
+    code = ("from moonbase.data import Skipped\nfrom moonbase.data.readers import Reading, read_hub\n"
+            "from moonbase.errors import UserError\n"
+            "try:\n    list(read_hub('hub:some/name', Reading(), Skipped()))\n"
+            "except UserError as error:\n    print(error)")
+    environment = os.environ | {"HF_ENDPOINT": "http://127.0.0.1:0", "HF_HOME": str(tmp_path)}
+    environment |= dict.fromkeys(("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"), "")
+    for offline, words in (("0", "http://127.0.0.1:0 does not answer"), ("1", "HF_HUB_OFFLINE")):
+        answer = subprocess.run([sys.executable, "-c", code], env=environment | {"HF_HUB_OFFLINE": offline},
+                                capture_output=True, text=True, timeout=120)
+        assert answer.stdout.startswith("hub:some/name: cannot be streamed") and answer.stdout.count("\n") == 1
+        assert words in answer.stdout and answer.stderr == ""
 
 
 def test_streaming_needs_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:

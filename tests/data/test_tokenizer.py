@@ -34,19 +34,6 @@ def saved(trained: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
-def kimi_folder(shared_data: Path) -> Path:
-    folder = shared_data / "kimi-k25-tokenizer"
-    if not (folder / "tiktoken.model").is_file():
-        pytest.skip(f"the published vocabulary is absent: {folder}")
-    return folder
-
-
-@pytest.fixture(scope="module")
-def kimi(kimi_folder: Path) -> Tokenizer:
-    return load_tokenizer(kimi_folder)
-
-
 texts = st.text() | st.text(alphabet=st.sampled_from("aA1 \t\r\n_.,'\"\u4f60\u0301\U0001f600\x00"), max_size=60)
 injections = st.lists(st.sampled_from(SPECIAL_NAMES) | st.text(max_size=4), max_size=8).map("".join)
 

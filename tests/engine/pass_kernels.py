@@ -85,11 +85,11 @@ def test_it_reads_prompts_and_decodes_like_the_model(changes: dict) -> None:
 
 
 @pytest.mark.parametrize("counts_and_stops", [([5], [5]), ([3, 1, 8], [3, 20, 8]), ([2, 40], [70, 41])], ids=str)
-@pytest.mark.parametrize("few", [0, 16], ids=["end to end", "one by one"])
+@pytest.mark.parametrize("long", [1 << 30, 1], ids=["end to end", "one by one"])
 def test_context_attention(
-    counts_and_stops: tuple[list[int], list[int]], few: int, monkeypatch: pytest.MonkeyPatch
+    counts_and_stops: tuple[list[int], list[int]], long: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(attention_cuda, "FEW_DOCUMENTS", few)
+    monkeypatch.setattr(attention_cuda, "LONG_CONTEXT", long)
     counts, stops = counts_and_stops
     dtype = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
     generator = torch.Generator().manual_seed(0)

@@ -88,7 +88,7 @@ def test_whole_run(make_run):
     page = read(make_run())
     words = page.words
     assert page.texts_in["h1"] == ["quick <b>start</b>"]
-    assert "5.1M parameters (3.11M active) · 40 steps · " in words
+    assert "5.1M parameters (3.11M active) · 40 steps · " in words and " of 40 planned, none skipped " in words
     assert " · 1.95 → 1.20 bits per byte on held-out files (xz −9: 1.71)" in words
     for heading in ("Learning", "Samples", "Attention and experts", "Optimisation and speed", "Skipped steps", "Corpus",
                     "How it was made"):
@@ -102,6 +102,14 @@ def test_whole_run(make_run):
     assert "q_lora_rank" in words and "optimizer" in words
     assert page.texts_in["b"].count("def ") == 2
     assert "Not recorded" not in words
+
+
+def test_a_fine_tuned_run_is_measured_on_replies(make_run):
+    folder = make_run()
+    recipe = folder / "config.yaml"
+    recipe.write_text(recipe.read_text().replace("stage: pretrain", "stage: sft"))
+    words = read(folder).words
+    assert "held-out replies" in words and "held-out files" not in words
 
 
 def test_every_chart_says_its_gist_in_words(make_run):
@@ -120,8 +128,8 @@ def test_drawings_take_colours_and_font_from_the_page(make_run):
         assert "font-family" not in svg and "<text" in svg
     style = text[text.index("<style>"):text.index("</style>")]
     for name in set(re.findall(r"var\(--([a-z0-9-]+)\)", text)):
-        # Defined for light, dark and print.
-        assert style.count(f"--{name}:") == 3 or name == "swatch", name
+        # A colour is defined for light, dark and print.
+        assert style.count(f"--{name}:") == 3 or name in ("swatch", "in-a-row"), name
 
 
 def test_same_input_gives_same_bytes(make_run):

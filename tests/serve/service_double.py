@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from moonbase.engine import Sampling
+from moonbase.engine import Sampling, Scores
 from moonbase.engine.engine import EngineStatistics
 from moonbase.engine.text import Piece, TextStream
 from moonbase.serve.app import create_app
@@ -54,10 +54,11 @@ class ScriptedService:
     def open_requests(self) -> int:
         return self.running
 
-    async def score(self, prompt_ids: Any) -> list[float]:
-        """The id of each token as its log-probability, below zero."""
+    async def score(self, prompt_ids: Any, top: int = 0) -> Scores:
+        """The id of each token as its log-probability, below zero; the most likely are always the first ids."""
         self.scores.append(list(prompt_ids))
-        return [-float(id) for id in prompt_ids[1:]]
+        likely = [(id, -float(id)) for id in range(top)]
+        return Scores([-float(id) for id in prompt_ids[1:]], [likely for _ in prompt_ids[1:]])
 
     def start(self) -> None:
         self.stopped = None

@@ -227,11 +227,16 @@ def test_stop_strings_and_logprobs(model: Transformer, gpt: openai.OpenAI, token
 def test_the_likelihood_of_a_text_is_the_models(model: Transformer, gpt: openai.OpenAI, tokenizer: Any) -> None:
     ids = tokenizer.encode("the weather in Paris and Berlin")
     with torch.inference_mode():
-        expected = torch.log_softmax(model(torch.tensor([ids]))[0, :-1], -1).gather(1, torch.tensor(ids[1:])[:, None])
+        every = torch.log_softmax(model(torch.tensor([ids]))[0, :-1], -1)
+    expected = every.gather(1, torch.tensor(ids[1:])[:, None])
     for limit in (0, 1):
         said = gpt.completions.create(model="moon", prompt=ids, echo=True, logprobs=1, max_tokens=limit, temperature=0)
         first, *found = said.choices[0].logprobs.token_logprobs[: len(ids)]
         assert first is None and found == pytest.approx(expected[:, 0].tolist(), abs=1e-4)
+        nothing, *tops = said.choices[0].logprobs.top_logprobs[: len(ids)]
+        assert nothing is None
+        assert [max(top.values()) for top in tops] == pytest.approx(every.amax(-1).tolist(), abs=1e-4)
+        assert all(value in top.values() and len(top) in (1, 2) for value, top in zip(found, tops, strict=True))
         assert said.choices[0].text.startswith("the weather in Paris and Berlin")
 
 

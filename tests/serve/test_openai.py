@@ -312,6 +312,14 @@ def test_offsets_are_places_in_the_text(server: Running, client: openai.OpenAI, 
             assert offset == len(before.replace("<|im_end|>", ""))
 
 
+def name_of(piece: bytes) -> str:
+    """A token as OpenAI names it: part of a character by its bytes."""
+    try:
+        return piece.decode()
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in piece)
+
+
 def test_the_likelihood_of_a_prompt(server: Running, client: openai.OpenAI, tokenizer: Any) -> None:
     """As evaluation harnesses ask: the prompt's own tokens, the first without a number, then what was generated."""
     server.service.script = says(tokenizer, " base", finish="length")
@@ -338,7 +346,11 @@ def test_the_likelihood_of_a_prompt(server: Running, client: openai.OpenAI, toke
                 assert values == [None, *(-float(id) for id in prompt[1:]), *(-0.5 for _ in more)]
                 assert offsets == [len(tokenizer.decode_bytes([*prompt, *more][:place]).decode(errors="ignore"))
                                    for place in range(len(prompt) + len(more))]
-                assert tops[: len(prompt)] == [None] * len(prompt) and all(tops[len(prompt) :])
+                # The most likely of this service is always id 0; a token that is not among them is named as well.
+                likely, *own = (name_of(tokenizer.token_bytes(id)) for id in (0, *prompt[1:]))
+                assert tops[: len(prompt)] == [None, *({likely: 0.0, name: -float(id)}
+                                                       for name, id in zip(own, prompt[1:], strict=True))]
+                assert all(tops[len(prompt) :])
     alone = client.completions.create(model="moon", prompt="the moon", echo=True, max_tokens=0)
     assert alone.choices[0].text == "the moon" and alone.choices[0].logprobs is None
     assert alone.usage.completion_tokens == 0

@@ -23,7 +23,7 @@ import pytest
 from moonbase import cli
 from moonbase.checkpoint import save_weights
 from moonbase.errors import UserError
-from moonbase.serve.run import address, bind, check_packages
+from moonbase.serve.run import address, bind, check_packages, run
 from moonbase.serve.settings import Settings
 from tests.model.tiny import tiny_model
 from tests.serve.service_double import until
@@ -65,6 +65,19 @@ def running(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     process.process.wait()
 
 
+def test_on_a_cpu_the_cache_is_large_enough_to_keep_something(monkeypatch: pytest.MonkeyPatch, tokenizer: Any) -> None:
+    engines: list[Any] = []
+    monkeypatch.setattr("moonbase.serve.run.serve", lambda app, _: engines.append(app.state.backend.service.engine))
+    model = tiny_model(vocab_size=tokenizer.vocab_size, eos_token_id=tokenizer.eos_id)
+    # Two layers of ten and eight fp32 numbers a token.
+    for free, options, expected in ((8 << 30, {}, 1 << 30), (1 << 30, {}, 0.4 * (1 << 30)),
+                                    (8 << 30, {"cache_tokens": 1024}, 1024 * 144)):
+        monkeypatch.setattr("moonbase.engine.engine.free_memory_bytes", lambda free=free: free)
+        run(model, tokenizer, Settings(), {}, **options)
+        size = engines[-1].capacity * 144
+        assert size == pytest.approx(expected, rel=1e-4) and size <= expected
+
+
 def test_both_clients_with_a_changed_base_url(running: Process) -> None:
     client = openai.OpenAI(base_url=f"{running.url}/v1", api_key="x")
     assert [model.id for model in client.models.list()] == ["tiny-moon"]
@@ -104,11 +117,16 @@ def test_the_end_of_the_grace_ends_what_runs(folder: Path) -> None:
         stream = client.completions.create(model="any", prompt="a", max_tokens=4000, stream=True,
                                            extra_body={"ignore_eos": True})
         next(iter(stream))
+        waiting = socket.create_connection(("127.0.0.1", int(process.url.rsplit(":", 1)[1].strip("/"))))
+        waiting.sendall(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\nauthorization: Bearer k\r\n"
+                        b"content-length: 99\r\n\r\n{")  # and never the rest
+        time.sleep(0.2)
         start = time.monotonic()
         process.process.send_signal(signal.SIGINT)
         with pytest.raises(openai.APIError, match="shutting down"):
             list(stream)
         assert process.process.wait(20) == 0 and time.monotonic() - start < 10
+        assert not any("Traceback" in line for line in process.lines)
     finally:
         process.process.kill()
         process.process.wait()

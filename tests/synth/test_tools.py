@@ -52,7 +52,8 @@ def test_a_table_has_one_value_for_every_item() -> None:
 
 
 @pytest.mark.parametrize(("name", "arguments", "complaint"), [
-    ("weather", {}, "there is no tool weather"), ("lookup", "{", "no JSON"), ("lookup", "[]", "must be table, item"),
+    ("weather", {}, "there is no tool weather"), ("lookup", "{", "no JSON"),
+    ("lookup", "[" * 100_000, "no JSON"), ("lookup", "[]", "must be table, item"),
     ("lookup", {"table": "price"}, "must be table, item"), ("lookup", {"table": "price", "item": 7}, "no item 7"),
     ("lookup", {"table": ["price"], "item": {}}, "no item"), ("lookup", {"table": "size", "item": 300.0}, "no item"),
     ("convert", {"value": 1, "unit": "km", "to": "kg"}, "cannot turn"),

@@ -142,3 +142,24 @@ def test_a_world_that_is_only_half_described_is_a_mistake(monkeypatch: pytest.Mo
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UserError, match="RANK, MASTER_ADDR, MASTER_PORT is not set"):
         start_world()
+
+
+@pytest.mark.parametrize(("environment", "words"), [
+    ({"WORLD_SIZE": "two"}, "WORLD_SIZE='two' in the environment is no number"),
+    ({"WORLD_SIZE": "-1"}, "WORLD_SIZE='-1' in the environment is no number"),
+    ({"LOCAL_RANK": "1.5"}, "LOCAL_RANK='1.5' in the environment is no number"),
+    ({"RANK": "x"}, "RANK='x' in the environment is no number"),
+    ({"WORLD_SIZE": "0"}, "WORLD_SIZE=0 in the environment do not belong together"),
+    ({"RANK": "3"}, "RANK=3 in the environment do not belong together"),
+    ({"LOCAL_WORLD_SIZE": "0"}, "LOCAL_WORLD_SIZE=0 in the environment do not belong together"),
+])
+def test_a_world_of_junk_is_a_mistake(environment: dict[str, str], words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=words):
+        start_world()
+
+
+def test_an_empty_environment_is_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "")
+    assert start_world().size == 1

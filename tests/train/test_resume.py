@@ -339,3 +339,99 @@ def test_dropping_an_old_checkpoint_may_be_killed_too(recipe: Recipes, tmp_path:
     go_on(folder)
     assert checkpoints(folder) == ["step-000003", "step-000004"]
     assert json.loads((folder / "checkpoints/step-000004/config.json").read_text())["hidden_size"] == 32
+
+
+# --- what has been damaged since --------------------------------------------------------------------------------------
+
+
+def main_code(folder: Path, *words: str) -> int | str | None:
+    """The exit code of the command that resumes a run."""
+    with pytest.raises(SystemExit) as left:
+        main(["train", str(folder), "--resume", *words])
+    return left.value.code
+
+
+def test_a_damaged_newest_checkpoint_is_passed_over_aloud(whole: Path, tmp_path: Path,
+                                                          capsys: pytest.CaptureFixture[str]) -> None:
+    folder = Path(shutil.copytree(whole, tmp_path / "run"))
+    (folder / "checkpoints" / "step-000012" / "model.safetensors.index.json").write_text("{")
+    main_code(folder)
+    words = " ".join(capsys.readouterr().err.split())
+    assert "step-000012 is damaged (model.safetensors.index.json is damaged) and is passed over" in words
+    assert f"resuming {folder} at step 9" in words
+    assert metrics(folder) == metrics(whole) and checkpoints(folder) == checkpoints(whole)
+    for name in checkpoints(whole):
+        assert content(folder / "checkpoints" / name) == content(whole / "checkpoints" / name), name
+
+
+def test_nothing_starts_afresh_over_a_damaged_checkpoint(whole: Path, recipe: Recipes, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(whole, tmp_path / "run"))
+    for checkpoint in (folder / "checkpoints").iterdir():
+        (checkpoint / "config.json").unlink()
+    with pytest.raises(UserError, match="already holds a run"):
+        run(recipe(), folder)
+
+
+def test_a_run_does_not_go_back(whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = Path(shutil.copytree(whole, tmp_path / "run"))
+    before = (folder / "config.yaml").read_bytes(), (folder / "run.json").read_bytes()
+    assert main_code(folder, "steps=10") == 2
+    words = capsys.readouterr().err
+    assert words.count("\n") == 1 and "is at step 12 already, past steps=10. Give more steps to go on." in words
+    assert before == ((folder / "config.yaml").read_bytes(), (folder / "run.json").read_bytes())
+    assert main_code(folder) == 0
+    assert "all 12 steps are done; measuring again" in capsys.readouterr().err
+    assert metrics(folder) == metrics(whole)
+
+
+@pytest.mark.parametrize("damage", ["tokens", "offsets", "facts", "no facts", "tokenizer", "other tokenizer", "gone"])
+def test_a_damaged_corpus_is_made_again(damage: str, whole: Path, tmp_path: Path,
+                                        capsys: pytest.CaptureFixture[str]) -> None:
+    folder = cut_back(whole, tmp_path / "run", 6)
+    spoil_corpus(folder / "corpus", damage)
+    assert main_code(folder) == 0
+    words = capsys.readouterr().err
+    assert ("making it again from its sources" in words) == (damage != "gone")
+    assert metrics(folder) == metrics(whole), "the same texts in the same order"
+    files_of = lambda corpus: {path.name: path.read_bytes() for path in corpus.rglob("*.bin")}  # noqa: E731
+    assert files_of(folder / "corpus") == files_of(whole / "corpus")
+    assert not list(folder.glob(".partial*")) and not list(folder.glob(".retired*"))
+
+
+def spoil_corpus(corpus: Path, damage: str) -> None:
+    shard = next(corpus.glob("train*.bin"))
+    if damage == "tokens":
+        os.truncate(shard, 6)
+    elif damage == "offsets":
+        path = shard.with_name(shard.name.replace(".bin", ".offsets.npy"))
+        path.write_bytes(b"j" * path.stat().st_size)
+    elif damage == "facts":
+        (corpus / "corpus.json").write_text("junk")
+    elif damage == "no facts":
+        (corpus / "corpus.json").unlink()
+    elif damage == "tokenizer":
+        (corpus / "tokenizer" / "tokenizer.json").unlink()
+    elif damage == "other tokenizer":
+        facts = json.loads((corpus / "corpus.json").read_text(encoding="utf-8"))
+        facts["tokenizer"]["digest"] = "0" * 64
+        (corpus / "corpus.json").write_text(json.dumps(facts), encoding="utf-8")
+    else:
+        shutil.rmtree(corpus)
+
+
+def test_a_corpus_that_cannot_be_made_again_as_it_was_ends_the_run(texts: Path, recipe: Recipes, tmp_path: Path,
+                                                                   capsys: pytest.CaptureFixture[str]) -> None:
+    own = Path(shutil.copytree(texts, tmp_path / "own"))
+    folder = tmp_path / "run"
+    run(recipe(data__sources=[{"path": str(own)}], steps=4), folder, on_ready=stop_after(2))
+    (own / "000.txt").write_text("something else entirely", encoding="utf-8")
+    spoil_corpus(folder / "corpus", "tokens")
+    damaged = sorted(path.stat().st_size for path in (folder / "corpus").iterdir())
+    for _ in range(2):
+        assert main_code(folder) == 2
+        last = capsys.readouterr().err.splitlines()[-1]
+        assert "damaged, and what its sources hold now is something else" in last and "--out" in last
+        assert sorted(path.stat().st_size for path in (folder / "corpus").iterdir()) == damaged, "left as it is"
+    shutil.rmtree(own)
+    assert main_code(folder) == 2
+    assert str(own) in capsys.readouterr().err.splitlines()[-1]

@@ -14,11 +14,13 @@ import torch
 
 from moonbase.cli import main
 from moonbase.errors import UserError
+from moonbase.model import Transformer
 from moonbase.recipe import Recipe
+from moonbase.train import run as training
 from moonbase.train.run import _command, train
 from moonbase.train.run_folder import RunFolder
 from moonbase.train.trainer import Trainer
-from tests.train.tiny import facts, metrics, quiet, run
+from tests.train.tiny import facts, go_on, metrics, quiet, run
 
 
 def test_one_process_owns_it_and_the_kernel_lets_go(tmp_path: Path) -> None:
@@ -158,8 +160,21 @@ def test_mistakes_are_one_line_that_names_them(
     assert left.value.code == 2 and output.out == ""
     assert words in output.err and output.err.splitlines()[-1].startswith("moonbase: error: ")
     assert "Traceback" not in output.err
-    if resume:
-        assert not (tmp_path / "run").exists(), "a slip of the pen makes no folder"
+    assert not (tmp_path / "run").exists(), "a slip of the pen makes no folder"
+
+
+def test_a_refused_run_leaves_folders_as_they_were(recipe: Callable[..., Recipe], tmp_path: Path) -> None:
+    mistaken = recipe(data__sources=[{"path": "no/such/folder"}])
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "letter.txt").write_text("dear")
+    before = sorted(tmp_path.rglob("*"))
+    for folder in ("mine", "notes", "new/and/deep", "mine/new"):
+        with pytest.raises(UserError, match="no/such/folder"):
+            run(mistaken, tmp_path / folder)
+    assert sorted(path for path in tmp_path.rglob("*") if path.parent.name != "notes") == [
+        path for path in before if path.parent.name != "notes"]
+    assert (tmp_path / "notes" / "letter.txt").read_text() == "dear"
 
 
 def test_an_existing_run_is_not_trained_over(whole: Path, recipe: Callable[..., Recipe]) -> None:
@@ -247,3 +262,39 @@ def test_metrics_that_no_longer_fit_are_told_and_the_folder_is_released(mounted:
             folder.append_metrics({"step": step, "loss": 1.0})
     folder.close()
     RunFolder(place).close()
+
+
+def test_a_model_that_no_memory_holds_is_refused_before_anything_is_made(
+    recipe: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weights, gradients and one moment in fp32: 12 bytes for each element of the real tensors."""
+    elements = sum(tensor.numel() for tensor in Transformer(recipe().model).state_dict().values())
+    monkeypatch.setattr(training, "free_memory_bytes", lambda: 12 * elements)
+    run(recipe(steps=1), tmp_path / "fits")
+    monkeypatch.setattr(training, "free_memory_bytes", lambda: 12 * elements - 10_000)
+    with pytest.raises(UserError, match=r"model: .*B parameters need at least .* GB to train.* free memory"):
+        run(recipe(steps=1), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_compiler_that_fails_is_told_in_one_line(recipe: Callable[..., Recipe], tmp_path: Path) -> None:
+    def fail(trainer: Trainer) -> None:
+        def loss(*_: object) -> None:
+            raise torch._dynamo.exc.BackendCompilerFailed("inductor", RuntimeError("no compiler\nin many lines"), [])
+
+        trainer.model.loss = loss
+
+    with pytest.raises(UserError, match=r"^compile=blocks: torch cannot compile .*Set compile=off\.$") as caught:
+        run(recipe(compile="blocks"), tmp_path / "run", on_ready=fail)
+    assert "\n" not in str(caught.value)
+    assert facts(tmp_path / "run")["status"] == "failed"
+
+
+@pytest.mark.parametrize("junk", ["{", "[" * 100_000, "[1]"])
+def test_a_broken_run_json_does_not_stop_a_run(junk: str, whole: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(whole, tmp_path / "run")
+    (folder / "run.json").write_text(junk)
+    with open(folder / "metrics.jsonl", "a") as file:
+        file.write("[" * 100_000 + "\n")
+    assert go_on(folder)["status"] == "finished"
+    assert metrics(folder) == metrics(whole)

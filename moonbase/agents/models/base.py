@@ -157,8 +157,8 @@ def tidied(message: Any) -> Message:
         tidy["reasoning_content"] = _as_text(message["reasoning_content"])
     tidy.pop("tool_calls", None)
     ids: set[str] = set()
-    tidy_calls = [_tidied_call(call, number, ids) for number, call in enumerate(calls if isinstance(calls, list) else ())]
-    return tidy | {"tool_calls": tidy_calls} if tidy_calls else tidy
+    calls = [_tidied_call(call, number, ids) for number, call in enumerate(calls if isinstance(calls, list) else ())]
+    return tidy | {"tool_calls": calls} if calls else tidy
 
 
 def _tidied_call(call: Any, number: int, ids: set[str]) -> dict[str, Any]:

@@ -81,13 +81,14 @@ class ScriptedModel:
         """By the rule of thumb; each message is counted once."""
         if self._tools[0] is not tools:
             self._tools = (tools, estimate_tokens([], tools))
-        return self._tools[1] + sum(self._count(message) for message in messages)
+        known = self._known
+        try:
+            return self._tools[1] + sum([known[id(message)][1] for message in messages])
+        except KeyError:
+            return self._tools[1] + sum([self._look(message)[1] for message in messages])
 
     async def close(self) -> None:
         """Nothing to give back."""
-
-    def _count(self, message: Message) -> int:
-        return self._look(message)[1]
 
     def _look(self, message: Message) -> tuple[Message, int, int]:
         """(it, tokens, hash), worked out once. It is kept itself, so that no other message gets its id."""

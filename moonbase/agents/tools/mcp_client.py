@@ -469,8 +469,11 @@ def _is_loss(error: BaseException) -> bool:
     from mcp.shared.exceptions import MCPError
     from mcp_types import CONNECTION_CLOSED, INVALID_REQUEST
 
-    return isinstance(error, MCPError) and (
-        error.code == CONNECTION_CLOSED or (error.code == INVALID_REQUEST and error.message == "Session terminated"))
+    if not isinstance(error, MCPError):
+        return False
+    # Servers use the number of CONNECTION_CLOSED for errors of their own; the words are the library's.
+    return (error.code == CONNECTION_CLOSED and error.message.startswith(("Connection closed", "SSE stream"))) or (
+        error.code == INVALID_REQUEST and error.message == "Session terminated")
 
 
 def _words_of(error: BaseException) -> str:

@@ -193,8 +193,8 @@ def bind_processes(info: int, block: int, processes: int) -> None:
         with open(info, "rb") as file:  # written in pieces; it ends when bubblewrap closes it
             told = json.loads(file.read() or b"{}")
         if "child-pid" in told:
-            # Two are bubblewrap's own.
-            resource.prlimit(told["child-pid"], resource.RLIMIT_NPROC, (processes + 2, processes + 2))
+            # One is bubblewrap's own, the first of the namespace.
+            resource.prlimit(told["child-pid"], resource.RLIMIT_NPROC, (processes + 1, processes + 1))
         os.write(block, b"x")
     except (OSError, ValueError):
         return  # bubblewrap has ended already, and has said why.

@@ -232,6 +232,8 @@ class Toolset:
         try:
             async with asyncio.timeout(None if timeout == math.inf else timeout) as clock:
                 answer = _result(await known.call(values, context))
+            if asyncio.current_task().cancelling() > cancelled:
+                raise asyncio.CancelledError  # which the tool kept to itself
         except (Exception, asyncio.CancelledError, SystemExit) as error:
             if isinstance(error, asyncio.CancelledError) and asyncio.current_task().cancelling() > cancelled:
                 raise

@@ -38,6 +38,7 @@ _UNITS = {unit: (dimension, Decimal(factor)) for dimension, units in enumerate(_
           for unit, factor in units.items()}
 _NUMBER = re.compile(r"([+-]?)(\d[\d.,' _]*)(?:e([+-]?\d{1,3}))?(.*)", re.DOTALL)
 _WRAPPED = re.compile(r"(\*\*|__|\*|_|`|\"|')(.+)\1", re.DOTALL)
+_BREAK = re.compile(r"<br\s*/?>")
 _LINKED = re.compile(r"\[([^\[\]]*)\]\([^()]*\)")
 _ISO = re.compile(r"(\d{4})[-/.](\d{1,2})[-/.](\d{1,2})(?:t[\d:.]+(?:z|[+-][\d:]+)?)?")
 _DOTTED = re.compile(r"(\d{1,2})\. ?(\d{1,2})\. ?(\d{4})")
@@ -51,7 +52,8 @@ def plain_text(cell: str) -> str:
     """In small letters, NFKC, one space between words, without links, Markdown emphasis and quotation marks ."""
     text = unicodedata.normalize("NFKC", cell[:CELL_LIMIT]).casefold()
     text = text.replace("−", "-").replace("’", "'").replace("‘", "'").replace("“", '"').replace("”", '"')
-    text = " ".join(_LINKED.sub(r"\1", text).split())
+    # A table written in Markdown has no other way of breaking a line.
+    text = " ".join(_LINKED.sub(r"\1", _BREAK.sub(" ", text)).split())
     while found := _WRAPPED.fullmatch(text):
         text = found[2].strip()
     return "" if text in _NOTHING else text

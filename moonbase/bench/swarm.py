@@ -1,0 +1,90 @@
+"""A swarm beside single agents on wide tasks, scripted and in simulated time: the same figures on every machine.
+
+Every method does the same tasks of a WideWorld, tables of R rows. `ours` and `peer` are simulated seconds of the swarm
+and of another method; `ratio` says how many times faster the swarm is. A row also has the other method's score,
+critical steps, tokens and dollars. docs/swarm.md describes the methods and the model of latency.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from statistics import fmean
+from typing import Any
+
+from moonbase.agents.baselines.methods import METHODS, Method, Outcome
+from moonbase.agents.worlds.wideworld import make_tasks, make_world
+from moonbase.agents.worlds.world import Task, World
+
+WORLD_SEED, WORLD_PAGES, TASK_SEED = 1, 5000, 0
+TASKS = {1: 4, 4: 4, 16: 4, 64: 3, 256: 1}
+"""Rows of the table -> tasks."""
+COLUMNS = 3
+PUBLISHED = "3-4.5x faster at equal score (Kimi K2.5, Agent Swarm, WideSearch)"
+SAME_SCORE = 1e-9
+
+
+def measure(
+    preset: str = "", peer: str | None = None, tasks: dict[int, int] | None = None,
+    methods: Sequence[Method] = METHODS,
+) -> list[dict[str, Any]]:
+    """A row for every number of rows and method. `preset` and `peer` are those of other benches and mean nothing."""
+    world = make_world(seed=WORLD_SEED, pages=WORLD_PAGES, grammar="test")
+    rows = []
+    for num_rows, count in (tasks or TASKS).items():
+        made = make_tasks(world, "wide", count, TASK_SEED, rows=num_rows, columns=COLUMNS)
+        print(f"  R = {num_rows}: {count} task{'s' * (count > 1)}, {len(methods)} methods", file=sys.stderr)
+        rows += compare(num_rows, world, made, methods)
+    return rows
+
+
+def compare(num_rows: int, world: World, tasks: Sequence[Task], methods: Sequence[Method]) -> list[dict[str, Any]]:
+    """The rows of one size; `baseline` marks the fastest single agent whose score is not below the swarm's."""
+    outcomes = {method.name: [method.run(world, task) for task in tasks] for method in methods}
+    swarm = _means(outcomes["swarm"])
+    rows = []
+    for method in methods:
+        means = _means(outcomes[method.name])
+        rows.append({
+            "shape": f"R = {num_rows}", "unit": "simulated s", "ours": swarm["seconds"], "peer": means["seconds"],
+            "peer_name": method.name, "ratio": means["seconds"] / swarm["seconds"], "roof_share": None,
+            "baseline": False, "published": PUBLISHED, "swarm_item_f1": swarm["item_f1"],
+            **{name: means[name] for name in ("item_f1", "critical_steps", "tokens", "dollars")}})
+    alone = {method.name for method in methods if method.alone}
+    equal = [row for row in rows if row["peer_name"] in alone and row["item_f1"] >= swarm["item_f1"] - SAME_SCORE]
+    if equal:
+        min(equal, key=lambda row: row["peer"])["baseline"] = True
+    return rows
+
+
+def _means(outcomes: Sequence[Outcome]) -> dict[str, float]:
+    return {name: fmean(getattr(outcome, name) for outcome in outcomes)
+            for name in ("item_f1", "critical_steps", "seconds", "tokens", "dollars")}
+
+
+def show(result: dict[str, Any]) -> None:
+    """One table: a section for each number of rows, a line for each method."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title="Wide tasks, tables of R rows; scripted agents, simulated time", title_justify="left")
+    for heading in ("R", "method"):
+        table.add_column(heading, no_wrap=True)
+    for heading in ("item-F1", "critical\nsteps", "seconds", "tokens", "dollars", "swarm is\nfaster"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    shape = None
+    for row in result["rows"]:
+        if row["shape"] != shape and shape is not None:
+            table.add_section()
+        table.add_row(
+            "" if row["shape"] == shape else row["shape"].removeprefix("R = "), row["peer_name"],
+            f"{row['item_f1']:.3f}", f"{row['critical_steps']:,.0f}", f"{row['peer']:,.1f}", f"{row['tokens']:,.0f}",
+            f"{row['dollars']:.3f}", "" if row["peer_name"] == "swarm" else f"{row['ratio']:.2f}x",
+            style="bold" if row["baseline"] or row["peer_name"] == "swarm" else None)
+        shape = row["shape"]
+    Console(highlight=False).print(table)
+    for row in result["rows"]:
+        if row["baseline"]:
+            print(f"{row['shape']}: {row['ratio']:.2f}x faster than the fastest single agent of equal score "
+                  f"({row['peer_name']})")
+    print(f"published: {PUBLISHED}")

@@ -22,6 +22,7 @@ from typing import Annotated, Any
 
 import typer
 
+from moonbase import cli_agents
 from moonbase.errors import TrainingStopped, TryAgain, UserError
 
 INTERRUPTED = 130
@@ -239,7 +240,7 @@ def convert(
 @app.command(epilog="Examples:  moonbase bench train --preset pico --peer transformers\n\n"
                     "  moonbase bench optimizer --peer torch")
 def bench(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="What to measure: train, optimizer, decode or serve.")],
+    name: Annotated[str, typer.Argument(metavar="NAME", help="train, optimizer, decode, serve or swarm.")],
     preset: Annotated[str | None, typer.Option(help="The network, with random weights.", show_default="pico",
                                                autocompletion=_complete_preset)] = None,
     peer: Annotated[str | None, typer.Option(help="Measure this package beside moonbase in the same run: transformers, "
@@ -250,7 +251,8 @@ def bench(
     from moonbase.bench import run as run_bench
 
     options = {key: value for key, value in {"preset": preset, "peer": peer}.items() if value is not None}
-    _deliver(as_json, lambda: run_bench(name, **options), _show_bench)
+    show = cli_agents.show_swarm_bench if name == "swarm" else _show_bench
+    _deliver(as_json, lambda: run_bench(name, **options), show)
 
 
 @app.command(epilog="Examples:  moonbase chat runs/quickstart\n\n  moonbase chat http://127.0.0.1:8000")
@@ -320,6 +322,7 @@ def serve(
         max_running=max_running, cache_tokens=cache_tokens, queue_limit=queue_limit, access_log=access_log)
 
 
+cli_agents.add_verbs(app)
 for _command in app.registered_commands:
     # The terminal breaks the lines of a paragraph, not the source.
     _paragraphs = (inspect.getdoc(_command.callback) or "").split("\n\n")

@@ -19,7 +19,7 @@ from moonbase.presets import preset_config
 from moonbase.recipe import load_recipe
 
 ROOT = Path(__file__).resolve().parents[1]
-VERBS = ("info", "train", "quickstart", "convert", "bench", "chat", "serve")
+VERBS = ("info", "train", "quickstart", "convert", "bench", "chat", "serve", "swarm", "trace")
 
 
 def environment(**extra: str) -> dict[str, str]:

@@ -37,6 +37,8 @@ class AgentState:
     name: str
     task: str
     parent: str | None
+    call: str | None
+    """Its parent's call that started it."""
     started: float
     status: str = WORKING
     steps: int = 0
@@ -70,8 +72,9 @@ class LiveView:
         self.time = 0.0
         self.status: str | None = None
         self._critical_before = 0
-        self._stage = 0
         self._cohort: dict[str, int] = {}
+        self._alike: dict[str | None, tuple[int, str]] = {}
+        """Call -> how many characters the tasks that it gave have in common, and the first of them."""
 
     # --- what is known ------------------------------------------------------------------------------------------------
 
@@ -94,7 +97,16 @@ class LiveView:
     def _agent_started(self, event: Event) -> None:
         self.agents[event["agent"]] = AgentState(
             event["agent"], str(event.get("name") or ""), str(event.get("task") or ""), event.get("parent"),
-            event["time"])
+            event.get("parent_call"), event["time"])
+        agent = self.agents[event["agent"]]
+        if agent.call is not None:
+            # Tasks from one template differ behind its beginning only.
+            length, first = self._alike.get(agent.call, (0, agent.task))
+            if first is not agent.task:
+                pairs = enumerate(zip(first, agent.task, strict=False))
+                same = next((place for place, (ours, theirs) in pairs if ours != theirs), 0)
+                length = min(length, same) if length else same
+            self._alike[agent.call] = (length, first)
 
     def _model_call(self, event: Event) -> None:
         agent = self.agents[event["agent"]]
@@ -192,7 +204,7 @@ class LiveView:
         name = _flat(place if agent.parent is None else f"{place} {agent.name}")
         name_width = max(8, min(28, width // 4))
         seconds = (now if agent.ended is None else agent.ended) - agent.started
-        figures = f"{agent.steps:>3} steps {compact(agent.tokens):>6}"
+        figures = f"{plural(agent.steps, 'step'):>9} {compact(agent.tokens):>6}"
         if width >= 76:
             figures += f" {duration(max(0.0, seconds)):>6}"
         line = Text(f"{sign} ", style=_STYLES[kind])
@@ -200,7 +212,7 @@ class LiveView:
         line.append(f" {figures}  ", style="dim")
         line.append(_flat(agent.now), style="none" if agent.status == WORKING else "dim")
         if agent.parent is not None and agent.status == WORKING and width >= 100:
-            line.append(f"  ({_flat(agent.task)})", style="dim")
+            line.append(f"  ({_flat(agent.task[self._alike.get(agent.call, (0, ''))[0] :])})", style="dim")
         return _cut(line, width, ascii_only)
 
 

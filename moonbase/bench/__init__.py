@@ -12,7 +12,9 @@ from typing import Any
 
 from moonbase.errors import UserError
 
-_PEERS = {"train": ("transformers",), "optimizer": ("torch",), "decode": ("transformers",), "serve": ("transformers",)}
+_PEERS = {"train": ("transformers",), "optimizer": ("torch",), "decode": ("transformers",), "serve": ("transformers",),
+          "swarm": ()}
+_WITHOUT_PRESET = ("swarm",)
 _BENCHES = tuple(_PEERS)
 
 
@@ -26,5 +28,6 @@ def run(name: str, preset: str = "pico", peer: str | None = None) -> dict[str, A
 
     facts = machine_facts()
     rows = importlib.import_module(f"moonbase.bench.{name}").measure(preset, peer)
-    return {"name": f"{name} {preset}", "machine": facts["gpu"] or f"{facts['cpu']}, {facts['cores']} cores",
+    title = name if name in _WITHOUT_PRESET else f"{name} {preset}"
+    return {"name": title, "machine": facts["gpu"] or f"{facts['cpu']}, {facts['cores']} cores",
             "commit": git_commit(), "versions": package_versions(), "rows": rows}

@@ -15,9 +15,10 @@ from typing import Any
 from moonbase.agents.baselines.methods import METHODS, Method, Outcome
 from moonbase.agents.worlds.wideworld import make_tasks, make_world
 from moonbase.agents.worlds.world import Task, World
+from moonbase.report.words import compact
 
 WORLD_SEED, WORLD_PAGES, TASK_SEED = 1, 5000, 0
-TASKS = {1: 4, 4: 4, 16: 4, 64: 3, 256: 1}
+TASKS = {1: 4, 2: 4, 4: 4, 16: 4, 64: 3, 256: 1}
 """Rows of the table -> tasks."""
 COLUMNS = 3
 PUBLISHED = "3-4.5x faster at equal score (Kimi K2.5, Agent Swarm, WideSearch)"
@@ -67,22 +68,23 @@ def show(result: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title="Wide tasks, tables of R rows; scripted agents, simulated time", title_justify="left")
-    for heading in ("R", "method"):
-        table.add_column(heading, no_wrap=True)
-    for heading in ("item-F1", "critical\nsteps", "seconds", "tokens", "dollars", "swarm is\nfaster"):
-        table.add_column(heading, justify="right", no_wrap=True)
+    table = Table(title="Wide tasks, tables of R rows; scripted agents, simulated time", title_justify="left", box=None,
+                  pad_edge=False)
+    for heading, justify in (("R", "right"), ("method", "left"), ("item-F1", "right"), ("steps", "right"),
+                             ("seconds", "right"), ("tokens", "right"), ("dollars", "right"), ("swarm is", "right")):
+        table.add_column(heading, justify=justify, no_wrap=True)
     shape = None
     for row in result["rows"]:
         if row["shape"] != shape and shape is not None:
-            table.add_section()
+            table.add_row()
         table.add_row(
             "" if row["shape"] == shape else row["shape"].removeprefix("R = "), row["peer_name"],
-            f"{row['item_f1']:.3f}", f"{row['critical_steps']:,.0f}", f"{row['peer']:,.1f}", f"{row['tokens']:,.0f}",
+            f"{row['item_f1']:.3f}", f"{row['critical_steps']:,.0f}", f"{row['peer']:,.1f}", compact(row["tokens"]),
             f"{row['dollars']:.3f}", "" if row["peer_name"] == "swarm" else f"{row['ratio']:.2f}x",
             style="bold" if row["baseline"] or row["peer_name"] == "swarm" else None)
         shape = row["shape"]
     Console(highlight=False).print(table)
+    print("steps: critical steps; swarm is: how many times faster")
     for row in result["rows"]:
         if row["baseline"]:
             print(f"{row['shape']}: {row['ratio']:.2f}x faster than the fastest single agent of equal score "

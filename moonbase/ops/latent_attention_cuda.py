@@ -15,8 +15,8 @@ import triton.language as tl
 from torch import Tensor
 
 STRETCHES = 64
-"""Programs that share one context at most. Twice as many read one long context no faster on an H200, and many of them
-slower: what they leave to be joined grows with their number (docs/log.md)."""
+"""Programs that share one context at most. Twice as many read one long context hardly faster on an H200, and many
+of them slower: what they leave to be joined grows with their number (docs/log.md)."""
 SHORTEST = 256
 """Slots that one program reads at least; a multiple of those it reads at once."""
 SLOTS, STAGES = 64, 2

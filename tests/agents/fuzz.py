@@ -196,7 +196,7 @@ class Chaos:
 
     def say(self, account: Account, names: list[str]) -> Any:
         dice = self.dice
-        if not names or dice.random() < 0.12:
+        if not names or dice.random() < (0.15 if account.parent else 0.05):
             odd = dice.random() < 0.2
             return {"role": "assistant", "content": dice.choice(["", None, "  ", ["odd"], 7]) if odd else "The answer."}
         calls = [self.call(account, names) for _ in range(dice.choice([1, 1, 2, 5]))]

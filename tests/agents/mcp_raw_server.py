@@ -86,6 +86,8 @@ for line in sys.stdin:
         print("DEBUG: got", request.get("method"), flush=True)
     if "method" not in request:
         continue
+    if behaviour == "stuck" and request["method"] == "tools/call":
+        time.sleep(600)
     if behaviour == "dies_in_calls" and request["method"] == "tools/call":
         os._exit(1)
     say({"id": request["id"], **answer(request)})

@@ -118,7 +118,7 @@ def test_the_end_of_the_grace_ends_what_runs(folder: Path) -> None:
                                            extra_body={"ignore_eos": True})
         next(iter(stream))
         waiting = socket.create_connection(("127.0.0.1", int(process.url.rsplit(":", 1)[1].strip("/"))))
-        waiting.sendall(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\nauthorization: Bearer k\r\n"
+        waiting.sendall(b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\nauthorization: Bearer k\r\n"
                         b"content-length: 99\r\n\r\n{")  # and never the rest
         time.sleep(0.2)
         start = time.monotonic()

@@ -146,7 +146,7 @@ def _called(address: str, part: int) -> Message:
 
 METHODS: tuple[Method, ...] = (
     *(_alone(f"single, {name}", name, Wide(notes=name == "hide-tool-result")) for name in STRATEGIES),
-    _alone("single, 8 calls a turn, summary", "summary", Wide(calls_per_turn=8)),
+    _alone("single, 8 calls a turn", "summary", Wide(calls_per_turn=8)),
     Method("fan-out by hand", _fan_out),
     _swarm(Wide(calls_per_turn=8)),
 )

@@ -16,11 +16,13 @@ import json
 import logging
 import os
 import re
+import secrets
 from collections.abc import AsyncIterator, Callable, Iterable
 from types import TracebackType
 from typing import Any
 
 from moonbase.agents.tools.mcp_config import Config, ServerConfig, read_config
+from moonbase.agents.tools.sandbox import MARK, kill_marked
 from moonbase.agents.tools.tool import Tool, ToolContext, ToolResult, Toolset
 from moonbase.errors import UserError
 
@@ -82,7 +84,8 @@ class Servers:
         """End them all. Cancelled, it ends them first."""
         for server in self.servers:
             server.end()
-        await _wait_for([session.task for server in self.servers for session in server.sessions])
+        await _wait_for([task for server in self.servers for session in server.sessions
+                         for task in (session.task, *session.calls)])
 
     async def __aenter__(self) -> Servers:
         return self
@@ -93,7 +96,7 @@ class Servers:
         await self.close()
 
 
-async def _wait_for(tasks: list[asyncio.Task[None]]) -> None:
+async def _wait_for(tasks: list[asyncio.Task[Any]]) -> None:
     """Until all are done, whatever happens to the caller meanwhile. Each must end by itself soon."""
     cancelled = None
     while pending := [task for task in tasks if not task.done()]:
@@ -144,7 +147,7 @@ class Server:
         if session.failure:
             return ToolResult(f"Error: {session.failure}", error=True)
         try:
-            result = await session.client.call_tool(tool, arguments)
+            result = await session.call(tool, arguments)
         except Exception as error:
             error = first_error(error)
             if not (session.lost or _is_loss(error)):
@@ -182,6 +185,7 @@ class Session:
         self.failure: str | None = None
         self.client: Any = None
         self.offers: list[Any] = []
+        self.calls: set[asyncio.Task[Any]] = set()
         self.lost = self._ending = False
         self._garbage, self._status, self._standard_error = 0, "", None
         self._scope = anyio.CancelScope(deadline=anyio.current_time() + start_seconds)
@@ -191,6 +195,17 @@ class Session:
         """Let it end, and what it started with it: politely, then by force, within some seconds."""
         self.lost = self._ending = True
         self._scope.cancel()
+
+    async def call(self, tool: str, arguments: dict[str, Any]) -> Any:
+        """The server's result. Cancelled, it tells the server so, without waiting until that is through."""
+        call = asyncio.create_task(self.client.call_tool(tool, arguments))
+        self.calls.add(call)
+        call.add_done_callback(self.calls.discard)
+        try:
+            return await asyncio.shield(call)
+        except asyncio.CancelledError:
+            call.cancel()
+            raise
 
     def last_words(self) -> str:
         """` (the last line that it wrote to its standard error)`, if any."""
@@ -254,9 +269,13 @@ class Session:
         if config.command is not None:
             from mcp.client.stdio import StdioServerParameters, stdio_client
 
+            mark = secrets.token_hex(8)
             parameters = StdioServerParameters(command=config.command, args=list(config.args), cwd=config.cwd,
-                                               env=dict(config.env or {}), encoding_error_handler="replace")
-            with contextlib.closing(StandardError()) as self._standard_error:
+                                               env={**(config.env or {}), MARK: mark}, encoding_error_handler="replace")
+            with contextlib.ExitStack() as stack:
+                # What the server has started and left behind.
+                stack.callback(kill_marked, mark)
+                self._standard_error = stack.enter_context(contextlib.closing(StandardError()))
                 async with stdio_client(parameters, errlog=self._standard_error.file) as (read, write):
                     yield _Watched(read, gone, self.note_garbage), write
         else:

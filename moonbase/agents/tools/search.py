@@ -30,6 +30,8 @@ from moonbase.errors import UserError
 
 PAGE_CHARACTERS = 8000
 SNIPPET_CHARACTERS = 240
+SNIPPET_SCANNED = 200_000
+"""Characters of a document in which a snippet is looked for."""
 QUERY_CHARACTERS = 4096
 QUERY_TERMS = 64
 """Different words of a query that count; the rest of a longer one is left out."""
@@ -219,6 +221,7 @@ def words(text: str) -> list[str]:
 def snippet(text: str, query: str, length: int = SNIPPET_CHARACTERS) -> str:
     """The piece of the text with most of the query's words, on one line; the beginning where none stands there as it
     is written."""
+    text = text[:SNIPPET_SCANNED]
     lower = text.lower()
     if len(lower) != len(text):
         lower = text  # some capitals are one character and two small ones

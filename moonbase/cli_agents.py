@@ -139,7 +139,8 @@ def swarm(
         else:
             _show_answer(result)
     if result["status"] != "finished":
-        print(f"to go on: {run.again}", file=sys.stderr)
+        higher = " with a higher limit" if result["status"] == "over_budget" else ""
+        print(f"to go on{higher}: {run.again}", file=sys.stderr)
         # What the other side may get over is worth trying again.
         passing = result["status"] == "failed" and result["reason"].partition(":")[0] in RETRYABLE
         raise typer.Exit(TryAgain.exit_code if passing else NOT_FINISHED)

@@ -111,7 +111,7 @@ def test_oracles_stay_in_the_tests() -> None:
 
 
 OPTIONAL = {"datasets", "pyarrow", "zstandard", "tensorboard", "triton", "ray", "fastapi", "starlette", "uvicorn",
-            "httpx", "prometheus_client", "llguidance", "jsonschema"}
+            "httpx", "httpx2", "prometheus_client", "llguidance", "jsonschema", "mcp", "mcp_types", "bm25s", "anyio"}
 
 
 def imported_at_once(path: Path) -> list[str]:

@@ -143,7 +143,7 @@ class LiveView:
     def render(self, width: int, height: int, now: float | None = None, ascii_only: bool = False) -> Text:
         """At most `height` lines of at most `width` cells. `now`: seconds since the episode began."""
         now = self.time if now is None else max(now, self.time)
-        lines = [_cut(Text(_flat(self.task), style="bold"), width, ascii_only), *self._figures(width, now)]
+        lines = [_cut(Text(_flat(self.task), style="bold"), width, ascii_only), *self._figures(width, now, ascii_only)]
         room = max(1, height - len(lines))
         shown, left_out = self._choose(room)
         lines += [self._agent_line(agent, width, now, ascii_only) for agent in shown]
@@ -151,7 +151,7 @@ class LiveView:
             lines.append(_cut(Text(f"  and {left_out}", style="dim"), width, ascii_only))
         return Text("\n").join(lines[:height])
 
-    def _figures(self, width: int, now: float) -> list[Text]:
+    def _figures(self, width: int, now: float, ascii_only: bool) -> list[Text]:
         """Who is at work, and what has been spent of what may be."""
         subs = [agent for agent in self.agents.values() if agent.parent is not None]
         ended = sum(agent.status != WORKING for agent in subs)
@@ -168,12 +168,13 @@ class LiveView:
             running, waiting = self.loads()
             parts.append(f"model calls {running}" + (f", {waiting} in line" if waiting else ""))
         lines: list[str] = []
+        between = " - " if ascii_only else " · "
         for part in parts:
             if lines and cell_len(lines[-1]) + 3 + len(part) <= width:
-                lines[-1] += f" · {part}"
+                lines[-1] += between + part
             else:
                 lines.append(part)
-        return [_cut(Text(line, style="dim"), width, False) for line in lines]
+        return [_cut(Text(line, style="dim"), width, ascii_only) for line in lines]
 
     def _of(self, limit: str, write: Callable[[float], str] = compact, some: str = "/") -> str:
         value = self.limits.get(limit)

@@ -71,7 +71,7 @@ def show(result: dict[str, Any]) -> None:
     table = Table(title="Wide tasks, tables of R rows; scripted agents, simulated time", title_justify="left", box=None,
                   pad_edge=False)
     for heading, justify in (("R", "right"), ("method", "left"), ("item-F1", "right"), ("steps", "right"),
-                             ("seconds", "right"), ("tokens", "right"), ("dollars", "right"), ("swarm is", "right")):
+                             ("seconds", "right"), ("tokens", "right"), ("dollars", "right"), ("speed-up", "right")):
         table.add_column(heading, justify=justify, no_wrap=True)
     shape = None
     for row in result["rows"]:
@@ -84,7 +84,7 @@ def show(result: dict[str, Any]) -> None:
             style="bold" if row["baseline"] or row["peer_name"] == "swarm" else None)
         shape = row["shape"]
     Console(highlight=False).print(table)
-    print("steps: critical steps; swarm is: how many times faster")
+    print("steps: critical steps; speed-up: of the swarm over this method")
     for row in result["rows"]:
         if row["baseline"]:
             print(f"{row['shape']}: {row['ratio']:.2f}x faster than the fastest single agent of equal score "

@@ -20,9 +20,10 @@ import pytest
 
 pytest.importorskip("mcp.client.client", reason="needs the package mcp, version 2 or newer")
 
-from moonbase.agents.tools.mcp_client import mcp_tools, tool_names, usable_schema
+from moonbase.agents.tools.mcp_client import mcp_tools
 from moonbase.agents.tools.mcp_config import read_config
 from moonbase.agents.tools.mcp_server import make_server, serve_tools
+from moonbase.agents.tools.mcp_translation import tool_names, usable_schema
 from moonbase.agents.tools.tool import ToolContext, ToolResult, Toolset, tool
 from moonbase.errors import UserError
 

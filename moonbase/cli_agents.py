@@ -58,58 +58,76 @@ _TRACE_EXAMPLES = ("Examples:  moonbase trace runs/swarm/2026-01-31-120000 --ope
                    "  moonbase trace episodes.jsonl --out episodes.html")
 
 
+# The options of swarm; what is shorter stands in its signature.
+_Task = Annotated[str | None, typer.Argument(
+    metavar="TASK", help="What is to be done; - reads it from standard input.", show_default=False)]
+_Model = Annotated[str | None, typer.Option(
+    metavar="MODEL", show_default=False,
+    help="A run folder, a checkpoint folder, preset:NAME, http://HOST/v1, http://HOST/v1#NAME, "
+         "openai:NAME, openai:NAME@URL, moonshot:NAME or anthropic:NAME. Keys come from the environment: "
+         "MOONBASE_API_KEY, OPENAI_API_KEY, MOONSHOT_API_KEY, ANTHROPIC_API_KEY.")]
+_SubModel = Annotated[str | None, typer.Option(metavar="MODEL", help="Of the sub-agents.", show_default="the same")]
+_Tools = Annotated[list[str] | None, typer.Option(
+    help="search:FOLDER, python, shell, files:FOLDER, world:SEED, mcp:FILE; several with commas, or the "
+         "option again.",
+    autocompletion=_complete_tools, show_default="none")]
+_Context = Annotated[str, typer.Option(
+    help=f"When a context is nearly full: {', '.join(_CONTEXTS)}.", autocompletion=_complete_context)]
+_Steps = Annotated[int | None, typer.Option(min=1, help="Model calls of the orchestrator.", show_default="100")]
+_SubSteps = Annotated[int | None, typer.Option(min=1, help="Model calls of each sub-agent.", show_default="100")]
+_Tokens = Annotated[int | None, typer.Option(
+    min=1, help="Tokens into and out of models, all agents together.", show_default="no limit")]
+_Money = Annotated[float | None, typer.Option(min=0, help="Dollars in all; needs --price.", show_default="no limit")]
+_CriticalSteps = Annotated[int | None, typer.Option(
+    min=1, help="Steps of the orchestrator, and of each round of sub-agents those of the longest.",
+    show_default="no limit")]
+_Price = Annotated[str | None, typer.Option(
+    metavar="IN,OUT[,CACHED]", help="Dollars per million tokens.", show_default="0")]
+_SubPrice = Annotated[str | None, typer.Option(
+    metavar="IN,OUT[,CACHED]", help="Of the sub-agents' model.", show_default="the same")]
+_Session = Annotated[Path | None, typer.Option(
+    help="Folder for events, trace and answer.", show_default="runs/swarm/TIME")]
+_Resume = Annotated[Path | None, typer.Option(
+    help="Go on with the session in this folder, with its task and settings; --model, --sub-model, "
+         "prices, limits and --concurrency may be given anew.",
+    show_default=False)]
+_Quiet = Annotated[bool, typer.Option("--print", help="No progress: the result alone, for scripts.")]
+_OutputFormat = Annotated[OutputFormat, typer.Option(
+    help="text: the answer; json: one object; stream-json: every event as a line, then the result.")]
+_AllowUnsafeSandbox = Annotated[bool, typer.Option(
+    "--allow-unsafe-sandbox",
+    help="Where bubblewrap does not work: run what the model writes as plain processes, with limits and "
+         "without a security boundary.")]
+_AsJson = Annotated[bool, typer.Option("--json", help="One JSON object on standard output, nothing else there.")]
+
+
 def swarm(
-    task: Annotated[str | None, typer.Argument(metavar="TASK", help="What is to be done; - reads it from standard "
-                                               "input.", show_default=False)] = None,
-    model: Annotated[str | None, typer.Option(
-        metavar="MODEL", show_default=False,
-        help="A run folder, a checkpoint folder, preset:NAME, http://HOST/v1, http://HOST/v1#NAME, openai:NAME, "
-             "openai:NAME@URL, moonshot:NAME or anthropic:NAME. Keys come from the environment: MOONBASE_API_KEY, "
-             "OPENAI_API_KEY, MOONSHOT_API_KEY, ANTHROPIC_API_KEY.")] = None,
-    sub_model: Annotated[str | None, typer.Option(metavar="MODEL", help="Of the sub-agents.",
-                                                  show_default="the same")] = None,
-    tools: Annotated[list[str] | None, typer.Option(
-        help="search:FOLDER, python, shell, files:FOLDER, world:SEED, mcp:FILE; several with commas, or the option "
-             "again.", autocompletion=_complete_tools, show_default="none")] = None,
+    task: _Task = None,
+    model: _Model = None,
+    sub_model: _SubModel = None,
+    tools: _Tools = None,
     single: Annotated[bool, typer.Option("--single", help="One agent alone, with the same tools and trace.")] = False,
-    context: Annotated[str, typer.Option(help=f"When a context is nearly full: {', '.join(_CONTEXTS)}.",
-                                         autocompletion=_complete_context)] = "keep-all",
-    steps: Annotated[int | None, typer.Option(min=1, help="Model calls of the orchestrator.",
-                                              show_default="100")] = None,
-    sub_steps: Annotated[int | None, typer.Option(min=1, help="Model calls of each sub-agent.",
-                                                  show_default="100")] = None,
-    tokens: Annotated[int | None, typer.Option(min=1, help="Tokens into and out of models, all agents together.",
-                                               show_default="no limit")] = None,
+    context: _Context = "keep-all",
+    steps: _Steps = None,
+    sub_steps: _SubSteps = None,
+    tokens: _Tokens = None,
     seconds: Annotated[float | None, typer.Option(min=0.001, help="Seconds in all.", show_default="no limit")] = None,
-    money: Annotated[float | None, typer.Option(min=0, help="Dollars in all; needs --price.",
-                                                show_default="no limit")] = None,
-    critical_steps: Annotated[int | None, typer.Option(
-        min=1, help="Steps of the orchestrator, and of each round of sub-agents those of the longest.",
-        show_default="no limit")] = None,
+    money: _Money = None,
+    critical_steps: _CriticalSteps = None,
     subagents: Annotated[int | None, typer.Option(min=0, help="Runs of sub-agents.", show_default="100")] = None,
     concurrency: Annotated[int, typer.Option(min=1, help="Model calls at a time; more wait in line.")] = 64,
     temperature: Annotated[float, typer.Option(min=0)] = 1.0,
     top_p: Annotated[float, typer.Option(min=0, max=1)] = 1.0,
     max_tokens: Annotated[int, typer.Option(min=1, help="Tokens of one reply.")] = 4096,
     seed: Annotated[int | None, typer.Option(help="For models that take one.", show_default="none")] = None,
-    price: Annotated[str | None, typer.Option(metavar="IN,OUT[,CACHED]", help="Dollars per million tokens.",
-                                              show_default="0")] = None,
-    sub_price: Annotated[str | None, typer.Option(metavar="IN,OUT[,CACHED]", help="Of the sub-agents' model.",
-                                                  show_default="the same")] = None,
-    session: Annotated[Path | None, typer.Option(help="Folder for events, trace and answer.",
-                                                 show_default="runs/swarm/TIME")] = None,
-    resume: Annotated[Path | None, typer.Option(
-        help="Go on with the session in this folder, with its task and settings; --model, --sub-model, prices, limits "
-             "and --concurrency may be given anew.", show_default=False)] = None,
-    quiet: Annotated[bool, typer.Option("--print", help="No progress: the result alone, for scripts.")] = False,
-    output_format: Annotated[OutputFormat, typer.Option(
-        help="text: the answer; json: one object; stream-json: every event as a line, then the result.")]
-    = OutputFormat.text,
-    allow_unsafe_sandbox: Annotated[bool, typer.Option(
-        "--allow-unsafe-sandbox", help="Where bubblewrap does not work: run what the model writes as plain processes, "
-                                       "with limits and without a security boundary.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on standard output, nothing else "
-                                                         "there.")] = False,
+    price: _Price = None,
+    sub_price: _SubPrice = None,
+    session: _Session = None,
+    resume: _Resume = None,
+    quiet: _Quiet = False,
+    output_format: _OutputFormat = OutputFormat.text,
+    allow_unsafe_sandbox: _AllowUnsafeSandbox = False,
+    as_json: _AsJson = False,
 ) -> None:
     """Give a task to an orchestrator, which may create sub-agents that work at the same time; or to one agent alone.
 
@@ -390,8 +408,8 @@ def trace(
 
     The page needs no network and no server; it can be sent as it is.
     """
+    from moonbase.agents.episodes import read_episodes
     from moonbase.agents.page import write_page
-    from moonbase.agents.trace import read_episodes
     from moonbase.cli import _deliver
 
     if source.is_dir() and not (source / "events.jsonl").is_file():

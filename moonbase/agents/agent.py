@@ -14,7 +14,7 @@ from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from moonbase.agents.budget import Budget, BudgetExceeded, Limits, Reservation, Spent
+from moonbase.agents.budget import Budget, BudgetExceeded, Limits, Reservation
 from moonbase.agents.context import HIDDEN, ContextStrategy, KeepAll, Room, View, rounds
 from moonbase.agents.journal import Event, Journal
 from moonbase.agents.models.base import (
@@ -95,7 +95,7 @@ class Agent:
     async def run(self, task: str | list[Message]) -> AgentResult:
         """Work on a task, or go on with a conversation."""
         if self.budget is None:
-            self.budget = Budget(self.limits, started=self.journal.started(self.id))
+            self.budget = Budget(self.limits, None, self.journal.started(self.id), self.journal.spent(self.id))
         given = [{"role": "user", "content": task}] if isinstance(task, str) else list(task)
         for message in [{"role": "system", "content": self.system}] * bool(self.system) + given:
             self._append(message)
@@ -271,8 +271,6 @@ class Agent:
             known["completion"], known["finish_reason"], Usage(**known["usage"]), known["model"],
             known.get("prompt_ids"), known.get("token_ids"), known.get("logprobs"))
         self.usage += completion.usage
-        self.budget.add(Spent(tokens=completion.usage.input_tokens + completion.usage.output_tokens,
-                              money=known["price_paid"]))
         return completion
 
     # --- calls of tools -----------------------------------------------------------------------------------------------
@@ -292,7 +290,7 @@ class Agent:
         journal, name, arguments = self.journal, function["name"], function["arguments"]
         known = journal.recorded(id)
         if known is not None:
-            self.budget.add(journal.spent_inside(id))
+            self.budget.count_stage(journal.critical_steps(id))
             return ToolResult(known["result"], known["error"])
         started = journal.now()
         result = await self.tools.call(

@@ -103,22 +103,25 @@ KEPT = 0.1
 class Budget:
     """What one agent may spend, within what its parents may."""
 
-    def __init__(self, limits: Limits = Limits(), parent: Budget | None = None, started: float = 0.0) -> None:
-        """`started`: the journal's time from which seconds count."""
+    def __init__(
+        self, limits: Limits = Limits(), parent: Budget | None = None, started: float = 0.0,
+        known: Spent | None = None,
+    ) -> None:
+        """`started`: the journal's time from which seconds count. `known`: tokens, money and sub-agents of earlier
+        lives, those below it included; they count from the start, since they are found again in no certain order."""
         self.limits, self.parent, self.started = limits, parent, started
         self.line: tuple[Budget, ...] = (self, *(parent.line if parent is not None else ()))
         """This one and everyone above."""
-        self.spent = Spent()
+        self.spent = Spent() if known is None else Spent(
+            tokens=known.tokens, money=known.money, subagents=known.subagents)
         self.in_flight = self.reserved_tokens = 0
         self.reserved_money = 0.0
         self._cohort: list[Spent] = []
         self._waiting: deque[asyncio.Event] = deque()
 
-    def child(self, limits: Limits, started: float) -> Budget:
-        """For a sub-agent, which may take no more critical steps than are left. Raises BudgetExceeded where no more
-        of them may be started."""
-        for node in self.line:
-            _check("sub-agents", node.spent.subagents, node.limits.subagents, 1)
+    def child(self, limits: Limits, started: float, known: Spent | None = None) -> Budget:
+        """For a sub-agent, which may take no more critical steps than are left. `known`: it was started in an earlier
+        life already, and has spent this. Raises BudgetExceeded where no more of them may be started."""
         whole = self.limits.critical_steps
         if whole is not None:
             # One is kept for the answer.
@@ -127,9 +130,12 @@ class Budget:
                 raise BudgetExceeded("critical steps", self.spent.critical_steps, whole, 2)
             own = limits.critical_steps
             limits = dataclasses.replace(limits, critical_steps=left if own is None else min(left, own))
-        child = Budget(limits, self, started)
-        for node in self.line:
-            node.spent.subagents += 1
+        if known is None:
+            for node in self.line:
+                _check("sub-agents", node.spent.subagents, node.limits.subagents, 1)
+            for node in self.line:
+                node.spent.subagents += 1
+        child = Budget(limits, self, started, known)
         self._cohort.append(child.spent)
         return child
 
@@ -157,13 +163,9 @@ class Budget:
                 if limit is not None]
         return min(left) if left else None
 
-    def add(self, spent: Spent) -> None:
-        """What a call spent in an earlier life, its sub-agents' part in `critical_steps`."""
-        for node in self.line:
-            node.spent.tokens += spent.tokens
-            node.spent.money += spent.money
-            node.spent.subagents += spent.subagents
-        self._cohort.append(spent)
+    def count_stage(self, critical_steps: int) -> None:
+        """So many were taken by sub-agents of this stage in an earlier life."""
+        self._cohort.append(Spent(critical_steps=critical_steps))
 
     # --- seconds ------------------------------------------------------------------------------------------------------
 

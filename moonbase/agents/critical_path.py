@@ -15,10 +15,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from moonbase.agents.trace import AgentRecord, Episode, Measure, ModelCall, ToolCall
+from moonbase.agents.trace import MEASURES, AgentRecord, Episode, Measure, ModelCall, ToolCall
 
 
 @dataclass(frozen=True)
@@ -46,7 +44,7 @@ def critical(episode: Episode) -> Critical:
     agents = {agent.id: agent for agent in episode.agents}
     order = _parents_first(episode.agents[0], agents)
     root, chains, lengths = order[0], {}, {}
-    for measure in ("steps", "tokens", "seconds"):
+    for measure in MEASURES:
         longest = _Longest(measure, agents, episode.seconds)
         for agent in reversed(order):
             longest.measure_agent(agent)

@@ -1,4 +1,4 @@
-"""From the events of a session to its episode; `trace.fold` is the way in.
+"""From the events of a session (`SESSION/events.jsonl`, or as they happen) to its episode.
 
 An event tells of something that has ended, so a stream that stops shows what was running by what is missing: an agent
 without its end, a reply whose calls have no result.
@@ -6,6 +6,8 @@ without its end, a reply whose calls have no result.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from types import NoneType
 from typing import Any
 
 from pydantic import ValidationError
@@ -30,7 +32,28 @@ from moonbase.errors import UserError
 Event = dict[str, Any]
 
 
-class Folding:
+def fold(events: Iterable[Event]) -> Episode:
+    """The episode that a stream of events tells.
+
+    The stream may end anywhere: agents and calls that were running then are unfinished. Events that a resumed session
+    repeats count once. Raises UserError, with the number of the event, for what is no such stream.
+    """
+    folding, place = _Folding(), ""
+    try:
+        for number, event in enumerate(events, 1):
+            place = f"event {number}: "
+            folding.take(event)
+        place = ""
+        return folding.episode()
+    except (UserError, *_DAMAGE) as error:
+        raise UserError(f"{place}{_in_one_line(error)}") from None
+
+
+_DAMAGE = (ArithmeticError, AttributeError, KeyError, TypeError, ValueError, RecursionError)
+"""What a field of another kind than it should be leads to."""
+
+
+class _Folding:
     """Takes the events one by one."""
 
     def __init__(self) -> None:
@@ -38,19 +61,19 @@ class Folding:
         self._agents: dict[str, _Agent] = {}
         self._last_time = 0.0
 
-    def take(self, number: int, event: Event) -> None:
-        """Event `number`, from 1. Kinds that are not known are passed over. Raises UserError."""
-        take = getattr(self, f"_{event.get('type')}", None) if event.get("type") in KINDS else None
-        if take is None:
+    def take(self, event: Event) -> None:
+        """The next event. Kinds that are not known are passed over. Raises UserError and what `_DAMAGE` names."""
+        kind = event.get("type")
+        if not isinstance(kind, str) or kind not in KINDS:
             return
-        try:
-            event = clean(event)
-            if self._episode is None and event["type"] != "episode_started":
-                raise UserError(f"it comes before episode_started ({event['type']})")
-            self._last_time = max(self._last_time, event.get("time", 0.0))
-            take(event)
-        except (UserError, KeyError, TypeError, ValueError) as error:
-            raise UserError(f"event {number}: {_in_one_line(error)}") from None
+        event = clean(event)
+        if self._episode is None and kind != "episode_started":
+            raise UserError(f"it comes before episode_started ({kind})")
+        time = event.get("time", 0.0)
+        if not 0 <= time < float("inf"):
+            raise UserError(f"its time is {time!r}: no number of seconds since the start")
+        self._last_time = max(self._last_time, time)
+        getattr(self, f"_{kind}")(event)
 
     def episode(self) -> Episode:
         """What the events so far tell."""
@@ -139,9 +162,11 @@ class _Agent:
         added = event.get("messages_added") or []
         if added and messages and added[0].get("role") == "assistant" and added[0] == messages[-1]:
             added = added[1:]
+        completion, reply = event.get("completion"), None
+        for message in added if completion is None else [*added, completion]:
+            _check_message(message)
         messages.extend(added)
         sees = _ranges_left(len(messages), event.get("context_dropped") or [])
-        completion, reply = event.get("completion"), None
         if completion is not None:
             reply = len(messages)
             messages.append(completion)
@@ -262,12 +287,18 @@ def _ranges_left(count: int, dropped: list[list[int]]) -> list[tuple[int, int]]:
     return [*left, (at, count)] if at < count else left
 
 
+def _check_message(message: Any) -> None:
+    """Raises UserError for what is no message of the OpenAI chat API as far as a trace looks into one."""
+    calls = message.get("tool_calls") if isinstance(message, dict) else 0
+    if not isinstance(calls, list | NoneType) or not all(
+            isinstance(call, dict) and isinstance(call.get("function"), dict | NoneType) for call in calls or ()):
+        raise UserError(f"no message of a chat: {str(message)[:80]!r}")
+
+
 def _limits(found: dict[str, Any] | None) -> LimitsRecord:
-    limits = _known(LimitsRecord, found)
-    for name, value in limits:
-        if value == float("inf"):
-            setattr(limits, name, None)
-    return limits
+    """JSON has no infinity: no limit is null in a trace."""
+    return _known(LimitsRecord, {name: None if value == float("inf") else value
+                                 for name, value in (found or {}).items()})
 
 
 def _known(record: type, found: dict[str, Any] | None) -> Any:

@@ -35,7 +35,7 @@ class Journal:
         """Those of earlier lives at first; later ones are only kept in memory where there is no file."""
         self.listeners: list[Callable[[Event], None]] = []
         self._calls = {event["call"]: event for event in self.events if _is_call(event) and not _is_tried_again(event)}
-        self._inside = spent_inside(self.events)
+        self._spent, self._critical_steps = spent_before(self.events)
         self._outlines = {(event["type"], event["agent"]): event for event in self.events
                           if event["type"] in _OUTLINES}
         self._before = max((event["time"] for event in self.events), default=0.0)
@@ -60,7 +60,7 @@ class Journal:
             raise UserError(f"{path}: cannot be written: {error.strerror}") from None
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            events, good_bytes = read_events(path)
+            events, good_bytes = read_whole_lines(path)
             os.ftruncate(file, good_bytes)  # a line that a crash cut short
         except BlockingIOError:
             os.close(file)
@@ -84,9 +84,13 @@ class Journal:
         """What an earlier life knows of a call; None where it has not come to an end there."""
         return self._calls.get(call)
 
-    def spent_inside(self, call: str) -> Spent:
-        """What the sub-agents of a recorded tool call spent in earlier lives."""
-        return self._inside.get(call) or Spent()
+    def spent(self, agent: str) -> Spent | None:
+        """What an agent and those below it spent in earlier lives; None where it was not started there."""
+        return self._spent.get(agent)
+
+    def critical_steps(self, call: str) -> int:
+        """The most that any sub-agent took which a recorded tool call had started."""
+        return self._critical_steps.get(call, 0)
 
     def started(self, agent: str) -> float:
         """When an agent was started, in whichever life."""
@@ -133,8 +137,11 @@ class Journal:
             raise self._failure from None
 
 
-def read_events(path: Path) -> tuple[list[Event], int]:
-    """The events of a session, and how many bytes of the file are whole lines. Raises UserError naming a bad line."""
+def read_whole_lines(path: Path) -> tuple[list[Event], int]:
+    """The events of a session, and how many bytes of the file are whole lines: a crash may have cut the last one short.
+
+    Raises UserError naming a bad line, OSError.
+    """
     events: list[Event] = []
     good_bytes = 0
     with path.open("rb") as file:
@@ -190,36 +197,34 @@ def _is_tried_again(event: Event) -> bool:
     return event["type"] == "model_call" and event["error"] is not None and event["error"]["kind"] != "context_length"
 
 
-def spent_inside(events: list[Event]) -> dict[str, Spent]:
-    """Tool call id -> what the sub-agents spent that it started, theirs included; `critical_steps` is the most that
-    any of them took, and as many steps as an agent's own model calls, the failed ones included."""
-    steps: dict[str, set[str]] = {}
-    total: dict[str, Spent] = {}
+def spent_before(events: list[Event]) -> tuple[dict[str, Spent], dict[str, int]]:
+    """Agent id -> what it and those below it spent; tool call id -> the most critical steps of an agent that it
+    started. An agent's steps are its model calls, the failed ones included."""
+    agents = {event["agent"]: event for event in events if event["type"] == "agent_started"}
+    spent = {agent: Spent() for agent in agents}
+    steps: dict[str, set[str]] = {agent: set() for agent in agents}
     paid: set[str] = set()
     for event in events:
-        if event["type"] != "model_call":
+        if event["type"] != "model_call" or event["agent"] not in agents:
             continue
-        steps.setdefault(event["agent"], set()).add(event["call"])
+        steps[event["agent"]].add(event["call"])
         if event["error"] is None and event["call"] not in paid:
             paid.add(event["call"])
-            own = total.setdefault(event["agent"], Spent())
+            own = spent[event["agent"]]
             own.tokens += event["usage"]["input_tokens"] + event["usage"]["output_tokens"]
             own.money += event["price_paid"]
-    inside: dict[str, Spent] = {}
-    stages: dict[str, dict[str, int]] = {}
-    agents = {event["agent"]: event for event in events if event["type"] == "agent_started"}
+    of_call: dict[str, int] = {}
+    stages: dict[str, dict[str, int]] = {agent: {} for agent in agents}
     # Children start after their parents.
     for agent, event in reversed(agents.items()):
-        own = total.setdefault(agent, Spent())
-        own.critical_steps = len(steps.get(agent, ())) + sum(stages.get(agent, {}).values())
-        parent, call = event["parent"], event["parent_call"]
-        if parent is None or call is None:
+        own, parent, call = spent[agent], event["parent"], event["parent_call"]
+        own.critical_steps = len(steps[agent]) + sum(stages[agent].values())
+        if parent not in agents or call is None:
             continue
-        for above in (total.setdefault(parent, Spent()), inside.setdefault(call, Spent())):
-            above.tokens += own.tokens
-            above.money += own.money
-            above.subagents += own.subagents + 1
-        inside[call].critical_steps = max(inside[call].critical_steps, own.critical_steps)
-        stage, longest = call.rpartition(".")[0], stages.setdefault(parent, {})
+        above, longest, stage = spent[parent], stages[parent], call.rpartition(".")[0]
+        above.tokens += own.tokens
+        above.money += own.money
+        above.subagents += own.subagents + 1
+        of_call[call] = max(of_call.get(call, 0), own.critical_steps)
         longest[stage] = max(longest.get(stage, 0), own.critical_steps)
-    return inside
+    return spent, of_call

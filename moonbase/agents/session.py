@@ -23,13 +23,15 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from moonbase.agents.budget import Limits
 from moonbase.agents.context import STRATEGIES
-from moonbase.agents.journal import EVENTS, Event, Journal, read_events
+from moonbase.agents.episodes import read_events, write_episodes
+from moonbase.agents.folding import fold
+from moonbase.agents.journal import EVENTS, Event, Journal
 from moonbase.agents.models.base import CallOptions, ChatModel, Price
 from moonbase.agents.models.pool import Pool
 from moonbase.agents.page import write_page
 from moonbase.agents.swarm import MAX_SUBAGENTS, ORCHESTRATOR, Swarm
 from moonbase.agents.toolsets import open_tools
-from moonbase.agents.trace import Episode, fold, write_episodes
+from moonbase.agents.trace import Episode
 from moonbase.errors import UserError
 from moonbase.files import write_text
 
@@ -136,7 +138,7 @@ def read_settings(folder: Path) -> Settings:
     path = folder / EVENTS
     if not path.is_file():
         raise UserError(f"{folder}: no session to resume here ({EVENTS} is missing)")
-    events, _ = read_events(path)
+    events = read_events(path)
     if not events:
         raise UserError(f"{folder}: the session was ended before it began; start it again with --session {folder}")
     found = events[0].get("settings")

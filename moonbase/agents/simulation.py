@@ -8,6 +8,7 @@ on asyncio's own loop, by the same code.
 from __future__ import annotations
 
 import asyncio
+import math
 import selectors
 from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
@@ -16,23 +17,19 @@ Result = TypeVar("Result")
 
 
 class _Selector(selectors.DefaultSelector):
-    """Never waits; tells how long it was asked to."""
+    """Never waits; says how long it was asked to."""
 
-    def __init__(self, clock: _Clock) -> None:
+    def __init__(self, passed: Callable[[float], None]) -> None:
         super().__init__()
-        self._clock = clock
+        self._passed = passed
 
     def select(self, timeout: float | None = None) -> list[Any]:
         events = super().select(0)
         if not events and timeout is None:
             raise RuntimeError("nothing will ever happen: a simulated program waits for something outside of it")
         if not events and timeout:
-            self._clock.now += timeout
+            self._passed(timeout)
         return events
-
-
-class _Clock:
-    now = 0.0
 
 
 class SimulatedLoop(asyncio.SelectorEventLoop):
@@ -40,12 +37,17 @@ class SimulatedLoop(asyncio.SelectorEventLoop):
     a thread is done at once, and takes no time."""
 
     def __init__(self) -> None:
-        self._simulated = _Clock()
-        super().__init__(_Selector(self._simulated))
+        self._now = 0.0
+        super().__init__(_Selector(self._pass))
 
     def time(self) -> float:
         """Simulated seconds."""
-        return self._simulated.now
+        return self._now
+
+    def _pass(self, seconds: float) -> None:
+        self._now += seconds
+        # What is due now is found as due by asyncio only if its resolution is more than a float's at this time.
+        self._clock_resolution = max(1e-9, 2 * math.ulp(self._now))
 
     def run_in_executor(self, executor: Any, func: Callable[..., Any], *args: Any) -> asyncio.Future[Any]:
         """Here and now."""

@@ -26,14 +26,14 @@ from pydantic import Field
 from moonbase.agents.agent import Agent, AgentResult, side_by_side
 from moonbase.agents.budget import Budget, BudgetExceeded, Limits
 from moonbase.agents.context import ContextStrategy, KeepAll
+from moonbase.agents.folding import fold
 from moonbase.agents.journal import Event, Journal
 from moonbase.agents.models.base import CallOptions, ChatModel
 from moonbase.agents.models.pool import Pool
 from moonbase.agents.tools.tool import ToolContext, ToolResult, Toolset, tool
-from moonbase.agents.trace import Episode, fold
+from moonbase.agents.trace import SCHEMA, Episode
 from moonbase.errors import UserError
 
-SCHEMA = "moonbase.trace/1"
 MAX_SUBAGENTS = 100
 """Runs of sub-agents in one episode, as the product has it."""
 ORCHESTRATOR = (
@@ -99,8 +99,9 @@ class Swarm:
                 "limits": dataclasses.asdict(self.limits), "sub_limits": dataclasses.asdict(self.sub_limits),
                 "seed": self.options.seed, "tools": self._toolset.names, **self.details,
                 "started_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")})
-        main = Agent("main", self.model, self._toolset, system=self.system, budget=Budget(self.limits),
-                     context=self.context, journal=self.journal, options=self.options)
+        main = Agent("main", self.model, self._toolset, system=self.system, context=self.context,
+                     budget=Budget(self.limits, known=self.journal.spent("main")), journal=self.journal,
+                     options=self.options)
         self._agents["main"] = main
         try:
             async with self.tools + self.sub_tools.without(*self.tools.names):
@@ -183,7 +184,7 @@ class Swarm:
                               error=True)
         above, id = self._agents[context.agent], _agent_id(id)
         try:
-            budget = above.budget.child(self.sub_limits, self.journal.started(id))
+            budget = above.budget.child(self.sub_limits, self.journal.started(id), self.journal.spent(id))
         except BudgetExceeded as error:
             return ToolResult(f"Error: the sub-agent was not started: {error}.", error=True)
         deep = id.count("/") >= self.depth

@@ -1,7 +1,7 @@
 """The trace of an episode: who did what, when, at whose request, and what it cost. One JSON line an episode.
 
-While an episode runs it is a stream of events, one JSON object a line (`SESSION/events.jsonl`); `fold` makes the
-episode of them, also where the stream stops in the middle. docs/traces.md documents every field.
+The schema alone: `folding.fold` makes an episode of the events of a session, `episodes` reads and writes files of them.
+docs/traces.md documents every field.
 
 Times are seconds since the start of the episode. A call is a model call, `AGENT#STEP`, or a tool call,
 `AGENT#STEP.INDEX`; a sub-agent is named after the call that started it, `AGENT/STEP.INDEX` (an item of a bulk call:
@@ -10,18 +10,11 @@ Times are seconds since the start of the episode. A call is a model call, `AGENT
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
-
-from moonbase.errors import UserError
-from moonbase.files import write_bytes
+from pydantic import BaseModel, ConfigDict, Field
 
 SCHEMA = "moonbase.trace/1"
-EVENTS_FILE = "events.jsonl"
 
 Measure = Literal["steps", "tokens", "seconds"]
 MEASURES: tuple[Measure, ...] = ("steps", "tokens", "seconds")
@@ -29,9 +22,9 @@ Status = Literal["finished", "over_budget", "stuck", "failed", "cancelled", "unf
 
 
 class Record(BaseModel):
-    """An unknown field is a mistake: what a reader does not know it must not drop silently."""
+    """An unknown field is a mistake: what a reader does not know it must not drop silently. JSON has no infinity."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 
 class LimitsRecord(Record):
@@ -264,99 +257,6 @@ class Episode(Record):
     """Name to value, as graders gave them."""
     critical: CriticalRecord = CriticalRecord()
     """Length of the critical path; the calls on it say so themselves."""
-
-
-def fold(events: Iterable[dict[str, Any]]) -> Episode:
-    """The episode that a stream of events tells.
-
-    The stream may end anywhere: agents and calls that were running then are unfinished. Events that a resumed session
-    repeats count once. Raises UserError, with the number of the event, for what is no such stream.
-    """
-    from moonbase.agents.folding import Folding
-
-    folding = Folding()
-    for number, event in enumerate(events, 1):
-        folding.take(number, event)
-    return folding.episode()
-
-
-def read_events(path: str | Path) -> Iterator[dict[str, Any]]:
-    """The events of a session; a last line that was not written to its end is left out.
-
-    `path`: the session's folder or its events.jsonl. Raises UserError for any other line that is no JSON object.
-    """
-    path = _events_file(Path(path))
-    waiting: UserError | None = None
-    for number, line in _lines(path):
-        if waiting is not None:
-            raise waiting
-        try:
-            event = json.loads(line)
-        except ValueError as error:
-            # Only what follows tells whether this was the torn end of the file.
-            waiting = UserError(f"{path}: line {number} is no JSON ({error}). Remove it, or take the file from a copy.")
-            continue
-        if not isinstance(event, dict):
-            raise UserError(f"{path}: line {number} is no event: it should be a JSON object.")
-        yield event
-
-
-def read_episodes(path: str | Path) -> Iterator[Episode]:
-    """The episodes of a trace file, one a line; or the one of a session, from its folder or its events.jsonl.
-
-    Raises UserError with the number of the line for one that is no episode, or one of a newer schema.
-    """
-    path = _events_file(Path(path))
-    found = False
-    for number, line in _lines(path):
-        if not found and b'"type"' in line[:4096] and b'"schema_version"' not in line[:4096]:
-            try:
-                yield fold(read_events(path))
-            except UserError as error:
-                raise UserError(f"{path}: {error}" if str(path) not in str(error) else str(error)) from None
-            return
-        found = True
-        try:
-            episode = Episode.model_validate_json(line)
-        except ValidationError as error:
-            raise UserError(f"{path}: line {number}: {_complaint(line, error)}") from None
-        yield episode
-    if not found:
-        raise UserError(f"{path}: no episode in it")
-
-
-def write_episodes(path: str | Path, episodes: Iterable[Episode]) -> None:
-    """Write a trace file, whole or not at all."""
-    write_bytes(path, b"".join(episode.model_dump_json().encode() + b"\n" for episode in episodes))
-
-
-def _events_file(path: Path) -> Path:
-    return path / EVENTS_FILE if path.is_dir() else path
-
-
-def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """(number, line) of every line that is not empty."""
-    try:
-        with open(path, "rb") as file:
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    yield number, line
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror or error}") from None
-
-
-def _complaint(line: bytes, error: ValidationError) -> str:
-    """One line on why a line is no episode."""
-    try:
-        found = json.loads(line)
-    except ValueError as wrong:
-        return f"no JSON ({wrong}). Was the file cut off?"
-    if not isinstance(found, dict) or "schema_version" not in found:
-        return f'no episode: it has no "schema_version": "{SCHEMA}"'
-    if found["schema_version"] != SCHEMA:
-        return wrong_schema(found["schema_version"])
-    first = error.errors()[0]
-    return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
 
 
 def wrong_schema(found: Any) -> str:

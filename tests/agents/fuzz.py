@@ -210,7 +210,8 @@ class Chaos:
     def call(self, account: Account, names: list[str]) -> Any:
         dice, name = self.dice, self.dice.choice([*names, "no_such_tool"])
         if "assign_task" in names and dice.random() < 0.5:
-            name = dice.choice(["assign_task", "assign_task", "assign_tasks"] if account.steps > 1 else ["create_subagent"])
+            ways = ["assign_task", "assign_task", "assign_tasks"]
+            name = dice.choice(ways if account.steps > 1 else ["create_subagent"])
         role = dice.choice(["a", "a", "a", "b"])
         arguments: Any = {"seconds": dice.choice([0, 1, 1000]), "size": dice.choice([0, 10, 100_000])}
         if name == "create_subagent":
@@ -337,7 +338,7 @@ async def _episode(swarm: Swarm, dice: random.Random, complaints: list[str]) -> 
         status = "bug"
     else:
         status = result.status
-        if status == "finished" and not result.text.strip() or status != "finished" and not result.reason:
+        if not (result.text.strip() if status == "finished" else result.reason):
             complaints.append(f"{status} with nothing to say")
         spent, critical = result.episode.spent, result.episode.critical.steps
         budget = swarm._agents["main"].budget.spent

@@ -44,6 +44,9 @@ class Server(ThreadingHTTPServer):
     log: Any = None
     lock = threading.Lock()
 
+    def handle_error(self, *_: Any) -> None:
+        """A client that was killed is no news."""
+
     def reply(self, body: dict[str, Any]) -> dict[str, Any]:
         """The assistant's message."""
         messages = body["messages"]

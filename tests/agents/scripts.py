@@ -55,7 +55,8 @@ class Script:
             raise line
         message, reason, usage = line if isinstance(line, tuple) else (line, None, None)
         reason = reason or ("tool_calls" if message.get("tool_calls") else "stop")
-        return Completion(copy.deepcopy(message), reason, usage or Usage(self.count_tokens(messages, tools), 10), self.name)
+        usage = usage or Usage(self.count_tokens(messages, tools), 10)
+        return Completion(copy.deepcopy(message), reason, usage, self.name)
 
     async def close(self) -> None:
         pass

@@ -89,7 +89,8 @@ def test_malformed_calls_go_back_as_observations(bad: Any, words: str) -> None:
 
 
 def test_equal_ids_are_told_apart() -> None:
-    model = Script(asks(call("double", number=1) | {"id": "same"}, call("double", number=2) | {"id": "same"}), says("ok"))
+    calls = [call("double", number=number) | {"id": "same"} for number in (1, 2)]
+    model = Script(asks(*calls), says("ok"))
     work(model)
     asked, answered = model.shown[1][1]["tool_calls"], model.shown[1][2:]
     assert [one["id"] for one in asked] == [one["tool_call_id"] for one in answered]
@@ -241,7 +242,7 @@ def test_retries_and_429_through_the_pool() -> None:
 
 def test_cancellation_stops_everything_and_is_noted() -> None:
     async def program() -> None:
-        running = asyncio.ensure_future(Agent("helper", model, TOOLS, limits=Limits(), journal=journal).run("The task."))
+        running = asyncio.ensure_future(Agent("helper", model, TOOLS, journal=journal).run("The task."))
         await asyncio.sleep(1)
         running.cancel()
         with pytest.raises(asyncio.CancelledError):

@@ -66,8 +66,8 @@ class Accountant:
 limits = st.builds(Limits, tokens=st.none() | st.integers(0, 5000), money=st.none() | st.floats(0, 0.05),
                    subagents=st.none() | st.integers(0, 4))
 moves = st.lists(st.tuples(st.sampled_from(["child", "reserve", "reserve", "reserve", "settle", "release"]),
-                           st.integers(0, 9), st.integers(0, 1000), st.integers(1, 2000), st.sampled_from(PRICES), limits,
-                           st.floats(0, 1)), max_size=40)
+                           st.integers(0, 9), st.integers(0, 1000), st.integers(1, 2000), st.sampled_from(PRICES),
+                           limits, st.floats(0, 1)), max_size=40)
 
 
 @settings(max_examples=400, deadline=None)

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from moonbase.agents.critical_path import critical
-from moonbase.agents.trace import AgentRecord, Episode, ModelCall, ToolCall, fold
+from moonbase.agents.folding import fold
+from moonbase.agents.trace import AgentRecord, Episode, ModelCall, ToolCall
 from tests.agents.trace_events import Story
 
 Chain = tuple[dict[str, float], list[str]]

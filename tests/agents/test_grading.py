@@ -14,8 +14,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moonbase.agents.worlds.cells import canonical, cells_agree
+from moonbase.agents.worlds.cells import canonical
 from moonbase.agents.worlds.grading import Score, parse_table, score, score_rows
+from moonbase.agents.worlds.metrics import cells_agree
 from moonbase.agents.worlds.tables_in_text import MOST_ROWS
 from moonbase.agents.worlds.world import Column, Task
 

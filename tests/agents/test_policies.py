@@ -137,7 +137,8 @@ def test_what_is_hidden_is_unknown(world: WideWorld) -> None:
         assert [call["function"] for call in said.get("tool_calls") or ()] == \
             [call["function"] for call in messages[place].get("tool_calls") or ()]
     without = [messages[0], messages[1], *messages[replies[2] :]]
-    assert policy(without, tools)["tool_calls"][0]["function"]["name"] == "search"
+    (call,) = policy(without, tools)["tool_calls"]
+    assert "members" in call["function"]["arguments"] or "lists.example" in call["function"]["arguments"]
     found = look(without, 4)
     assert not found.parts and found.sources
 

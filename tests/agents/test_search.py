@@ -24,10 +24,10 @@ from moonbase.agents.tools.search import (
     load_library,
     search_tools,
     snippet,
-    words,
 )
 from moonbase.agents.tools.search_documents import Document, as_document, read_source, strip_markup
 from moonbase.agents.tools.tool import ToolContext, ToolResult, Toolset
+from moonbase.agents.words import words
 from moonbase.data.sources import Skipped
 from moonbase.errors import UserError
 

@@ -5,11 +5,15 @@ from __future__ import annotations
 import json
 import random
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from moonbase.agents.trace import Episode, fold, read_episodes, read_events, write_episodes
+from moonbase.agents.episodes import read_episodes, read_events, write_episodes
+from moonbase.agents.folding import fold
+from moonbase.agents.trace import Episode
 from moonbase.errors import UserError
 from tests.agents import trace_documentation
 from tests.agents.trace_events import Story, big_story
@@ -95,7 +99,7 @@ def test_events_on_disk(tmp_path: Path) -> None:
         path.write_text("\n".join([*lines[:9], lines[9][:cut]]), encoding="utf-8")
         assert list(read_events(path)) == story.events[:9]
     path.write_text("\n".join([*lines[:5], lines[5][:20], *lines[6:]]), encoding="utf-8")
-    with pytest.raises(UserError, match=r"events\.jsonl: line 6 is no JSON"):
+    with pytest.raises(UserError, match=r"events\.jsonl: line 6 is no event"):
         list(read_events(path))
 
 
@@ -118,6 +122,7 @@ def test_a_trace_file(tmp_path: Path) -> None:
     newer = complaint(lines[1].replace("moonbase.trace/1", "moonbase.trace/2"))
     assert "line 2: the trace is of schema 'moonbase.trace/2' and this moonbase reads 'moonbase.trace/1'" in newer
     assert "line 2: seconds:" in complaint(lines[1].replace('"seconds":', '"seconds":"soon","x":', 1))
+    assert "line 2: no episode: JSON nested too deeply" in complaint("[" * 100_000)
     assert "no episode" in complaint('{"step": 1}') and "no episode" in complaint("[1]")
     path.write_text("", encoding="utf-8")
     with pytest.raises(UserError, match="no episode in it"):
@@ -142,6 +147,40 @@ def test_what_is_no_stream_of_events(change, words: str) -> None:
     change(events)
     with pytest.raises(UserError, match=words.replace("(", r"\(")):
         fold(events)
+
+
+ODD = (None, 7, -1, "x", [], {}, ["a"], [[5, 1]], [{}], {"a": 1}, 1.5, 10**400, float("nan"), float("inf"),
+       [{"role": "assistant", "tool_calls": 7}], {"role": "assistant", "tool_calls": [1]}, {"content": [1]})
+
+
+def places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """Where something stands in a value of JSON, three levels deep."""
+    for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+        yield (*path, key)
+        if isinstance(item, dict | list) and len(path) < 2:
+            yield from places(item, (*path, key))
+
+
+def test_a_field_of_another_kind_is_told_in_one_line() -> None:
+    """Whatever stands in a field: an episode that can be written and read, or one line that says what is wrong."""
+    whole, dice = json.dumps(Story(4).events[:14]), random.Random(2)
+    refused = 0
+    for _ in range(1500):
+        events = json.loads(whole)
+        event = dice.choice(events)
+        *path, last = dice.choice(list(places(event)))
+        for key in path:
+            event = event[key]
+        event[last] = dice.choice(ODD)
+        try:
+            episode = fold(events)
+        except UserError as error:
+            refused += 1
+            assert str(error) and "\n" not in str(error)
+        else:
+            line = episode.model_dump_json()
+            assert Episode.model_validate_json(line).model_dump_json() == line
+    assert 300 < refused < 1200
 
 
 def test_odd_values() -> None:

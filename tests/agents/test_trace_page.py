@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 
+from moonbase.agents.folding import fold
 from moonbase.agents.page import render_page, write_page
-from moonbase.agents.trace import Episode, fold
+from moonbase.agents.trace import Episode
 from moonbase.errors import UserError
 from tests.agents.trace_events import Story
 from tests.serve import browser as chromium

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from moonbase.agents.tools.tool import ToolContext
 from moonbase.agents.worlds import index as index_module
 from moonbase.agents.worlds.grading import score
-from moonbase.agents.worlds.index import Index, words
+from moonbase.agents.worlds.index import Index, terms_of
 from moonbase.agents.worlds.wideworld import FAMILIES, Shares, WideWorld, make_tasks, make_world
 from moonbase.agents.worlds.wideworld.facts import GROUP_SIZES, KINDS, RULE
 from moonbase.agents.worlds.wideworld.names import GRAMMARS
@@ -56,12 +56,12 @@ def read_facts(text: str) -> dict[str, str]:
 
 def brute_force(texts: list[str], query: str, k: int) -> list[tuple[int, int]]:
     """BM25 page by page, straight from the formula."""
-    split = [words(text) for text in texts]
+    split = [terms_of(text) for text in texts]
     mean = sum(map(len, split)) / len(split)
     scores = []
     for page, found in enumerate(split):
         counts, total = Counter(found), 0
-        for term in set(words(query)):
+        for term in set(terms_of(query)):
             pages_with = sum(term in other for other in split)
             if counts[term]:
                 idf = math.log(1 + (len(texts) - pages_with + 0.5) / (pages_with + 0.5))
@@ -87,7 +87,7 @@ def test_search_is_bm25(texts: list[str], query: str, k: int, common: int) -> No
         index = Index(texts)
         # The second time its common words are remembered.
         assert index.search(query, k) == index.search(query, k) == (brute_force(texts, query, k) if sum(map(
-            len, map(words, texts))) else [])
+            len, map(terms_of, texts))) else [])
     finally:
         index_module.COMMON = before
 

@@ -16,7 +16,8 @@ from typing import Any
 import pytest
 
 from moonbase.agents.worlds import tables
-from moonbase.agents.worlds.world import Task, world_tools
+from moonbase.agents.worlds.grading import score
+from moonbase.agents.worlds.world import Column, PagedWorld, Task, world_tools
 from moonbase.errors import UserError
 
 
@@ -29,12 +30,12 @@ def tables_folder(shared_data: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def tables_world(tables_folder: Path) -> tuple[tables.TablesWorld, list[Task]]:
+def tables_world(tables_folder: Path) -> tuple[PagedWorld, list[Task]]:
     return tables.load_tables(tables_folder)
 
 
 @pytest.fixture(scope="module")
-def oracle_answers(tables_world: tuple[tables.TablesWorld, list[Task]]) -> dict[str, str]:
+def oracle_answers(tables_world: tuple[PagedWorld, list[Task]]) -> dict[str, str]:
     """What the scripted oracle writes, by task: one run through the tools for all tests."""
     world, tasks = tables_world
     tools = world_tools(world)
@@ -46,13 +47,13 @@ def oracle_answers(tables_world: tuple[tables.TablesWorld, list[Task]]) -> dict[
 
 
 def test_oracle_is_right_on_every_table(
-    tables_world: tuple[tables.TablesWorld, list[Task]], oracle_answers: dict[str, str], tables_folder: Path
+    tables_world: tuple[PagedWorld, list[Task]], oracle_answers: dict[str, str], tables_folder: Path
 ) -> None:
     tasks = tables_world[1]
     assert len(tasks) == 68 and len({task.id for task in tasks}) == 68
     assert sum(len(task.answer) for task in tasks) == 5727
     for task in tasks:
-        grade = tables.score(task, oracle_answers[task.id])
+        grade = score(task, oracle_answers[task.id])
         assert (grade.item_f1, grade.row_f1, grade.exact, grade.notes) == (1.0, 1.0, True, ()), task.id
         # And every cell of the file is in the answer, letter for letter.
         text = (tables_folder / "tables" / f"{task.id}.csv").read_bytes().decode("utf-8-sig")
@@ -67,7 +68,7 @@ def _letters(cell: str) -> str:
     return re.sub(r"\s|<br>", "", cell.replace("\\|", "|"))
 
 
-def test_oracle_calls_lead_to_every_row(tables_world: tuple[tables.TablesWorld, list[Task]]) -> None:
+def test_oracle_calls_lead_to_every_row(tables_world: tuple[PagedWorld, list[Task]]) -> None:
     world, tasks = tables_world
     for task in tasks:
         first, *openings = task.oracle
@@ -84,18 +85,18 @@ def test_oracle_calls_lead_to_every_row(tables_world: tuple[tables.TablesWorld, 
             assert all(re.sub(r"\s", "", cell) in re.sub(r"\s", "", page) for cell in row.values()), (task.id, number)
 
 
-def test_pages_fit_a_tool_result(tables_world: tuple[tables.TablesWorld, list[Task]]) -> None:
+def test_pages_fit_a_tool_result(tables_world: tuple[PagedWorld, list[Task]]) -> None:
     world, _ = tables_world
     assert max(len(page.text) for page in world.pages) < 32_000
-    assert world.digest() == tables.TablesWorld("again", world.pages).digest()
+    assert world.digest() == PagedWorld("again", world.pages).digest()
 
 
-def test_chinese_is_found_inside_a_sentence(tables_world: tuple[tables.TablesWorld, list[Task]]) -> None:
+def test_chinese_is_found_inside_a_sentence(tables_world: tuple[PagedWorld, list[Task]]) -> None:
     world, _ = tables_world
     assert any("七里香" in world.open(hit.url) for hit in world.search("请问七里香是谁写的", 5))
 
 
-def test_what_must_not_move_the_score(tables_world: tuple[tables.TablesWorld, list[Task]]) -> None:
+def test_what_must_not_move_the_score(tables_world: tuple[PagedWorld, list[Task]]) -> None:
     for task in tables_world[1]:
         names, rows = task.column_names, list(task.answer)
         random.Random(task.id).shuffle(rows)
@@ -112,7 +113,7 @@ def test_what_must_not_move_the_score(tables_world: tuple[tables.TablesWorld, li
             "number format": tables.write_markdown([_other_numbers(task, row) for row in rows], names),
         }
         for form, text in forms.items():
-            grade = tables.score(task, text)
+            grade = score(task, text)
             assert grade.exact and grade.item_f1 == 1.0, (task.id, form, grade)
 
 
@@ -133,11 +134,11 @@ def _other_numbers(task: Task, row: dict[str, str]) -> dict[str, str]:
         return (f"{int(whole):,}" if plain else whole) + (f"{point}{rest}0" if point else "")
 
     return {name: re.sub(r"\d[\d,]*(?:\.\d+)?", rewrite, cell, count=1)
-            if task.meta["metrics"][name][0] == "number_near" and cell.count(".") < 2 else cell
+            if _metric(task, name) == "number_near" and cell.count(".") < 2 else cell
             for name, cell in row.items()}
 
 
-def test_what_must_move_the_score(tables_world: tuple[tables.TablesWorld, list[Task]]) -> None:
+def test_what_must_move_the_score(tables_world: tuple[PagedWorld, list[Task]]) -> None:
     swaps = 0
     for task in tables_world[1]:
         names, rows, chance = task.column_names, task.answer, random.Random(task.id)
@@ -146,7 +147,7 @@ def test_what_must_move_the_score(tables_world: tuple[tables.TablesWorld, list[T
         place = chance.choice(lonely)
 
         def grade(changed: list[dict[str, str]], task: Task = task) -> Any:
-            return tables.score(task, tables.write_markdown(changed, task.column_names))
+            return score(task, tables.write_markdown(changed, task.column_names))
 
         dropped = grade(rows[:place] + rows[place + 1 :])
         assert dropped.item_precision == 1.0 and dropped.item_recall == pytest.approx(1 - 1 / num_rows), task.id
@@ -176,6 +177,10 @@ def test_what_must_move_the_score(tables_world: tuple[tables.TablesWorld, list[T
     assert swaps > 250
 
 
+def _metric(task: Task, name: str) -> str:
+    return next(column.type for column in task.columns if column.name == name)
+
+
 def _same_key(task: Task, row: dict[str, str], other: dict[str, str]) -> bool:
     return all(_bare(row[key]) == _bare(other[key]) for key in task.keys)
 
@@ -185,7 +190,7 @@ def _bare(cell: str) -> str:
 
 
 def _clearly_differ(task: Task, name: str, one: str, other: str) -> bool:
-    metric = task.meta["metrics"][name][0]
+    metric = _metric(task, name)
     if metric == "number_near":
         numbers = [re.findall(r"\d+(?:\.\d+)?", cell.replace(",", "")) for cell in (one, other)]
         if not all(numbers):
@@ -210,6 +215,9 @@ def _clearly_differ(task: Task, name: str, one: str, other: str) -> bool:
     ("date_near", 0, "May 19, 2000", ["2000-05-19", "19 May 2000", "May 2000", "2000年6月1日"], ["2000-07-01", "2001"]),
     ("date_near", 0, "2016-09", ["September 2016", "2016年9月"], ["2017-09", "NA"]),
     ("date_near", 0, "NA", ["-", "NA"], ["2016-09"]),
+    ("number_near", 0.1, "0.5", [".5", "50%", "0.46"], ["5", "1" * 500_000]),
+    ("url_match", 0, "https://[::1", ["https://[::1"], ["https://b.example"]),
+    ("llm_judge", 0, "a, " * 900 + "end", ["end, " + "a、" * 900], ["a, " * 900 + "other"]),
     ("url_match", 0, "https://www.cam.ac.uk/", ["see https://www.cam.ac.uk/study"], ["https://bristol.ac.uk/", ""]),
     ("llm_judge", 0, "张恭庆、姜伯驹", ["姜伯驹, 张恭庆", "姜伯驹；张恭庆"], ["张恭庆"]),
     ("llm_judge", 0, "2025年5月6日", ["2025-05-06", "May 6, 2025"], ["2025-05-07"]),
@@ -218,23 +226,22 @@ def _clearly_differ(task: Task, name: str, one: str, other: str) -> bool:
 ])
 def test_metrics(metric: str, criterion: float, gold: str, same: list[str], other: list[str]) -> None:
     """Expected by hand from the definitions of the WideSearch evaluator."""
-    columns = (tables._column("k", tables.Metric("exact_match")), tables._column("v", tables.Metric(metric, criterion)))
-    task = Task("one", "tables", "", columns, [{"k": "row", "v": gold}], ("k",),
-                meta={"metrics": {"k": ["exact_match", 0.0], "v": [metric, criterion]}})
+    columns = (Column("k", "exact_match"), Column("v", metric, tolerance=criterion))
+    task = Task("one", "tables", "", columns, [{"k": "row", "v": gold}], ("k",))
     for cell in [gold, *same]:
-        assert tables.score(task, json.dumps([{"k": "row", "v": cell}])).exact, cell
+        assert score(task, json.dumps([{"k": "row", "v": cell}])).exact, cell
     for cell in other:
-        assert tables.score(task, json.dumps([{"k": "row", "v": cell}])).item_f1 == 0.5, cell
+        assert score(task, json.dumps([{"k": "row", "v": cell}])).item_f1 == 0.5, cell
 
 
-def test_columns_take_near_names(tables_world: tuple[tables.TablesWorld, list[Task]]) -> None:
+def test_columns_take_near_names(tables_world: tuple[PagedWorld, list[Task]]) -> None:
     """One table spells "Tution", its task asks for "Tuition"."""
     task = next(task for task in tables_world[1] if task.id == "wide2deep_ws_en_009")
     text = tables.write_markdown(task.answer, task.column_names).replace("Tution", "Tuition")
-    assert "Tuition Fees" in task.prompt and tables.score(task, text).exact
+    assert "Tuition Fees" in task.prompt and score(task, text).exact
 
 
-def test_no_table_and_no_folder(tables_world: tuple[tables.TablesWorld, list[Task]], tmp_path: Path) -> None:
-    assert tables.score(tables_world[1][0], "I could not find it.").item_f1 == 0.0
+def test_no_table_and_no_folder(tables_world: tuple[PagedWorld, list[Task]], tmp_path: Path) -> None:
+    assert score(tables_world[1][0], "I could not find it.").item_f1 == 0.0
     with pytest.raises(UserError, match=r"tasks\.jsonl\.gz is missing"):
         tables.load_tables(tmp_path)

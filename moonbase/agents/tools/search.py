@@ -3,9 +3,7 @@
 A source is a folder, a file, a JSONL of documents, or documents that a program has. All of it is read once and held in
 memory, index included, and `open` answers from there: nothing that a model asks for reaches the disk.
 
-Ranking is BM25 (Robertson and Zaragoza 2009), by the package bm25s. Words are compared without case and accents.
-Scripts that put no spaces between words (Chinese, Japanese, Thai, …) are cut into single characters and pairs of
-neighbours; so is Korean, whose words carry their particles.
+Ranking is BM25 (Robertson and Zaragoza 2009) over `words`, by the package bm25s.
 """
 
 from __future__ import annotations
@@ -15,7 +13,6 @@ import functools
 import os
 import re
 import sys
-import unicodedata
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +21,7 @@ import numpy as np
 
 from moonbase.agents.tools.search_documents import Document, Progress, read_source
 from moonbase.agents.tools.tool import ToolResult, Toolset, tool
+from moonbase.agents.words import UNSPACED, words
 from moonbase.data.readers import cut
 from moonbase.data.sources import Skipped
 from moonbase.errors import UserError
@@ -40,10 +38,6 @@ TOTAL_CHARACTERS = 2 << 30
 LARGE = 2000
 """From so many documents on, progress is shown."""
 INSTALL = "pip install 'moonbase[agents]'"
-_WORD = re.compile(r"[^\W_]+")
-# Thai and Lao, Burmese, Khmer, kana, Han, Hangul.
-_UNSPACED = re.compile("[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af\uf900-\ufaff"
-                       "\U00020000-\U0003ffff]+")
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,36 +182,6 @@ def load_library(source: Any, report: Callable[[str], None] | None = None) -> Li
     return library
 
 
-@functools.cache
-def _marks() -> dict[int, None]:
-    """Accents, vowel signs and the like, for `str.translate`; all of them are in the first two planes."""
-    return {code: None for code in range(0x20000) if unicodedata.category(chr(code)).startswith("M")}
-
-
-def words(text: str) -> list[str]:
-    """What is compared: words without case and accents; of scripts without spaces, characters and pairs of them."""
-    if text.isascii():
-        return _WORD.findall(text.lower())
-    folded = unicodedata.normalize("NFKD", text).translate(_marks())
-    found: list[str] = []
-    # Composed again, or else a syllable of Hangul would be three letters.
-    for word in _WORD.findall(unicodedata.normalize("NFC", folded).casefold()):
-        if word.isascii():
-            found.append(word)
-            continue
-        end = 0
-        for run in _UNSPACED.finditer(word):
-            if run.start() > end:
-                found.append(word[end : run.start()])
-            characters = run[0]
-            found += characters
-            found += map(str.__add__, characters, characters[1:])
-            end = run.end()
-        if end < len(word):
-            found.append(word[end:])
-    return found
-
-
 def snippet(text: str, query: str, length: int = SNIPPET_CHARACTERS) -> str:
     """The piece of the text with most of the query's words, on one line; the beginning where none stands there as it
     is written."""
@@ -227,11 +191,11 @@ def snippet(text: str, query: str, length: int = SNIPPET_CHARACTERS) -> str:
         lower = text  # some capitals are one character and two small ones
     wanted = {word.lower() for word in re.findall(r"\w+", query[:QUERY_CHARACTERS])}
     for run in list(wanted):
-        if _UNSPACED.search(run):
+        if UNSPACED.search(run):
             wanted.update(words(run))
     places: list[tuple[int, str]] = []
     for word in sorted(wanted, key=lambda word: (-len(word), word))[:QUERY_TERMS]:
-        pattern = re.escape(word) if _UNSPACED.search(word) else rf"(?<!\w){re.escape(word)}(?!\w)"
+        pattern = re.escape(word) if UNSPACED.search(word) else rf"(?<!\w){re.escape(word)}(?!\w)"
         places += [(found.start(), word) for found, _ in zip(re.finditer(pattern, lower), range(50), strict=False)]
     places.sort()
     best, start, first = 0, 0, 0

@@ -18,6 +18,8 @@ from moonbase.agents.worlds.world import Column
 CELL_LIMIT = 2000
 """Characters of a cell that are read."""
 EMPTY = ("text", "")
+NEAR_DAYS = 31
+"""What date_near of WideSearch allows."""
 _NOTHING = frozenset(("", "-", "--", "—", "–", "/", "n/a", "na", "nan", "nil", "none", "null", "unknown"))
 _MONTHS = {name: number for number, names in enumerate((
     "january jan", "february feb", "march mar", "april apr", "may", "june jun", "july jul", "august aug",
@@ -75,13 +77,10 @@ def canonical(column: Column, cell: str) -> tuple[str, Hashable]:
     return "text", text
 
 
-def cells_agree(column: Column, gold: str, cell: str) -> bool:
-    """Whether a cell says what the gold cell says."""
-    return values_agree(column, canonical(column, gold), canonical(column, cell))
-
-
 def values_agree(column: Column, gold: tuple[str, Hashable], value: tuple[str, Hashable]) -> bool:
-    """The same of what `canonical` made of two cells."""
+    """Whether a cell says what the gold cell says, of what `metrics.value_of` made of both."""
+    if gold[0] == value[0] == "day":
+        return abs(gold[1] - value[1]) <= NEAR_DAYS
     if column.tolerance and gold[0] == value[0] == "number":
         return abs(gold[1] - value[1]) <= Decimal(str(column.tolerance)) * abs(gold[1])
     return gold == value

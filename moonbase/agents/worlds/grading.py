@@ -10,10 +10,12 @@ the gold rows themselves have a key twice, the rows of that key are matched as w
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
-from moonbase.agents.worlds.cells import canonical, cells_agree, values_agree
+from moonbase.agents.worlds.cells import values_agree
+from moonbase.agents.worlds.metrics import METRICS, cells_agree, value_of
 from moonbase.agents.worlds.tables_in_text import Row, parse_table, plain_header
 from moonbase.agents.worlds.world import Column, Task
 
@@ -21,6 +23,8 @@ __all__ = ["Score", "parse_table", "score", "score_rows", "score_text"]
 
 TEXT_LIMIT = 1_000_000
 """Characters of an answer that are read."""
+NEAR_NAME = 0.8
+"""How alike names of columns must be to be taken for one another, as difflib measures it."""
 
 Cells = tuple[tuple[str, Hashable], ...]
 
@@ -67,15 +71,16 @@ def score_rows(
 ) -> Score:
     """Grade rows by column name.
 
-    Columns are found by their names without case, spaces and a unit in parentheses; those that were not asked for do
-    not count. Raises ValueError where a key is no column or there are no gold rows.
+    Columns are found by their names without case, spaces and a unit in parentheses, in tables of WideSearch also by the
+    nearest name (its tables and its prompts differ in spelling); those that were not asked for do not
+    count. Raises ValueError where a key is no column or there are no gold rows.
     """
     names = [column.name for column in columns]
     if not keys or not set(keys) <= set(names):
         raise ValueError(f"keys {list(keys)} must be among the columns {names}")
     if not gold:
         raise ValueError("no gold rows")
-    answer, notes = _rename(rows, names)
+    answer, notes = _rename(rows, names, nearest=any(column.type in METRICS for column in columns))
     if not answer:
         return Score(notes=(*notes, "the table has no rows"))
     gold_by_key, answer_by_key = _by_key(gold, columns, keys), _by_key(answer, columns, keys)
@@ -98,7 +103,7 @@ def _f1(precision: float, recall: float) -> float:
     return 2 * precision * recall / (precision + recall) if precision + recall else 0.0
 
 
-def _rename(rows: Sequence[Row], names: list[str]) -> tuple[list[Row], list[str]]:
+def _rename(rows: Sequence[Row], names: list[str], nearest: bool) -> tuple[list[Row], list[str]]:
     """The rows with the asked columns by their names, and notes on columns that differ."""
     there = list(dict.fromkeys(name for row in rows for name in row))
     found: dict[str, str] = {}
@@ -107,6 +112,11 @@ def _rename(rows: Sequence[Row], names: list[str]) -> tuple[list[Row], list[str]
             fitting = [one for one in there if reading(one) == reading(name) and one not in found.values()]
             if name not in found and fitting:
                 found[name] = fitting[0]
+    for name in names if nearest else ():
+        free = {plain_header(one): one for one in there if one not in found.values()}
+        near = difflib.get_close_matches(plain_header(name), list(free), 1, NEAR_NAME)
+        if name not in found and near:
+            found[name] = free[near[0]]
     notes = [f"column {name} is missing" for name in names if name not in found]
     notes += [f"column {name[:80]} was not asked for" for name in there if name not in found.values()]
     return [{name: row.get(found.get(name, ""), "") for name in names} for row in rows], notes
@@ -116,7 +126,7 @@ def _by_key(rows: Sequence[Row], columns: Sequence[Column], keys: Sequence[str])
     """What the cells of each row say, by what its keys say; a row without a key is under the empty one."""
     found: dict[Hashable, list[Cells]] = {}
     for row in rows:
-        cells = tuple(canonical(column, row.get(column.name, "")) for column in columns)
+        cells = tuple(value_of(column, row.get(column.name, "")) for column in columns)
         key = tuple(cell for column, cell in zip(columns, cells, strict=True) if column.name in keys)
         found.setdefault(key, []).append(cells)
     return found

@@ -24,6 +24,8 @@ from collections.abc import Iterable
 
 import numpy as np
 
+from moonbase.agents.words import words
+
 K1, B = 1.2, 0.75
 SCALE = 1000
 COMMON = 512
@@ -39,13 +41,12 @@ STOP_WORDS = frozenset((
     "their them they this to was we were what when where which who whom whose why will with you").split())
 """Neither indexed nor looked for."""
 _PAGE_BITS = 24
-_WORD = re.compile(r"\d[\d.,]*\d|[^\W_]+")
 _LINK = re.compile(r"<https?://[^<>]*>")
 
 
-def words(text: str) -> list[str]:
-    """Words and numbers in lower case, without stop words and addresses in angle brackets."""
-    found = _WORD.findall(_LINK.sub(" ", text).lower() if "<" in text else text.lower())
+def terms_of(text: str) -> list[str]:
+    """What is indexed and looked for: words, without stop words and without addresses in angle brackets."""
+    found = words(_LINK.sub(" ", text) if "<" in text else text)
     return [word for word in found if word not in STOP_WORDS]
 
 
@@ -58,7 +59,7 @@ class Index:
         term_parts: list[np.ndarray] = []
         lengths: list[int] = []
         for text in texts:
-            found = words(text)
+            found = terms_of(text)
             lengths.append(len(found))
             term_parts.append(np.fromiter(
                 (vocabulary.setdefault(word, len(vocabulary)) for word in found), np.int64, len(found)))
@@ -102,7 +103,7 @@ class Index:
     def search(self, query: str, k: int = 10) -> list[tuple[int, int]]:
         """(page, score) of the best k pages, best first; fewer where fewer have a word of the query."""
         k = max(0, min(k, MOST_RESULTS))
-        found = dict.fromkeys(self._vocabulary.get(word) for word in words(query[:QUERY_CHARACTERS]))
+        found = dict.fromkeys(self._vocabulary.get(word) for word in terms_of(query[:QUERY_CHARACTERS]))
         terms = [term for term in found if term is not None][:QUERY_TERMS]
         if not terms or not k:
             return []

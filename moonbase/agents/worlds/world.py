@@ -145,7 +145,8 @@ class Column:
 
     name: str
     type: str = "auto"
-    """text, number, percent, date, or auto: a number or a date where both cells are one as a whole, else text."""
+    """text, number, percent, date, or auto: a number or a date where both cells are one as a whole, else text. Or one
+    of the metrics of WideSearch (`metrics.py`)."""
     unit: str = ""
     """Of a number: a cell may repeat it, or use another unit of the same dimension."""
     tolerance: float = 0.0

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-import json
-import math
 import os
 import shlex
 import sys
@@ -23,6 +21,7 @@ from typing import Annotated, Any
 import typer
 
 from moonbase import cli_agents
+from moonbase.cli_results import deliver, show_bench, show_run
 from moonbase.errors import TrainingStopped, TryAgain, UserError
 
 INTERRUPTED = 130
@@ -85,7 +84,7 @@ def quickstart(
     """
     from moonbase.quickstart import quickstart as run_quickstart
 
-    result = _deliver(as_json, lambda: run_quickstart(preset=preset, folder=out, minutes=minutes))
+    result = deliver(as_json, lambda: run_quickstart(preset=preset, folder=out, minutes=minutes))
     if result.get("status") == "stopped":
         raise typer.Exit(INTERRUPTED)
 
@@ -142,7 +141,7 @@ def train(
         plan = load_recipe(str(folder / "config.yaml"), overrides or ())
     sampler = _chat_sampler(plan) if plan.stage == "sft" else _sampler
     with _saying_how_to_go_on(folder):
-        result = _deliver(as_json, lambda: run_training(plan, folder, resume=resume, make_sampler=sampler), _show_run)
+        result = deliver(as_json, lambda: run_training(plan, folder, resume=resume, make_sampler=sampler), show_run)
     if result.get("status") == "stopped":
         raise typer.Exit(INTERRUPTED)
 
@@ -196,7 +195,7 @@ def info(
     """
     from moonbase import cli_info
 
-    _deliver(as_json, lambda: cli_info.describe(model, context), cli_info.show)
+    deliver(as_json, lambda: cli_info.describe(model, context), cli_info.show)
 
 
 @app.command(epilog="Examples:  moonbase convert runs/quickstart exported\n\n"
@@ -233,7 +232,7 @@ def convert(
                 "dtype": read_json(destination / "config.json")["dtype"], "files": len(shards),
                 "bytes": sum(shard.stat().st_size for shard in shards)}
 
-    _deliver(as_json, work, lambda made: print(
+    deliver(as_json, work, lambda made: print(
         f"{destination}: {made['bytes'] / 1e6:,.1f} MB of weights, {to.value}, {made['dtype']}"))
 
 
@@ -251,8 +250,8 @@ def bench(
     from moonbase.bench import run as run_bench
 
     options = {key: value for key, value in {"preset": preset, "peer": peer}.items() if value is not None}
-    show = cli_agents.show_swarm_bench if name == "swarm" else _show_bench
-    _deliver(as_json, lambda: run_bench(name, **options), show)
+    show = cli_agents.show_swarm_bench if name == "swarm" else show_bench
+    deliver(as_json, lambda: run_bench(name, **options), show)
 
 
 @app.command(epilog="Examples:  moonbase chat runs/quickstart\n\n  moonbase chat http://127.0.0.1:8000")
@@ -352,86 +351,6 @@ def _options(
                                           help="Versions of moonbase, torch and Python, and the device.")] = False,
 ) -> None:
     """Options of the command itself; its help text is the application's."""
-
-
-# --- results ----------------------------------------------------------------------------------------------------------
-
-
-def _deliver(
-    as_json: bool,
-    work: Callable[[], dict[str, Any] | None],
-    show: Callable[[dict[str, Any]], None] | None = None,
-) -> dict[str, Any]:
-    """Run a verb's work, report its result, as JSON or for people, and return it.
-
-    With `--json` everything that the work prints goes to standard error. Of several processes under torchrun only the
-    first reports.
-    """
-    first = os.environ.get("RANK", "0") == "0"
-    if as_json:
-        with contextlib.redirect_stdout(sys.stderr):
-            result = work() or {}
-        if first:
-            print(json.dumps(_plain(result), allow_nan=False, ensure_ascii=False))
-    else:
-        result = work() or {}
-        if show is not None and first:
-            show(result)
-    return result
-
-
-def _plain(value: Any) -> Any:
-    """Only what JSON knows: paths become text, tuples lists, numbers of other libraries Python's, and NaN null."""
-    if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple | set | frozenset):
-        return [_plain(item) for item in value]
-    if isinstance(value, bool | int | str) or value is None:
-        return value
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if hasattr(value, "tolist"):
-        return _plain(value.tolist())
-    return str(value)
-
-
-def _show_run(result: dict[str, Any]) -> None:
-    """Where the run is, how good it is, and what one may type next."""
-    print(f"{result.get('folder')}: {result.get('status')} at step {result.get('step')}")
-    if result.get("validation_bits_per_byte") is not None:
-        print(f"held-out documents: {result['validation_bits_per_byte']:.4f} bits per byte")
-    for command in result.get("next_commands", ()):
-        print(f"  {command}")
-
-
-def _show_bench(result: dict[str, Any]) -> None:
-    """One table: a row per shape, ours beside the peer's."""
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table
-
-    rows = result.get("rows", [])
-    peer = next((row["peer_name"] for row in rows if row.get("peer_name")), "peer")
-    table = Table(title=escape(f"{result.get('name', 'bench')} on {result.get('machine', 'this machine')}"))
-    table.add_column("shape")
-    table.add_column("unit")
-    for heading in ("moonbase", str(peer), "ratio", "of the roof"):
-        table.add_column(escape(heading), justify="right")
-    for row in rows:
-        ratio, share = row.get("ratio"), row.get("roof_share")
-        table.add_row(
-            escape(str(row.get("shape", ""))), escape(str(row.get("unit", ""))), _number(row.get("ours")),
-            _number(row.get("peer")), "" if ratio is None else f"{ratio:.2f}x", "" if share is None else f"{share:.0%}",
-        )
-    Console(highlight=False).print(table)
-
-
-def _number(value: Any) -> str:
-    if value is None:
-        return ""
-    if isinstance(value, float):
-        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
-    return f"{value:,}" if isinstance(value, int) else str(value)
 
 
 # --- the way out ------------------------------------------------------------------------------------------------------

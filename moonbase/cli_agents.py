@@ -138,7 +138,7 @@ def swarm(
     Limits are checked before every call. Ctrl-C stops in order. Exit code 1: ended without an answer.
     """
     given = dict(locals())
-    from moonbase.cli import _deliver
+    from moonbase.cli_results import deliver
 
     if as_json:
         output_format = OutputFormat.json
@@ -149,7 +149,7 @@ def swarm(
         return _work(run, streaming, quiet=quiet or streaming is not None)
 
     if output_format is OutputFormat.json:
-        result = _deliver(True, work)
+        result = deliver(True, work)
     else:
         result = work()
         if streaming is not None:
@@ -284,12 +284,12 @@ class _Stream:
 
     def take(self, event: dict[str, Any]) -> None:
         """One line. What no JSON can say (a number that is none) is null."""
-        from moonbase.cli import _plain
+        from moonbase.cli_results import plain
 
         if self.broken:
             return
         try:
-            print(json.dumps(_plain(event), allow_nan=False), flush=True)
+            print(json.dumps(plain(event), allow_nan=False), flush=True)
         except BrokenPipeError:
             self.broken = True
             self.stop()
@@ -410,7 +410,7 @@ def trace(
     """
     from moonbase.agents.episodes import read_episodes
     from moonbase.agents.page import write_page
-    from moonbase.cli import _deliver
+    from moonbase.cli_results import deliver
 
     if source.is_dir() and not (source / "events.jsonl").is_file():
         hint = "; a training run has its report.html" if (source / "config.yaml").is_file() else ""
@@ -431,7 +431,7 @@ def trace(
         return {"page": page, "bytes": page.stat().st_size, "episodes": len(episodes),
                 "agents": sum(len(episode.agents) for episode in episodes)}
 
-    _deliver(as_json, work, lambda made: print(made["page"]))
+    deliver(as_json, work, lambda made: print(made["page"]))
 
 
 @contextlib.contextmanager

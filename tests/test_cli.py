@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from moonbase import cli
+from moonbase import cli, cli_results
 from moonbase.errors import CheckpointError, TrainingStopped, TryAgain, UserError
 from moonbase.presets import preset_config
 from moonbase.recipe import load_recipe
@@ -400,7 +400,7 @@ def test_json_stands_alone_whatever_the_work_prints(verb: Callable, run: Callabl
         numbers = {"loss": float("nan"), "pair": (1, numpy.float32(0.5)), "tensor": torch.ones(2)}
         return numbers | {"path": Path("a"), 3: None}
 
-    verb(lambda: cli._deliver(True, work))
+    verb(lambda: cli_results.deliver(True, work))
     code, out, err = run("probe")
     assert code == 0 and err == "step 1\n"
     assert json.loads(out) == {"loss": None, "path": "a", "pair": [1, 0.5], "tensor": [1.0, 1.0], "3": None}
@@ -408,7 +408,7 @@ def test_json_stands_alone_whatever_the_work_prints(verb: Callable, run: Callabl
 
 
 def test_of_several_processes_the_first_reports(verb: Callable, run: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
-    verb(lambda: cli._deliver(True, lambda: {"rank": os.environ["RANK"]}))
+    verb(lambda: cli_results.deliver(True, lambda: {"rank": os.environ["RANK"]}))
     monkeypatch.setenv("RANK", "1")
     assert run("probe") == (0, "", "")
     monkeypatch.setenv("RANK", "0")
@@ -418,7 +418,7 @@ def test_of_several_processes_the_first_reports(verb: Callable, run: Callable, m
 def test_bench_table(verb: Callable, run: Callable) -> None:
     rows = [{"shape": "8x512 [pico]", "unit": "tokens/s", "ours": 12345.6, "peer": 6000, "peer_name": "transformers",
              "ratio": 2.0576, "roof_share": 0.41}, {"shape": "alone", "unit": "ms", "ours": 1.25}]
-    verb(lambda: cli._show_bench({"name": "train", "machine": "2 cores", "rows": rows}))
+    verb(lambda: cli_results.show_bench({"name": "train", "machine": "2 cores", "rows": rows}))
     code, out, _ = run("probe")
     assert code == 0
     for shown in ("8x512 [pico]", "12,346", "6,000", "transformers", "2.06x", "41%", "alone", "1.25"):

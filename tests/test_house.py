@@ -23,7 +23,8 @@ FLOORS = (
     ("engine", "loading", "train"),
     ("agents", "serve"),
     ("evals", "rl", "synth"),
-    ("__init__", "__main__", "bench", "claims", "cli", "cli_agents", "cli_info", "quickstart", "terminal"),
+    ("__init__", "__main__", "bench", "claims", "cli", "cli_agents", "cli_info", "cli_results", "quickstart",
+     "terminal"),
 )
 # The lowest and the highest floor are one room each: their modules may import one another.
 FLOOR_OF = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}

@@ -31,7 +31,7 @@ from moonbase.agents.worlds.world import Task, World, world_tools
 ENDPOINT = Latency(per_call=0.5, per_input_token=1 / 5_000, per_cached_token=1 / 50_000, per_output_token=1 / 50)
 TOOL_SECONDS = 0.5
 PRICE = Price(input=0.60, output=3.00, cached=0.10)
-"""Dollars per million tokens, what Kimi K2.5's own API asks for."""
+"""Dollars per million tokens: an example, of the size that hosts of open models ask for."""
 CONTEXT_TOKENS = 32_768
 OPTIONS = CallOptions(max_tokens=8192)
 ALONE = "You solve the user's task with your tools. When you have what you need, answer the user in full."

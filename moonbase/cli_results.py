@@ -1,0 +1,88 @@
+"""How the verbs say what came out: one JSON object, or lines and a table for people."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
+
+def deliver(
+    as_json: bool,
+    work: Callable[[], dict[str, Any] | None],
+    show: Callable[[dict[str, Any]], None] | None = None,
+) -> dict[str, Any]:
+    """Run a verb's work, report its result, as JSON or for people, and return it.
+
+    With `--json` everything that the work prints goes to standard error. Of several processes under torchrun only the
+    first reports.
+    """
+    first = os.environ.get("RANK", "0") == "0"
+    if as_json:
+        with contextlib.redirect_stdout(sys.stderr):
+            result = work() or {}
+        if first:
+            print(json.dumps(plain(result), allow_nan=False, ensure_ascii=False))
+    else:
+        result = work() or {}
+        if show is not None and first:
+            show(result)
+    return result
+
+
+def plain(value: Any) -> Any:
+    """Only what JSON knows: paths become text, tuples lists, numbers of other libraries Python's, and NaN null."""
+    if isinstance(value, dict):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [plain(item) for item in value]
+    if isinstance(value, bool | int | str) or value is None:
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if hasattr(value, "tolist"):
+        return plain(value.tolist())
+    return str(value)
+
+
+def show_run(result: dict[str, Any]) -> None:
+    """Where the run is, how good it is, and what one may type next."""
+    print(f"{result.get('folder')}: {result.get('status')} at step {result.get('step')}")
+    if result.get("validation_bits_per_byte") is not None:
+        print(f"held-out documents: {result['validation_bits_per_byte']:.4f} bits per byte")
+    for command in result.get("next_commands", ()):
+        print(f"  {command}")
+
+
+def show_bench(result: dict[str, Any]) -> None:
+    """One table: a row per shape, ours beside the peer's."""
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    rows = result.get("rows", [])
+    peer = next((row["peer_name"] for row in rows if row.get("peer_name")), "peer")
+    table = Table(title=escape(f"{result.get('name', 'bench')} on {result.get('machine', 'this machine')}"))
+    table.add_column("shape")
+    table.add_column("unit")
+    for heading in ("moonbase", str(peer), "ratio", "of the roof"):
+        table.add_column(escape(heading), justify="right")
+    for row in rows:
+        ratio, share = row.get("ratio"), row.get("roof_share")
+        table.add_row(
+            escape(str(row.get("shape", ""))), escape(str(row.get("unit", ""))), _number(row.get("ours")),
+            _number(row.get("peer")), "" if ratio is None else f"{ratio:.2f}x", "" if share is None else f"{share:.0%}",
+        )
+    Console(highlight=False).print(table)
+
+
+def _number(value: Any) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, float):
+        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+    return f"{value:,}" if isinstance(value, int) else str(value)

@@ -154,11 +154,17 @@ class _Agent:
         self.record = record
         self.calls: dict[str, ModelCall | ToolCall] = {}
         self.results: dict[str, str] = {}
+        self.told: dict[str, int] = {}
+        """Call id -> how many messages there were before it."""
 
     def take_model_call(self, event: Event) -> None:
         name, messages = event["call"], self.record.messages
         if name in self.calls:
-            return
+            if self.calls[name].error is None:
+                return
+            # A resumed session tried again what had failed, or had been interrupted, in its last life.
+            del messages[self.told[name] :]
+        self.told[name] = len(messages)
         added = event.get("messages_added") or []
         if added and messages and added[0].get("role") == "assistant" and added[0] == messages[-1]:
             added = added[1:]
@@ -180,6 +186,7 @@ class _Agent:
             usage=_known(UsageRecord, event.get("usage")), money=event.get("price_paid") or 0.0,
             finish_reason=event.get("finish_reason"), error=None if error is None else _known(CallError, error),
             attempts=event.get("attempts") or 1, sees=sees, message=reply,
+            shortened=event.get("context_shortened") or [],
             budget=None if budget is None else BudgetRecord(spent=_known(SpentRecord, budget.get("spent")),
                                                             limits=_limits(budget.get("limits"))),
             prompt_ids=event.get("prompt_ids"), token_ids=event.get("token_ids"), logprobs=logprobs)

@@ -121,6 +121,8 @@ class ModelCall(Record):
     """More than 1 where it had to be tried again."""
     sees: list[tuple[int, int]] = []
     """The prompt: [start, stop) ranges over the agent's messages. What context management hid is not in them."""
+    shortened: list[int] = []
+    """Messages among them whose content was a line that says so instead: `agents.context.HIDDEN`."""
     message: int | None = None
     """Index of the reply in the agent's messages."""
     budget: BudgetRecord | None = None

@@ -13,8 +13,8 @@ from typing import Any
 from moonbase.errors import UserError
 
 _PEERS = {"train": ("transformers",), "optimizer": ("torch",), "decode": ("transformers",), "serve": ("transformers",),
-          "swarm": ()}
-_WITHOUT_PRESET = ("swarm",)
+          "swarm": (), "agents": ()}
+_WITHOUT_PRESET = ("swarm", "agents")
 _BENCHES = tuple(_PEERS)
 
 

@@ -241,3 +241,27 @@ def test_torn_bytes_never_raise_anything_else(tmp_path: Path) -> None:
             list(read_episodes(path))
         except UserError as error:
             assert "\n" not in str(error)
+
+
+def test_what_was_interrupted_and_made_again_counts_as_made_again() -> None:
+    """After Ctrl-C and a resume: one call, with the reply and the tokens of its second life, and no message twice."""
+    usage = {"input_tokens": 7, "output_tokens": 2, "cached_tokens": 0}
+    events = Story(seed=3).events
+    number, call = next((number, event) for number, event in enumerate(events)
+                        if event["type"] == "model_call" and event["error"] is None)
+    interrupted = call | {"completion": None, "usage": None, "price_paid": 0.0, "finish_reason": None,
+                          "error": {"kind": "cancelled", "message": ""}}
+    again = call | {"usage": usage}
+    once = fold([*events[:number], again, *events[number + 1 :]])
+    twice = fold([*events[:number], interrupted, again, *events[number + 1 :]])
+    assert twice == once
+    assert usage["input_tokens"] in [one.usage.input_tokens for agent in twice.agents for one in agent.calls
+                                     if one.kind == "model" and one.usage is not None]
+
+
+def test_what_a_strategy_shortened_is_kept() -> None:
+    events = Story(seed=3).events
+    calls = [event for event in events if event["type"] == "model_call" and event["agent"] == "main"]
+    calls[-1]["context_shortened"] = [3]
+    main = next(agent for agent in fold(events).agents if agent.id == "main")
+    assert [call.shortened for call in main.calls if call.kind == "model"][-1] == [3]

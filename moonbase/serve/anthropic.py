@@ -23,12 +23,12 @@ from moonbase.chat import (
     ToolCallEnd,
     ToolCallStart,
 )
+from moonbase.engine.turn import Turn
 from moonbase.serve.anthropic_types import CountRequest, MessagesRequest
 from moonbase.serve.backend import Backend, Prepared, Wish
 from moonbase.serve.body import parse_json, validate
 from moonbase.serve.errors import RequestError, error_body
 from moonbase.serve.streaming import Reply, event
-from moonbase.serve.turn import Turn
 
 RENAMES = (
     (r"^(tools\[\d+\])\.function\.parameters", r"\1.input_schema"),

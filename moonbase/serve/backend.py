@@ -17,17 +17,15 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from moonbase.chat.prompt import Prompt, default_sampling, prompt_of
 from moonbase.chat.schema import check_tools
+from moonbase.engine.turn import Turn, fewest_tokens, turn_constraint, writes_calls
 from moonbase.errors import UserError
 from moonbase.serve.errors import RequestError, from_user_error
 from moonbase.serve.generation import Job, Lifetime, ServiceLike, capacity
 from moonbase.serve.metrics import Metrics
 from moonbase.serve.settings import ANY_MODEL, Settings
-from moonbase.serve.turn import Turn
 
 if TYPE_CHECKING:
     from moonbase.data import Tokenizer
-
-TOOL_MARK = "<|tool_calls_section_begin|>"
 
 LONG_BODY_BYTES = 256 << 10
 """Bodies above are read on threads of their own: they may take seconds, and the others do not wait for them."""
@@ -170,7 +168,7 @@ class Backend:
         sampling = {**default_sampling(self.style, wish.thinking), **wish.sampling}
         try:
             constraint = self._constraint(wish, prompt)
-            least = getattr(constraint, "minimum_tokens", 0)
+            least = fewest_tokens(constraint)
             if max_tokens < least:
                 raise RequestError(400, f"max_tokens={max_tokens} is too small: the shortest answer that keeps to the "
                                    f"schema and tool_choice has {least} tokens", "max_tokens", "invalid_value")
@@ -180,32 +178,19 @@ class Backend:
         return Prepared(jobs, prompt, clamped, notes)
 
     def _constraint(self, wish: Wish, prompt: Prompt) -> Callable[[], Any] | None:
-        """What the reply must obey. Tool calls are constrained always: from their first marker on."""
-        from moonbase.engine.constraint import json_constraint, tool_constraint
-
+        """What the reply must obey. Raises RequestError that names the client's field, UserError."""
         tools = wish.usable_tools
-        named = wish.tool_choice.startswith(":")
         choice = wish.tool_choice.removeprefix(":")
-        if named and choice not in prompt.tool_names:
+        if choice != wish.tool_choice and choice not in prompt.tool_names:
             raise RequestError(400, f"tool_choice names {choice[:80]!r}, which is not among the tools", "tool_choice",
                                "invalid_value")
         if wish.tool_choice == "required" and not tools:
             raise RequestError(400, "tool_choice 'required' needs tools", "tool_choice", "invalid_value")
-        calls_follow = bool(tools) and wish.tool_choice != "none"
-        if wish.json_only and not calls_follow:
-            return json_constraint(self.tokenizer, self.vocab_size, wish.schema, **prompt.rules())
-        if TOOL_MARK not in self.tokenizer.special_tokens:
-            if calls_follow:
-                raise RequestError(400, "tools are unsupported: this model's vocabulary has no tool-call tokens",
-                                   "tools", "unsupported")
-            return None
-        # Where the model may choose, its answer is calls or JSON; where it must call, there is no other answer.
-        either = wish.json_only and wish.tool_choice == "auto"
-        return tool_constraint(
-            self.tokenizer, self.vocab_size, tools, choice=choice if calls_follow else "none",
-            parallel=wish.parallel, first_index=prompt.first_call_index, json_reply=either,
-            response_schema=wish.schema if either else None, **prompt.rules(),
-        )
+        if tools and wish.tool_choice != "none" and not writes_calls(self.tokenizer):
+            raise RequestError(400, "tools are unsupported: this model's vocabulary has no tool-call tokens", "tools",
+                               "unsupported")
+        return turn_constraint(self.tokenizer, self.vocab_size, prompt, tools, choice=choice, parallel=wish.parallel,
+                               json_only=wish.json_only, schema=wish.schema)
 
     # --- both ---------------------------------------------------------------------------------------------------------
 

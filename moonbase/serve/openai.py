@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Any
 
 from moonbase.chat import ArgumentsDelta, ContentDelta, ReasoningDelta, ToolCallAborted, ToolCallStart
 from moonbase.data.tokenizer import VISIBLE_SPECIALS
+from moonbase.engine.turn import TokenLogprob, Turn
 from moonbase.serve.backend import Backend, Wish
 from moonbase.serve.body import parse_json, validate
 from moonbase.serve.errors import RequestError, error_body
 from moonbase.serve.generation import as_request_error
 from moonbase.serve.openai_types import AllowedChoice, ChatRequest, Common, CompletionRequest, NamedChoice
 from moonbase.serve.streaming import Reply, event
-from moonbase.serve.turn import TokenLogprob, Turn
 
 if TYPE_CHECKING:
     from moonbase.engine import Scores
@@ -41,7 +41,7 @@ async def chat_completions(backend: Backend, body: bytes, record: Any, deadline:
 
     request, prepared = await backend.read(body, read)
     record.prompt_tokens, record.notes = prepared.prompt_tokens, prepared.notes
-    answer = ChatAnswer(backend, request, prepared.turns(), prepared.prompt_tokens)
+    answer = ChatAnswer(backend, request, prepared.turns(), prepared.prompt.ids)
     return Reply(backend, prepared.jobs, answer, record, deadline)
 
 
@@ -223,36 +223,44 @@ class ChatAnswer(OpenAIAnswer):
 
     kind, chunk_kind = "chat.completion", "chat.completion.chunk"
 
+    def __init__(self, backend: Backend, request: ChatRequest, turns: list[Turn], prompt_ids: list[int]) -> None:
+        super().__init__(backend, request, turns, len(prompt_ids))
+        self.prompt = {"prompt_token_ids": prompt_ids} if request.return_token_ids else {}
+
     def body(self) -> dict[str, Any]:
-        choices = []
-        for number, turn in enumerate(self.turns):
-            calls = [{"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
-                     for call in turn.tool_calls]
-            message: dict[str, Any] = {"role": "assistant", "content": turn.content or (None if calls else "")}
-            if turn.reasoning:
-                message["reasoning_content"] = turn.reasoning
-            if calls:
-                message["tool_calls"] = calls
-            choices.append({"index": number, "message": message, "logprobs": self._logprobs(turn.logprobs),
-                            "finish_reason": turn.finish_reason})
-        return {**self.identity, "object": self.kind, "choices": choices, "usage": self.usage()}
+        choices = [{"index": number, "message": turn.message(turn.tool_calls), **self._tokens(turn),
+                    "finish_reason": turn.finish_reason} for number, turn in enumerate(self.turns)]
+        return {**self.identity, "object": self.kind, "choices": choices, "usage": self.usage(), **self.prompt}
 
     def begin(self) -> Iterator[bytes]:
         for number in range(len(self.turns)):
-            yield self._delta(number, {"role": "assistant", "content": ""})
+            more = self.prompt if number == 0 else {}
+            yield self.chunk([self._choice(number, {"role": "assistant", "content": ""})], **more)
 
     def deltas(self, number: int, piece: Any, events: list[Any]) -> Iterator[bytes]:
         turn = self.turns[number]
         for happened in events:
             delta = _delta_of(happened)
             if delta is not None:
-                entries, turn.logprobs = (turn.logprobs, []) if "content" in delta else ([], turn.logprobs)
-                yield self._delta(number, delta, logprobs=self._logprobs(entries) if entries else None)
+                tokens = self._tokens(turn, since=True) if self.prompt or "content" in delta else {}
+                yield self.chunk([self._choice(number, delta, **tokens)])
         if piece.finish_reason is not None:
-            yield self._delta(number, {}, finish_reason=turn.finish_reason)
+            tokens = self._tokens(turn, since=True) if self.prompt else {}
+            yield self.chunk([self._choice(number, {}, finish_reason=turn.finish_reason, **tokens)])
 
-    def _delta(self, number: int, delta: dict[str, Any], **more: Any) -> bytes:
-        return self.chunk([{"index": number, "delta": delta, "logprobs": None, "finish_reason": None} | more])
+    def _choice(self, number: int, delta: dict[str, Any], **more: Any) -> dict[str, Any]:
+        return {"index": number, "delta": delta, "logprobs": None, "finish_reason": None} | more
+
+    def _tokens(self, turn: Turn, since: bool = False) -> dict[str, Any]:
+        """`logprobs` of the content; where the ids were asked for, `token_ids` of the whole reply and `logprobs` of
+        these. `since`: of those that no chunk has told yet."""
+        entries = turn.sampled if self.prompt else turn.logprobs
+        told = {"logprobs": self._logprobs(entries) if entries or not since else None}
+        if self.prompt:
+            told["token_ids"] = [entry.id for entry in entries]
+        if since:
+            turn.sampled, turn.logprobs = [], []
+        return told
 
     def _logprobs(self, entries: list[TokenLogprob]) -> dict[str, Any] | None:
         if not self.request.logprobs:

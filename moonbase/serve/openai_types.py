@@ -231,6 +231,8 @@ class ChatRequest(Common):
     thinking: Thinking | None = None
     chat_template_kwargs: TemplateOptions | None = None
     modalities: list[str] | None = None
+    return_token_ids: bool | None = None
+    """vLLM's: with the answer the ids of the prompt and of all that was sampled; `logprobs` are then of these."""
 
     @model_validator(mode="after")
     def _fits_together(self) -> ChatRequest:

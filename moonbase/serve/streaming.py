@@ -11,11 +11,11 @@ import json
 from collections.abc import Coroutine, Iterable, Sequence
 from typing import Any, Protocol, TypeVar
 
+from moonbase.engine.turn import Turn
 from moonbase.serve.backend import Backend
 from moonbase.serve.errors import RequestError, log_failure
 from moonbase.serve.gate import Record
 from moonbase.serve.generation import Generations, Job
-from moonbase.serve.turn import Turn
 
 Result = TypeVar("Result")
 

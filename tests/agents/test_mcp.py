@@ -455,6 +455,33 @@ def test_the_official_client_with_our_server_over_http() -> None:
     run(conversation())
 
 
+def test_clients_over_http_are_agents_of_their_own() -> None:
+    """What belongs to an agent, such as its Python interpreter, is not shared between the sessions of two clients."""
+    import httpx2
+    from mcp.client.client import Client
+    from mcp.client.streamable_http import streamable_http_client
+
+    @tool(inline=True)
+    def who(context: ToolContext) -> str:
+        """Which agent asks."""
+        return context.agent
+
+    async def conversation() -> None:
+        address: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        serving = asyncio.create_task(serve_tools(Toolset([who]), "ours", "http", port=0, ready=address.set_result))
+        agents = []
+        for _ in range(2):
+            async with (httpx2.AsyncClient() as http, Client(
+                    streamable_http_client(await address, http_client=http), mode="legacy") as client):
+                answers = [await client.call_tool("who", {}) for _ in range(2)]
+                agents.append({answer.content[0].text for answer in answers})
+        assert [len(names) for names in agents] == [1, 1] and agents[0] != agents[1]
+        serving.cancel()
+        await asyncio.wait([serving])
+
+    run(conversation())
+
+
 def test_what_our_server_refuses() -> None:
     with pytest.raises(UserError, match="MOONBASE_MCP_TOKEN"):
         run(serve_tools(our_tools(), transport="http", host="0.0.0.0"))

@@ -174,6 +174,15 @@ def test_keys_come_from_where_they_should(monkeypatch: pytest.MonkeyPatch) -> No
     assert connect("kimi", base_url="http://h/v1").name == "kimi"
 
 
+@pytest.mark.parametrize(("entries", "own"), [
+    ([{"id": "a", "owned_by": "moonbase"}], True), ([{"id": "a", "owned_by": "vllm"}], False), ([{"id": "a"}], False),
+    ([{"id": "a", "owned_by": "moonbase"}, {"id": "b", "owned_by": "x"}], False), (None, False),
+])  # fmt: skip
+def test_tokens_are_asked_of_our_own_server_only(entries: Any, own: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("moonbase.agents.models.connect._models", lambda url, key, needed: entries)
+    assert ("return_token_ids" in connect("http://h/v1#a").extra) is own
+
+
 @pytest.mark.parametrize(("source", "says"), [
     ("openai:gpt", "OPENAI_API_KEY"), ("moonshot:kimi", "MOONSHOT_API_KEY"), ("anthropic:claude", "ANTHROPIC_API_KEY"),
     ("gpt-4o", "openai:NAME"), ("preset:picco", "pico"), ("openai:", "openai:NAME"), ("", "missing"),

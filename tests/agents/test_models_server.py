@@ -204,6 +204,21 @@ def test_a_pool_fits_many_calls_through_a_small_server(url: str) -> None:
     assert sum(reply.attempts - 1 for reply in replies) == pool.retries
 
 
+@pytest.mark.parametrize("choice", ["none", "required"])
+def test_a_server_of_ours_gives_the_tokens(url: str, here: EngineModel, choice: str) -> None:
+    """Over HTTP a trace holds what it holds of a model in this process: the very ids and log-probabilities."""
+    ended = 0
+    for seed in range(6):
+        options = CallOptions(max_tokens=80, seed=seed, tool_choice=choice)
+        remote, local = ask(connect(url), USER, TOOLS, options), ask(here, USER, TOOLS, options)
+        assert (remote.message, remote.prompt_ids) == (local.message, local.prompt_ids)
+        assert remote.token_ids == local.token_ids and len(remote.logprobs) == len(remote.token_ids)
+        assert remote.logprobs == pytest.approx(local.logprobs, abs=1e-3)
+        ended += remote.token_ids[-1] in tiny_chat.tokenizer().eos_ids
+    assert OpenAIModel("tiny-moon", f"{url}/v1").extra == {}
+    assert choice == "none" or ended, "no reply with an end token was seen"
+
+
 def test_connect_asks_for_name_and_context(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", "secret")
     for address in (url, f"{url}/v1", f"{url}/v1/", f"{url}/v1#tiny-moon", f"openai:tiny-moon@{url}/v1"):

@@ -83,6 +83,42 @@ def test_a_reply_whole_and_in_a_stream(server: Running, client: openai.OpenAI, t
         assert usage.completion_tokens_details.reasoning_tokens == len(tokenizer.encode("a thought 🌕"))
 
 
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("logprobs", [False, True])
+def test_token_ids(server: Running, client: openai.OpenAI, tokenizer: Any, stream: bool, logprobs: bool) -> None:
+    """vLLM's `return_token_ids`: the prompt's ids, and all that was sampled: reasoning, calls, the end token."""
+    text = "hm 🌕</think>Let me see 月." + TWO_CALLS
+    *steps, end = says(tokenizer, text, stop_reason=3)
+    end.end_logprob = -0.25
+    server.service.script = [*steps, end]
+    reply = create(client, tools=[WEATHER], stream=stream, logprobs=logprobs, n=2,
+                   extra_body={"return_token_ids": True})
+    prompt = tokenizer.encode_rendered(chat.render(USER, [WEATHER], "kimi-k2.5"))
+    expected = [*tokenizer.encode_rendered(text), 3]
+    ids: dict[int, list[int]] = {0: [], 1: []}
+    entries: dict[int, list[Any]] = {0: [], 1: []}
+    prompts = []
+    for part in reply if stream else [reply]:
+        prompts += [part.prompt_token_ids] if "prompt_token_ids" in part.model_extra else []
+        for choice in part.choices:
+            fresh = choice.model_extra.get("token_ids") or []
+            told = choice.logprobs.content if choice.logprobs else []
+            assert len(told) == (len(fresh) if logprobs else 0)
+            ids[choice.index] += fresh
+            entries[choice.index] += told
+    assert prompts == [prompt] and ids == {0: expected, 1: expected}
+    for told in entries.values() if logprobs else ():
+        assert [entry.logprob for entry in told] == [-0.5] * (len(expected) - 1) + [-0.25]
+        assert [bytes(entry.bytes) for entry in told] == [tokenizer.token_bytes(id) for id in expected]
+
+
+def test_token_ids_are_told_to_those_who_ask(client: openai.OpenAI) -> None:
+    for stream in (False, True):
+        reply = create(client, stream=stream)
+        for part in reply if stream else [reply]:
+            assert "token_ids" not in part.model_dump_json()
+
+
 def test_without_include_usage_no_chunk_speaks_of_usage(client: openai.OpenAI) -> None:
     assert all("usage" not in chunk.model_fields_set for chunk in create(client, stream=True))
 

@@ -9,7 +9,7 @@ import pytest
 
 from moonbase.chat import StreamParser, parse
 from moonbase.engine.text import Piece
-from moonbase.serve.turn import Call, Turn
+from moonbase.engine.turn import Call, Turn
 from tests.serve.service_double import says
 from tests.serve.test_openai import SECTION, call
 
@@ -67,6 +67,16 @@ def test_every_place_of_being_cut_off(tokenizer: Any) -> None:
 def test_only_an_object_is_a_calls_arguments(arguments: str, valid: bool) -> None:
     assert Call("functions.f:0", "f", arguments, complete=True).is_valid is valid
     assert not Call("functions.f:0", "f", arguments).is_valid
+
+
+def test_a_call_that_is_no_json_is_said_and_not_acted_upon(tokenizer: Any) -> None:
+    """An agent shows it to its model, which can mend it; a client would stumble over it."""
+    turn, _ = turn_of(says(tokenizer, "</think>" + SECTION.format(call(0, '{"city": ') + call(1, "{}"))))
+    assert [call.arguments for call in turn.said_calls] == ['{"city": ', "{}"]
+    assert [call.arguments for call in turn.tool_calls] == ["{}"]
+    said = turn.message(turn.said_calls)
+    assert [call["function"]["arguments"] for call in said["tool_calls"]] == ['{"city": ', "{}"]
+    assert said["content"] is None and turn.message([])["content"] == ""
 
 
 def test_a_call_that_breaks_off_within_the_reply_becomes_text(tokenizer: Any) -> None:

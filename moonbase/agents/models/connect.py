@@ -12,6 +12,8 @@ from moonbase.errors import CheckpointError, UserError
 
 OWN_KEY = "MOONBASE_API_KEY"
 """The key for endpoints of no provider below, `moonbase serve` among them. Theirs go to nobody else."""
+OWNER = "moonbase"
+"""What `moonbase serve` says its models are `owned_by`: it gives the ids of tokens."""
 LOOKUP_SECONDS = 10.0
 _FORMS = "a run folder, a checkpoint folder, preset:NAME, http://HOST/v1, http://HOST/v1#NAME, openai:NAME[@URL], " \
          "moonshot:NAME or anthropic:NAME[@URL]"
@@ -39,8 +41,9 @@ def connect(
 
     `http://…/v1#NAME` is OpenAI-compatible; without `#NAME` it is asked for its models and the first is taken.
     `openai:NAME@URL` is the same, `anthropic:NAME@URL` speaks Anthropic's API; without a URL (or `base_url`) they are
-    the providers' own. Anything else is a model for the engine in this process: a run folder, a checkpoint folder,
-    `preset:NAME`. Keys: `api_key`, or the environment variable of the provider whose host it is.
+    the providers' own. A server of moonbase is asked for the ids and log-probabilities of the tokens. Anything else is
+    a model for the engine in this process: a run folder, a checkpoint folder, `preset:NAME`. Keys: `api_key`, or the
+    environment variable of the provider whose host it is.
 
     Raises UserError: one line that says what to do.
     """
@@ -77,10 +80,11 @@ def _openai(name: str, url: str, api_key: str | None, price: Price) -> OpenAIMod
         # Nothing but a host.
         url += "/v1"
     key = _key(url, api_key)
-    context = None
+    context, own = None, False
     if _provider(url) is None or not name:
-        name, context = _look_up(name, url, key)
-    return OpenAIModel(name, url, api_key=key, price=price, context_tokens=context)
+        name, context, own = _look_up(name, url, key)
+    # Others would have to be tried, and some answer a field that they do not know with an error.
+    return OpenAIModel(name, url, api_key=key, price=price, context_tokens=context, token_ids=own)
 
 
 def _plain_url(url: str) -> str:
@@ -112,15 +116,16 @@ def _key(url: str, given: str | None) -> str | None:
     return key
 
 
-def _look_up(name: str, url: str, key: str | None) -> tuple[str, int | None]:
-    """The model's name at an endpoint, and its context where the endpoint says so (moonbase and vLLM do).
+def _look_up(name: str, url: str, key: str | None) -> tuple[str, int | None, bool]:
+    """The model's name at an endpoint, its context where the endpoint says so (moonbase and vLLM do), and whether the
+    endpoint is a server of moonbase.
 
     Raises UserError where nothing is there, or no such model. A named model at an endpoint that has no list of models
     is taken at its word.
     """
     entries = _models(url, key, needed=not name)
     if entries is None:
-        return name, None
+        return name, None, False
     names = [entry["id"] for entry in entries]
     if not names:
         raise UserError(f"{url}/models: the endpoint has no model")
@@ -129,7 +134,8 @@ def _look_up(name: str, url: str, key: str | None) -> tuple[str, int | None]:
     context = entry.get("max_model_len")
     if not entry and len(names) == 1 and isinstance(entries[0].get("max_model_len"), int):
         context = entries[0]["max_model_len"]
-    return name or names[0], context if isinstance(context, int) and context > 0 else None
+    context = context if isinstance(context, int) and context > 0 else None
+    return name or names[0], context, all(entry.get("owned_by") == OWNER for entry in entries)
 
 
 def _models(url: str, key: str | None, needed: bool) -> list[dict[str, Any]] | None:

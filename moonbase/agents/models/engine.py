@@ -9,12 +9,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moonbase.agents.models.base import CallOptions, Completion, Message, ModelError, Price, Usage
-from moonbase.chat import Reply
 from moonbase.chat.prompt import Prompt, prompt_of
 from moonbase.errors import TryAgain, UserError
 
@@ -22,9 +20,8 @@ if TYPE_CHECKING:
     import numpy as np
 
     from moonbase.data import Tokenizer
-    from moonbase.engine import Engine, Piece, Service
+    from moonbase.engine import Engine, Service
 
-TOOL_MARK = "<|tool_calls_section_begin|>"
 REMEMBERED_TEXTS = 1024
 QUEUE_LIMIT = 1 << 20
 """Calls wait as long as they must: to be turned away is for clients from outside."""
@@ -50,6 +47,7 @@ class EngineModel:
         """One reply. Raises ModelError. A call that is cancelled is ended in the engine, and its blocks are free."""
         from moonbase.engine import QueueFull, Sampling
         from moonbase.engine.service import Failed
+        from moonbase.engine.turn import Turn
 
         try:
             # Rendering and grammars take a while for long prompts; the others' replies go on meanwhile.
@@ -58,7 +56,7 @@ class EngineModel:
                                 seed=options.seed)
             pieces = self._ready().generate(prompt.ids, sampling, constraint)
             async with contextlib.aclosing(pieces), asyncio.timeout(options.timeout) as limit:
-                loop, turn = asyncio.get_running_loop(), _Turn(prompt)
+                loop, turn = asyncio.get_running_loop(), Turn(prompt.parser())
                 async for piece in pieces:
                     turn.push(piece)
                     limit.reschedule(loop.time() + options.timeout)
@@ -72,7 +70,13 @@ class EngineModel:
             raise ModelError("bad_request", f"{self.name}: {error}") from None
         if turn.ended not in ("stop", "length"):
             raise ModelError("server", f"{self.name}: the engine ended the reply: {turn.ended}")
-        return turn.completion(self.name)
+        # A call that is no JSON stays: its model is told, and can mend it.
+        calls = turn.said_calls
+        return Completion(
+            turn.message(calls), turn.reason_with(calls),
+            Usage(len(prompt.ids), turn.completion_tokens, turn.cached_tokens), self.name, prompt_ids=prompt.ids,
+            token_ids=[token.id for token in turn.sampled], logprobs=[token.logprob for token in turn.sampled],
+            notes=turn.parser.reply.notes)
 
     def count_tokens(self, messages: list[Message], tools: list[dict[str, Any]]) -> int:
         """Exact. Texts are encoded once. Raises ModelError for messages that cannot be rendered."""
@@ -112,19 +116,11 @@ class EngineModel:
         return prompt, self._constraint(prompt, tools, options)
 
     def _constraint(self, prompt: Prompt, tools: list[dict[str, Any]], options: CallOptions) -> Any:
-        choice = options.tool_choice if tools else "none"
-        possible = TOOL_MARK in self.tokenizer.special_tokens
-        if not possible and choice != "none":
-            raise UserError("tools are unsupported: this model's vocabulary has no tool-call tokens")
-        if not possible or find_spec("llguidance") is None:
-            if choice not in ("auto", "none"):
-                raise UserError(f"tool_choice={choice!r} needs llguidance; install it with pip install llguidance")
-            return None
-        from moonbase.engine.constraint import tool_constraint
+        from moonbase.engine.turn import fewest_tokens, turn_constraint
 
-        constraint = tool_constraint(self.tokenizer, self.engine.model.config.vocab_size, tools, choice=choice,
-                                     first_index=prompt.first_call_index, **prompt.rules())
-        least = getattr(constraint, "minimum_tokens", 0)
+        constraint = turn_constraint(self.tokenizer, self.engine.model.config.vocab_size, prompt, tools,
+                                     choice=options.tool_choice if tools else "none", strict=False)
+        least = fewest_tokens(constraint)
         if options.max_tokens < least:
             raise UserError(f"max_tokens={options.max_tokens} is too small: the shortest answer that keeps to "
                             f"tool_choice has {least} tokens")
@@ -147,50 +143,6 @@ class _Memory:
     def encode(self, text: str) -> list[int]:
         """Ids of plain text."""
         return self._known(text).tolist()
-
-
-class _Turn:
-    """One reply as it grows."""
-
-    def __init__(self, prompt: Prompt) -> None:
-        self.prompt, self.parser = prompt, prompt.parser()
-        self.ids: list[int] = []
-        self.logprobs: list[float] = []
-        self.output_tokens = self.cached_tokens = 0
-        self.ended: str | None = None
-
-    def push(self, piece: Piece) -> None:
-        """What the engine has produced since the last piece."""
-        self.ids += piece.ids
-        self.logprobs += piece.logprobs
-        self.output_tokens += len(piece.ids)
-        if piece.text:
-            self.parser.push(piece.text, special=piece.special)
-        if piece.finish_reason is None:
-            return
-        self.ended, self.cached_tokens = piece.finish_reason, piece.cached_tokens
-        if piece.end_logprob is not None and isinstance(piece.stop_reason, int):
-            # It was sampled like the others: a model that learns from its replies learns when to stop.
-            self.ids.append(piece.stop_reason)
-            self.logprobs.append(piece.end_logprob)
-
-    def completion(self, name: str) -> Completion:
-        """The reply as a whole."""
-        # Before the end is told to the parser: half of a call that the limit cut is of no use to anyone, and the parser
-        # would give it as text.
-        reply: Reply = self.parser.reply
-        self.parser.finish()
-        calls = [{"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
-                 for call in reply.tool_calls]
-        message: Message = {"role": "assistant", "content": reply.content or (None if calls else "")}
-        if reply.reasoning_content:
-            message["reasoning_content"] = reply.reasoning_content
-        if calls:
-            message["tool_calls"] = calls
-        reason = "length" if self.ended == "length" else "tool_calls" if calls else "stop"
-        usage = Usage(len(self.prompt.ids), self.output_tokens, self.cached_tokens)
-        return Completion(message, reason, usage, name, prompt_ids=self.prompt.ids, token_ids=self.ids,
-                          logprobs=self.logprobs, notes=self.parser.reply.notes)
 
 
 def open_engine(source: str, *, price: Price = Price(), style: str | None = None) -> EngineModel:

@@ -72,8 +72,11 @@ def make_server(toolset: Toolset, name: str) -> Any:
 
     async def call_tool(context: Any, parameters: Any) -> Any:
         number = next(numbers)
+        # A client's session is an agent of its own: what one defines in `python` is no other's.
+        headers = getattr(context.request, "headers", None) or {}
+        agent = f"mcp {headers['mcp-session-id']}" if "mcp-session-id" in headers else "mcp"
         result = await toolset.call(parameters.name, json.dumps(parameters.arguments or {}),
-                                    ToolContext("mcp", number, f"mcp#{number}"))
+                                    ToolContext(agent, number, f"{agent}#{number}"))
         # Half of a surrogate pair, which JSON of a model can hold, would end the connection.
         text = result.content.encode(errors="replace").decode()
         return CallToolResult(content=[TextContent(text=text)], is_error=result.error)

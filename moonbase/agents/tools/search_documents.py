@@ -255,10 +255,19 @@ class _Stripper(html.parser.HTMLParser):
             self.pieces.append("\t")
 
 
+def _finished(text: str) -> str:
+    """Without comments and tags that never end: Python's parser looks through all the rest for the end of each."""
+    comment = text.find("<!--", text.rfind("-->") + 1)
+    if comment >= 0:
+        text = text[:comment]
+    end = text.rfind(">") + 1
+    return text[:end] + text[end:].replace("<", "&lt;")
+
+
 def strip_markup(text: str) -> tuple[str, str]:
     """(title, text) of a page of HTML."""
     stripper = _Stripper()
-    stripper.feed(text)
+    stripper.feed(_finished(text))
     stripper.close()
     lines = [line.strip() for line in "".join(stripper.pieces).split("\n")]
     kept = [line for number, line in enumerate(lines) if line or (number and lines[number - 1])]

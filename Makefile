@@ -17,7 +17,7 @@ WORKERS ?= 2
 TORCH_PIP_ARGS ?=
 
 help:
-	@echo "make quickstart   install, then build a corpus, train a small model and write a report (about 8 minutes)"
+	@echo "make quickstart   install, then build a corpus, train a small model and write a report (about 6 minutes)"
 	@echo "make test         install with the test tools, check style, run all tests"
 	@echo "make lint         style only"
 	@echo "make install      the package with its server, into $(VENV)"

@@ -73,8 +73,8 @@ def quickstart(
                                         autocompletion=_complete_preset)] = "pico",
     out: Annotated[Path, typer.Option(help="Folder for the run and its report; an interrupted run in it is "
                                            "resumed.")] = Path("runs/quickstart"),
-    minutes: Annotated[float, typer.Option(min=0.01, help="Minutes of pretraining; fine-tuning takes about 1.5 "
-                                                          "times as long.")] = 3.0,
+    minutes: Annotated[float, typer.Option(min=0.01, help="Minutes of pretraining; fine-tuning takes about two "
+                                                          "more.")] = 3.0,
     as_json: AsJson = False,
 ) -> None:
     """The whole chain on this machine, from a corpus to a report and a model to talk to.

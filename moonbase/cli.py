@@ -74,7 +74,7 @@ def quickstart(
     out: Annotated[Path, typer.Option(help="Folder for the run and its report; an interrupted run in it is "
                                            "resumed.")] = Path("runs/quickstart"),
     minutes: Annotated[float, typer.Option(min=0.01, help="Minutes of pretraining; fine-tuning takes about two "
-                                                          "more.")] = 3.0,
+                                                          "more.")] = 2.75,
     as_json: AsJson = False,
 ) -> None:
     """The whole chain on this machine, from a corpus to a report and a model to talk to.

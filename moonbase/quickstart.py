@@ -49,7 +49,7 @@ CHAT_PROMPTS = ("Hello!", "Who are you?", "What does len do in Python?")
 CORPUS_BYTES = 16_000_000
 MINUTES = 2.75
 """Of pretraining, unless told otherwise."""
-CHAT_TOKENS = 1_200_000
+CHAT_TOKENS = 1_400_000
 """What fine-tuning sees on a CPU, less only where `minutes` are fewer: a small model begins to copy what it is asked
 about after about a million tokens, all at once, whatever the time that takes."""
 DIALOGUES = 16_000

@@ -29,7 +29,7 @@ from moonbase.agents.journal import EVENTS, Event, Journal
 from moonbase.agents.models.base import CallOptions, ChatModel, Price
 from moonbase.agents.models.pool import Pool
 from moonbase.agents.page import write_page
-from moonbase.agents.swarm import MAX_SUBAGENTS, ORCHESTRATOR, Swarm
+from moonbase.agents.swarm import ORCHESTRATOR, Swarm
 from moonbase.agents.toolsets import open_tools
 from moonbase.agents.trace import Episode
 from moonbase.errors import UserError
@@ -51,7 +51,7 @@ class Settings(BaseModel):
     context: str = "keep-all"
     single: bool = False
     allow_unsafe: bool = False
-    limits: Limits = Limits(steps=100, subagents=MAX_SUBAGENTS)
+    limits: Limits = Limits(steps=100)
     sub_limits: Limits = Limits(steps=100)
     options: CallOptions = CallOptions()
     concurrency: int = 64

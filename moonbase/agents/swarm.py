@@ -35,7 +35,7 @@ from moonbase.agents.trace import SCHEMA, Episode
 from moonbase.errors import UserError
 
 MAX_SUBAGENTS = 100
-"""Runs of sub-agents in one episode, as the product has it."""
+"""At work at once, of each level, as the product has it; more wait in line. `Limits.subagents` bounds all of them."""
 ORCHESTRATOR = (
     "You solve the user's task. Beside your own tools you can create sub-agents with create_subagent, each with a role "
     "of its own, and give them tasks with assign_task or assign_tasks; tasks given in one turn are worked on at the "
@@ -60,7 +60,7 @@ class Swarm:
     def __init__(
         self, model: ChatModel, tools: Toolset = Toolset(), *, sub_model: ChatModel | None = None,
         sub_tools: Toolset | None = None, system: str = ORCHESTRATOR,
-        limits: Limits = Limits(steps=100, subagents=MAX_SUBAGENTS), sub_limits: Limits = Limits(steps=100),
+        limits: Limits = Limits(steps=100), sub_limits: Limits = Limits(steps=100),
         context: ContextStrategy = KeepAll(), sub_context: ContextStrategy = KeepAll(),
         options: CallOptions = CallOptions(), journal: Journal | None = None,
         on_event: Callable[[Event], None] | None = None, delegate: bool = True, episode_id: str | None = None,
@@ -82,6 +82,7 @@ class Swarm:
         self._roles: dict[str, dict[str, str]] = {}
         """Agent id -> its kinds of sub-agents: name -> system prompt."""
         self._agents: dict[str, Agent] = {}
+        self._lines: dict[int, asyncio.Semaphore] = {}
 
     async def run(self, task: str) -> SwarmResult:
         """Work on a task. Raises UserError where the journal cannot be written."""
@@ -144,7 +145,7 @@ class Swarm:
 
         @tool(timeout=math.inf)
         async def assign_tasks(
-            agent: str, template: str, items: Annotated[list[str], Field(min_length=1, max_length=1000)],
+            agent: str, template: str, items: Annotated[list[str], Field(min_length=1, max_length=10_000)],
             context: ToolContext,
         ) -> ToolResult:
             """Let sub-agents of one kind work on many similar tasks at the same time, one for each item.
@@ -183,18 +184,30 @@ class Swarm:
             return ToolResult(f"Error: no sub-agent is named {name!r}. Create it first. Sub-agents: {known}.",
                               error=True)
         above, id = self._agents[context.agent], _agent_id(id)
+        # A line of its own for every level: whoever waits for sub-agents must not hold up theirs.
+        async with self._lines.setdefault(id.count("/"), asyncio.Semaphore(MAX_SUBAGENTS)):
+            return await self._work(name, roles[name], prompt, above, context, id)
+
+    async def _work(
+        self, name: str, system: str, prompt: str, above: Agent, context: ToolContext, id: str
+    ) -> ToolResult:
         try:
             budget = above.budget.child(self.sub_limits, self.journal.started(id), self.journal.spent(id))
         except BudgetExceeded as error:
             return ToolResult(f"Error: the sub-agent was not started: {error}.", error=True)
         deep = id.count("/") >= self.depth
         agent = Agent(
-            name, self.sub_model, self.sub_tools if deep else self._sub_toolset, system=roles[name], budget=budget,
+            name, self.sub_model, self.sub_tools if deep else self._sub_toolset, system=system, budget=budget,
             context=self.sub_context, journal=self.journal, options=self.options, id=id, parent=above.id,
             parent_call=context.call_id, stage=above.stage, trainable=False)
         self._agents[id] = agent
         try:
             result = await agent.run(prompt)
+        except UserError:
+            raise  # the session cannot be written any more: no sub-agent's fault
+        except Exception as error:
+            # Of many that work side by side, one that breaks takes nobody with it.
+            return ToolResult(f"[The sub-agent broke: {type(error).__name__}: {error}.]", error=True)
         finally:
             del self._agents[id]
         return ToolResult(_report(result), result.status != "finished")

@@ -394,7 +394,9 @@ def test_nothing_outside_is_written(tmp_path: Path) -> None:
     assert result.output == "fine\nfine\n"
     assert outside.read_text() == "untouched" and (work / "mine").read_text() == "fine\n"
     assert not Path("/tmp/mine").exists()
-    assert run(work, "bubblewrap", "ls -A /tmp").output == ""
+    # Where this Python itself lies there, the way to it is seen.
+    way = Path(sys.prefix).parts[2:3] if Path(sys.prefix).is_relative_to("/tmp") else ()
+    assert run(work, "bubblewrap", "ls -A /tmp").output.split() == list(way)
 
 
 @needs_bubblewrap

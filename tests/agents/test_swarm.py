@@ -94,7 +94,7 @@ def test_more_than_fits_at_once_waits() -> None:
     (lambda task, step: {"content": "I will look.", "tool_calls": [call("look", number=step)]}, {"seconds": 2.5},
      "[The sub-agent stopped because its budget was used up after 3 steps: the budget of seconds is used up: 2.5 of "
      "2.5 spent, 0 more wanted.] Its last words: I will look."),
-    (lambda task, step: {}["bug"], {}, "Error: assign_task failed: KeyError: 'bug'"),
+    (lambda task, step: {}["bug"], {}, "[The sub-agent broke: KeyError: 'bug'.]"),
 ])
 def test_a_sub_agent_that_comes_to_nothing_says_so_and_the_episode_goes_on(
     helper: Any, limits: dict[str, Any], words: str
@@ -210,3 +210,24 @@ def test_the_tools_of_the_task_keep_their_time_limit_beside_those_of_the_swarm()
     policy = leads(asks(call("hang")), says("Answer."))
     result = simulate(Swarm(ScriptedModel(policy), Toolset([hang], timeout=30)).run("The task."))
     assert results(result) == ["Error: hang did not answer within 30 seconds."] and result.episode.seconds == 30
+
+
+def test_more_sub_agents_than_work_at_once_wait_and_none_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("moonbase.agents.swarm.MAX_SUBAGENTS", 4)
+    items = [str(number) for number in range(30)]
+    bulk = call("assign_tasks", agent="helper", template="Do {item}.", items=items)
+    result = run(leads(asks(CREATE), asks(bulk), says("Answer.")), limits=Limits())
+    subs = [agent for agent in result.episode.agents if agent.parent]
+    assert len(subs) == 30 and {agent.status for agent in subs} == {"finished"}
+    moments = [agent.started for agent in subs]
+    assert max(sum(one.started <= moment < one.ended for one in subs) for moment in moments) == 4
+
+
+def test_one_that_breaks_takes_no_other_with_it() -> None:
+    def helper(task: str, step: int) -> Any:
+        return {}["a bug of the model's program"] if task == "Do 1." else says("Done.")
+
+    bulk = call("assign_tasks", agent="helper", template="Do {item}.", items=["0", "1", "2"])
+    result = run(leads(asks(CREATE), asks(bulk), says("Answer."), helper=helper), limits=Limits())
+    told = results(result)[-1]
+    assert result.status == "finished" and told.count("Done.") == 2 and "KeyError" in told

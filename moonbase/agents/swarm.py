@@ -65,10 +65,11 @@ class Swarm:
         options: CallOptions = CallOptions(), journal: Journal | None = None,
         on_event: Callable[[Event], None] | None = None, delegate: bool = True, episode_id: str | None = None,
         details: dict[str, Any] | None = None, depth: int = 1,
+        grade: Callable[[str], dict[str, float]] | None = None,
     ) -> None:
         """`sub_model`, `sub_tools`: None takes the orchestrator's. `sub_limits`: of each sub-agent, within what is left
         of `limits`. `delegate`: False makes a single agent, in the same trace. `details`: noted in the trace. `depth`:
-        levels of sub-agents; at 1 they have none of their own."""
+        levels of sub-agents; at 1 they have none of their own. `grade`: the answer's rewards by name, for the trace."""
         self.model = model if isinstance(model, Pool) else Pool(model)
         self.sub_model = self.model if sub_model is None or sub_model is model else (
             sub_model if isinstance(sub_model, Pool) else Pool(sub_model))
@@ -79,6 +80,7 @@ class Swarm:
         self.depth, self.episode_id, self.details = depth if delegate else 0, episode_id, details or {}
         if on_event is not None:
             self.journal.listeners.append(on_event)
+        self._grade = grade or (lambda answer: {})
         self._roles: dict[str, dict[str, str]] = {}
         """Agent id -> its kinds of sub-agents: name -> system prompt."""
         self._agents: dict[str, Agent] = {}
@@ -117,7 +119,7 @@ class Swarm:
 
     def _finish(self, main: Agent, result: AgentResult) -> None:
         self.journal.write({"type": "episode_finished", "agent": "main", "status": result.status, "text": result.text,
-                            "reason": result.reason, "rewards": {},
+                            "reason": result.reason, "rewards": self._grade(result.text),
                             "critical": {"steps": main.budget.spent.critical_steps}})
 
     # --- the orchestrator's tools -------------------------------------------------------------------------------------

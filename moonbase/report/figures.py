@@ -147,7 +147,7 @@ def logit_chart(metrics: Metrics, tau: float | None, names: list[str]) -> Chart 
     wide, small = render("logits", paint, heights=(280, 230), left=42)
     peak = np.unravel_index(int(np.nanargmax(logits)), logits.shape)
     words = [f"The largest attention logit was {compact(highest)}, in {names[peak[1]]} at step "
-             f"{count(steps[peak[0]])}."]
+             f"{count(steps[peak[0]])}; values up to τ are upper bounds."]
     if not few and len(steps) > _STRETCHES:
         words.append("A point of a line is the highest value of its stretch of steps.")
     if len(hits):

@@ -219,8 +219,9 @@ def _tiles(run: RunRecord) -> list[tuple[str, str, str]]:
     logits, load = metrics.per_layer.get("max_logit"), metrics.per_layer.get("expert_load")
     if logits is not None:
         tau = _tau(run)
+        # Up to τ a bound is recorded, the largest log-sum-exp: nobody needs to know more exactly.
         add("Largest logit", float(logits[logits == logits].max()), words.compact,
-            f"τ = {words.compact(tau)}" if tau is not None else "")
+            f"at most; τ = {words.compact(tau)}" if tau is not None else "")
     if load is not None:
         last = load[(load == load).any(axis=1)][-1]
         add("Expert load", float(last[last == last].max()), words.fixed, "busiest ÷ mean, at the end")

@@ -231,3 +231,8 @@ def test_one_that_breaks_takes_no_other_with_it() -> None:
     result = run(leads(asks(CREATE), asks(bulk), says("Answer."), helper=helper), limits=Limits())
     told = results(result)[-1]
     assert result.status == "finished" and told.count("Done.") == 2 and "KeyError" in told
+
+
+def test_rewards_are_noted_in_the_trace() -> None:
+    result = run(leads(says("four letters")), grade=lambda answer: {"words": float(len(answer.split()))})
+    assert result.episode.rewards == {"words": 2.0}

@@ -261,7 +261,7 @@ class Engine:
             pool = BlockPool(num_blocks, self.prefix_cache)
             chunk_tokens = self.chunk_tokens or self._forward.chunk_tokens
             self._scheduler = Scheduler(pool, self.max_running, max(chunk_tokens, self.max_running),
-                                        lag=int(self.speculate))
+                                        int(self.speculate), share_replies=self._forward.one_form)
         return self._scheduler
 
     def _num_blocks(self) -> int:

@@ -42,6 +42,12 @@ class Forward:
         self._recorder = Recorder(decode, self.device) if on_gpu and cuda_graphs else None
 
     @property
+    def one_form(self) -> bool:
+        """A generated token's latents have the bits that the same token of a prompt would have. Not where prompts are
+        expanded and replies absorbed."""
+        return self._fused is None
+
+    @property
     def chunk_tokens(self) -> int:
         """Prompt tokens per pass that it handles well."""
         return 512 if self._fused is None else 16384
@@ -61,7 +67,7 @@ class Forward:
         self._in_one_call = self._native is not None and self._native.ready()
         if self._in_one_call:
             return self._native.compute(tokens, *self._places(parts), self._tables)
-        decoding = next((number for number, part in enumerate(parts) if part.count > 1), len(parts))
+        decoding = next((number for number, part in enumerate(parts) if _of_prompt(part)), len(parts))
         # Prompts come in so many lengths that a recording would never be used again.
         recorded = self._recorder is not None and decoding == len(parts) and len(tokens) <= LARGEST
         rows_4N, width = self._lay_out(parts, tokens, round_up=recorded)
@@ -70,9 +76,7 @@ class Forward:
         arguments = batch_of(rows_4N.to(self.device, non_blocking=True), self._tables_there(width))
         if self._fused is None:
             return self._compute(*arguments)
-        if decoding == len(parts):
-            return self._fused.decode(*arguments)
-        return self._fused.read(*arguments, self._reading(parts, decoding, arguments[2].tables_BM))
+        return self._fused.decode(*arguments, self._reading(parts, decoding, arguments[2].tables_BM))
 
     def further(self, parts: Sequence[Part], hidden_ND: Tensor, rows: Sequence[int]) -> Tensor:
         """Logits of the token after the next of each part [B, V], by the first multi-token-prediction module.
@@ -88,11 +92,15 @@ class Forward:
             sources += range(row, row + part.count)
             ends.append(len(sources) - 1)
         rows_4N, width = self._lay_out(parts, following)
-        tokens, positions, self.cache.batch = batch_of(rows_4N.to(self.device), self._tables_there(width))
+        tokens, positions, batch = batch_of(rows_4N.to(self.device), self._tables_there(width))
         sources += [0] * (len(tokens) - len(sources))
         hidden_ND = hidden_ND[self._padded(sources)]
-        hidden_ND = self.model.decode_further(0, hidden_ND, tokens, positions, self.cache)
-        return self.logits(hidden_ND, ends)
+        if self._fused is not None:
+            decoding = next((number for number, part in enumerate(parts) if _of_prompt(part)), len(parts))
+            reading = self._reading(parts, decoding, batch.tables_BM)
+            return self.logits(self._fused.further(hidden_ND, tokens, positions, batch, reading), ends)
+        self.cache.batch = batch
+        return self.logits(self.model.decode_further(0, hidden_ND, tokens, positions, self.cache), ends)
 
     def logits(self, hidden_ND: Tensor, rows: Sequence[int]) -> Tensor:
         """The head's logits at `rows`, fp32 [len(rows), V]."""
@@ -102,7 +110,8 @@ class Forward:
         # Where everybody decodes, these are the first rows, and no list of them need travel.
         in_order = list(rows) == list(range(len(rows))) and count <= hidden_ND.shape[0]
         chosen_ND = hidden_ND[:count] if in_order else hidden_ND[self._padded(rows)]
-        return self.model.lm_head(chosen_ND)[: len(rows)].float()
+        head = self.model.lm_head if self._fused is None else self._fused.logits
+        return head(chosen_ND)[: len(rows)].float()
 
     def _compute(self, tokens_N: Tensor, positions_N: Tensor, batch: Batch) -> Tensor:
         self.cache.batch = batch
@@ -131,9 +140,11 @@ class Forward:
         on_cpu = self.device.type == "cpu"
         return self._tables if on_cpu else self._tables[:, :width].to(self.device, non_blocking=True)
 
-    def _reading(self, parts: Sequence[Part], decoding: int, tables_BM: Tensor) -> Reading:
-        """Where the contexts of the parts from number `decoding` on lie."""
+    def _reading(self, parts: Sequence[Part], decoding: int, tables_BM: Tensor) -> Reading | None:
+        """Where the contexts of the parts from number `decoding` on lie; None where there are none."""
         reading = parts[decoding:]
+        if not reading:
+            return None
         stops = [_stop(part) for part in reading]
         places = [torch.arange(stop, device=self.device) for stop in stops]
         slots = [tables_BM[part.request.row].long()[place // BLOCK_TOKENS] * BLOCK_TOKENS + place % BLOCK_TOKENS
@@ -167,6 +178,10 @@ class Forward:
         """int64 [max(N, LEAST_ROWS)] on the device."""
         values = [*values, *[0] * (LEAST_ROWS - len(values))]
         return torch.tensor(values, dtype=torch.int64).to(self.device, non_blocking=True)
+
+
+def _of_prompt(part: Part) -> bool:
+    return part.start < len(part.request.prompt_ids)
 
 
 def _stop(part: Part) -> int:

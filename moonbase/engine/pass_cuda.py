@@ -24,14 +24,13 @@ from torch import Tensor, nn
 from moonbase.engine.cache import BLOCK_TOKENS, Batch, LatentCache
 from moonbase.engine.pass_cpu import PLAIN_MODULES
 from moonbase.model import Transformer
+from moonbase.model.linear import RMSNorm
 from moonbase.model.mla import LatentAttention
 from moonbase.model.moe import FeedForward, MixtureOfExperts
 from moonbase.model.rope import rotate, rotations
-from moonbase.ops.experts import experts
+from moonbase.model.transformer import Block, MTPModule
 from moonbase.ops.latent_attention import latent_attention
 
-FEW_ROWS = 512
-"""Up to so many tokens the experts' weights are what takes time, and kernels that stream them win."""
 EXPANDED_BYTES = 1 << 32
 """Contexts are expanded together up to this size, then one after the other."""
 
@@ -50,7 +49,10 @@ class Reading(NamedTuple):
 
 
 class CudaPass:
-    """`decode` and `read` are `Transformer.decode`, each in the form that suits it. Only for a model that `fits`."""
+    """`decode`, `further` and `logits` of the model, in the forms that suit a GPU. Only for a model that `fits`.
+
+    A token's bits depend on its own sequence alone: not on other sequences, nor on the chunks its prompt came in.
+    """
 
     def __init__(self, model: Transformer, cache: LatentCache) -> None:
         self._model, self._cache = model, cache
@@ -60,29 +62,45 @@ class CudaPass:
     @staticmethod
     def fits(model: Transformer) -> bool:
         """Half precision, and nothing wrapped around the modules or their weights."""
-        modules = [model, model.lm_head, *model.model.modules()]
-        weights = [model.lm_head.weight, *model.model.parameters()]
-        return (all(type(module) in PLAIN_MODULES for module in modules)
+        return (all(type(module) in PLAIN_MODULES | {MTPModule} for module in model.modules())
                 and all(type(weight) is nn.Parameter and weight.dtype in (torch.bfloat16, torch.float16)
-                        for weight in weights))
+                        for weight in model.parameters()))
 
-    def decode(self, tokens_N: Tensor, positions_N: Tensor, batch: Batch) -> Tensor:
-        """Normalised hidden states [N, D] of tokens that each read their own sequence's latents."""
-        return self._run(tokens_N, positions_N, batch, None)
+    def decode(self, tokens_N: Tensor, positions_N: Tensor, batch: Batch, reading: Reading | None = None) -> Tensor:
+        """Normalised hidden states [N, D]. Tokens read their own sequence's latents, but for `reading`."""
+        decoder = self._model.model
+        x_ND = decoder.embed_tokens(tokens_N)
+        return self._blocks(x_ND, list(decoder.layers), decoder.norm, positions_N, batch, reading)
 
-    def read(self, tokens_N: Tensor, positions_N: Tensor, batch: Batch, reading: Reading) -> Tensor:
-        """The same where some rows are parts of prompts."""
-        return self._run(tokens_N, positions_N, batch, reading)
+    def further(
+        self, hidden_ND: Tensor, tokens_N: Tensor, positions_N: Tensor, batch: Batch, reading: Reading | None
+    ) -> Tensor:
+        """`Transformer.decode_further` of the first multi-token-prediction module."""
+        from moonbase.ops.decoding_cuda import add_and_norm
+        from moonbase.ops.linear_cuda import linear
+
+        module = self._model.mtp[0]
+        both = [add_and_norm(x_ND, norm.weight, norm.eps)[1] for x_ND, norm in (
+            (self._model.model.embed_tokens(tokens_N), module.enorm), (hidden_ND, module.hnorm))]
+        x_ND = linear(torch.cat(both, dim=-1), module.eh_proj.weight)
+        return self._blocks(x_ND, [module.layer], module.norm, positions_N, batch, reading)
+
+    def logits(self, hidden_ND: Tensor) -> Tensor:
+        """The head's, in the weights' precision [N, V]."""
+        from moonbase.ops.linear_cuda import linear
+
+        return linear(hidden_ND, self._model.lm_head.weight)
 
     # --- inside -------------------------------------------------------------------------------------------------------
 
-    def _run(self, tokens_N: Tensor, positions_N: Tensor, batch: Batch, reading: Reading | None) -> Tensor:
+    def _blocks(
+        self, x_ND: Tensor, layers: Sequence[Block], norm: RMSNorm, positions_N: Tensor, batch: Batch,
+        reading: Reading | None,
+    ) -> Tensor:
+        """What `norm` makes of x after `layers`."""
         from moonbase.ops.decoding_cuda import add_and_norm
 
-        decoder = self._model.model
-        layers = list(decoder.layers)
-        norms = [layer.input_layernorm for layer in layers[1:]] + [decoder.norm]
-        x_ND = decoder.embed_tokens(tokens_N)
+        norms = [*[layer.input_layernorm for layer in layers[1:]], norm]
         x_ND, normed_ND = add_and_norm(x_ND, layers[0].input_layernorm.weight, layers[0].input_layernorm.eps)
         for layer, norm_after in zip(layers, norms, strict=True):
             attended_ND = self._attend(layer.self_attn, normed_ND, positions_N, batch, reading)
@@ -96,18 +114,19 @@ class CudaPass:
     ) -> Tensor:
         """Attention of one layer [N, D]; the new tokens' latents are in the cache afterwards."""
         from moonbase.ops import decoding_cuda
+        from moonbase.ops.linear_cuda import linear
 
         heads, weight = attention.config.num_attention_heads, attention.kv_b_proj.weight
         if attention.config.q_lora_rank is None:
-            query_NQ = attention.q_proj(x_ND)
+            query_NQ = linear(x_ND, attention.q_proj.weight)
         else:
             norm = attention.q_a_layernorm
-            _, normed = decoding_cuda.add_and_norm(attention.q_a_proj(x_ND), norm.weight, norm.eps)
-            query_NQ = attention.q_b_proj(normed)
+            _, normed = decoding_cuda.add_and_norm(linear(x_ND, attention.q_a_proj.weight), norm.weight, norm.eps)
+            query_NQ = linear(normed, attention.q_b_proj.weight)
         query_NHK = query_NQ.unflatten(-1, (heads, -1))
         store_PZX, norm = self._cache.store[attention.layer], attention.kv_a_layernorm
-        decoding_cuda.store_latents(attention.kv_a_proj_with_mqa(x_ND), norm.weight, norm.eps, self._cos_PR,
-                                    self._sin_PR, positions_N, store_PZX, batch.slot_N)
+        decoding_cuda.store_latents(linear(x_ND, attention.kv_a_proj_with_mqa.weight), norm.weight, norm.eps,
+                                    self._cos_PR, self._sin_PR, positions_N, store_PZX, batch.slot_N)
         first = x_ND.shape[0] if reading is None else reading.first_row
         outputs = []
         if first:
@@ -122,13 +141,15 @@ class CudaPass:
             outputs.append(self._read_prompts(attention, query_NHK[rows], cos, sin, store_PZX, reading))
             padding = x_ND.shape[0] - rows.stop
             outputs.append(outputs[0].new_zeros(padding, outputs[0].shape[1]))
-        return attention.o_proj(outputs[0] if len(outputs) == 1 else torch.cat(outputs))
+        return linear(outputs[0] if len(outputs) == 1 else torch.cat(outputs), attention.o_proj.weight)
 
     def _read_prompts(
         self, attention: LatentAttention, query_NHK: Tensor, cos_NR: Tensor, sin_NR: Tensor, store_PZX: Tensor,
         reading: Reading,
     ) -> Tensor:
         """Every part against its own context, in expanded form [N, H · V]."""
+        from moonbase.ops.linear_cuda import linear
+
         config = attention.config
         heads, nope = config.num_attention_heads, config.qk_nope_head_dim
         query_nope, query_rope = query_NHK.split([nope, config.qk_rope_head_dim], dim=-1)
@@ -138,8 +159,8 @@ class CudaPass:
         outputs, row, slot = [], 0, 0
         for counts, stops in _batches(reading, heads * 3 * config.qk_head_dim * store_PZX.element_size()):
             read_SX = rows_PX[reading.slots_S[slot : slot + sum(stops)]]
-            key_SHK = F.linear(read_SX, key_weight).unflatten(-1, (heads, -1))
-            value_SHV = F.linear(read_SX[:, : config.kv_lora_rank], value_weight).unflatten(-1, (heads, -1))
+            key_SHK = linear(read_SX, key_weight).unflatten(-1, (heads, -1))
+            value_SHV = linear(read_SX[:, : config.kv_lora_rank], value_weight).unflatten(-1, (heads, -1))
             outputs.append(context_attention(
                 query_NHK[row : row + sum(counts)], key_SHK, value_SHV, counts, stops, config.softmax_scale))
             row, slot = row + sum(counts), slot + sum(stops)
@@ -197,21 +218,17 @@ def _feed(mlp: FeedForward | MixtureOfExperts, x_ND: Tensor) -> dict[str, Tensor
     if isinstance(mlp, FeedForward):
         return {"addend_ND": _dense(mlp, x_ND)}
     from moonbase.ops.decoding_cuda import router_logits, select_experts
-    from moonbase.ops.experts_decoding_cuda import experts_few_rows
+    from moonbase.ops.experts_decoding_cuda import experts_for_inference
 
     config, router, stack = mlp.config, mlp.gate, mlp.experts
     indices_NK, weights_NK = select_experts(
         router_logits(x_ND, router.weight), router.e_score_correction_bias, config.num_experts_per_tok, config.n_group,
         config.topk_group, config.norm_topk_prob, config.routed_scaling_factor)
-    shared_ND = _dense(mlp.shared_experts, x_ND) if config.n_shared_experts else None
-    if x_ND.shape[0] <= FEW_ROWS:
-        choices_NKD = experts_few_rows(x_ND, indices_NK, weights_NK, stack.gate_up_proj, stack.down_proj)
-        return {"choices_NKD": choices_NKD, "shared_ND": shared_ND}
-    routed_ND = experts(x_ND, indices_NK.long(), weights_NK, stack.gate_up_proj, stack.down_proj)
-    return {"addend_ND": routed_ND, "shared_ND": shared_ND}
+    return {"choices_NKD": experts_for_inference(x_ND, indices_NK, weights_NK, stack.gate_up_proj, stack.down_proj),
+            "shared_ND": _dense(mlp.shared_experts, x_ND) if config.n_shared_experts else None}
 
 
 def _dense(mlp: FeedForward, x_ND: Tensor) -> Tensor:
-    from moonbase.ops.decoding_cuda import gated
+    from moonbase.ops.linear_cuda import gated_linear, linear
 
-    return mlp.down_proj(gated(mlp.gate_proj(x_ND), mlp.up_proj(x_ND)))
+    return linear(gated_linear(x_ND, mlp.gate_proj.weight, mlp.up_proj.weight), mlp.down_proj.weight)

@@ -69,6 +69,11 @@ class Request:
         """Tokens that the cache does not know yet; 1 while decoding."""
         return len(self.ids) - self.computed
 
+    @property
+    def reading(self) -> bool:
+        """A token of the prompt comes next."""
+        return self.computed < len(self.prompt_ids)
+
     def append(self, token: int) -> None:
         self.ids.append(token)
         self.output_ids.append(token)
@@ -104,11 +109,15 @@ class Part(NamedTuple):
 class Scheduler:
     """Queues and blocks; computes nothing."""
 
-    def __init__(self, pool: BlockPool, max_running: int, chunk_tokens: int, lag: int = 0) -> None:
+    def __init__(
+        self, pool: BlockPool, max_running: int, chunk_tokens: int, lag: int = 0, share_replies: bool = True
+    ) -> None:
         """`lag`: so many tokens behind the last computed one a block has to end before it may be shared. 1 where
-        multi-token prediction reads every token together with the one that follows it."""
+        multi-token prediction reads every token together with the one that follows it. `share_replies`: a generated
+        token's latents are, bit for bit, those of the same token in a prompt."""
         assert chunk_tokens >= 1 <= max_running
-        self.pool, self.max_running, self.chunk_tokens, self.lag = pool, max_running, chunk_tokens, lag
+        self.pool, self.max_running, self.chunk_tokens = pool, max_running, chunk_tokens
+        self.lag, self.share_replies = lag, share_replies
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
         self.preemptions = 0
@@ -132,15 +141,17 @@ class Scheduler:
         planned: set[int] = set()
         coming: set[bytes] = set()
         budget = self.chunk_tokens
-        # Decoding first, one token each, then prompts in the order of arrival with what is left.
-        decoding = [request for request in self.running if request.pending == 1]
-        reading = [request for request in self.running if request.pending > 1]
-        for request in [*decoding, *reading]:
+        # Decoding first, one token each, then replies of those who gave way, then prompts, each in the order of arrival
+        # and with what is left.
+        for request in sorted(self.running, key=lambda request: (request.reading, request.pending > 1)):
+            decoding = request.pending == 1 and not request.reading
             # Who has just given way has no row any more.
-            if request.row < 0 or (request.pending > 1 and (budget <= 0 or self._shares(request, coming))):
+            if request.row < 0 or (not decoding and (budget <= 0 or self._shares(request, coming))):
                 continue
             pending = request.pending
-            count = 1 if pending == 1 else min(pending, budget)
+            count = 1 if decoding else min(pending, budget)
+            if request.reading:
+                count = min(count, len(request.prompt_ids) - request.computed)
             draft = request.draft
             if draft is not None and (count < pending or request.remaining <= 1):
                 draft = None
@@ -158,7 +169,7 @@ class Scheduler:
     def advance(self, request: Request, computed: int) -> None:
         """The cache now knows the first `computed` tokens; full blocks may be shared."""
         request.computed = computed
-        full = max(0, computed - self.lag) // BLOCK_TOKENS
+        full = max(0, min(computed - self.lag, self._shared_tokens(request))) // BLOCK_TOKENS
         if full > request.published and self.pool.prefix_cache:
             if len(request.keys) < full:
                 request.keys = block_keys(request.ids[: full * BLOCK_TOKENS], request.keys)
@@ -185,7 +196,12 @@ class Scheduler:
         logits are wanted."""
         if request.scores is not None:
             return []
-        return request.keys[request.computed // BLOCK_TOKENS : (len(request.ids) - 1) // BLOCK_TOKENS]
+        last = min(len(request.ids) - 1, self._shared_tokens(request))
+        return request.keys[request.computed // BLOCK_TOKENS : last // BLOCK_TOKENS]
+
+    def _shared_tokens(self, request: Request) -> int:
+        """So many of its tokens are the same to whoever else has them."""
+        return len(request.ids) if self.share_replies else len(request.prompt_ids)
 
     def _take(self, request: Request, blocks: list[int]) -> None:
         request.blocks += blocks

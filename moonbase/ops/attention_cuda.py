@@ -43,8 +43,8 @@ def attention_with_logsumexp(
     return output.unflatten(0, (batch, time)), logsumexp.detach().unsqueeze(0)
 
 
-LONG_CONTEXT = 2048
-"""From so many tokens on average a document is worth a call of its own."""
+FAR, CHUNK = 4096, 2048
+"""Tokens from position FAR on are worth calls of their own: one for every CHUNK positions of a context."""
 
 _capability = functools.cache(torch.cuda.get_device_capability)
 
@@ -73,13 +73,40 @@ def attention_to_context(
     """The last `counts[i]` of `stops[i]` tokens of document i attend to what stands before them and themselves.
 
     Queries [N = Σ counts] and keys [S = Σ stops] of all documents lie end to end. Returns [N, H, V]; no gradient.
+    Which kernel reads a token, and in which pieces, follows from its position alone: a token's bits depend neither on
+    the other documents nor on where its own was cut into chunks.
     """
     widest = max(query_NHK.shape[-1], value_SHV.shape[-1])
-    if sum(stops) >= LONG_CONTEXT * len(stops) and widest % 8 == 0 and cudnn_takes(widest, query_NHK.device.index):
-        pieces = zip(query_NHK.split(list(counts)), key_SHK.split(list(stops)), value_SHV.split(list(stops)),
-                     strict=True)
-        return torch.cat([_attention_to_one_context(*piece, scale) for piece in pieces])
-    width = -(-widest // 8) * 8  # heads of other sizes the flash kernel does not take
+    far_from = FAR if widest % 8 == 0 and cudnn_takes(widest, query_NHK.device.index) else max(stops)
+    if max(stops) <= far_from:
+        return _attention_end_to_end(query_NHK, key_SHK, value_SHV, counts, stops, scale)
+    out_NHV = value_SHV.new_empty(*query_NHK.shape[:2], value_SHV.shape[-1])
+    near: list[tuple[slice, slice]] = []
+    for count, stop, last_row, last_key in zip(
+            counts, stops, itertools.accumulate(counts), itertools.accumulate(stops), strict=True):
+        row, key = last_row - stop, last_key - stop  # where its position 0 is, or would be
+        if stop - count < far_from:
+            near.append((slice(row + stop - count, row + min(stop, far_from)), slice(key, key + min(stop, far_from))))
+        for start in range(far_from + (max(stop - count, far_from) - far_from) // CHUNK * CHUNK, stop, CHUNK):
+            first, end = max(start, stop - count), min(start + CHUNK, stop)
+            out_NHV[row + first : row + end] = _attention_to_one_context(
+                query_NHK[row + first : row + end], key_SHK[key : key + end], value_SHV[key : key + end], start, scale)
+    if near:
+        rows, keys = zip(*near, strict=True)
+        parts = (torch.cat([x[each] for each in places]) for x, places in (
+            (query_NHK, rows), (key_SHK, keys), (value_SHV, keys)))
+        lengths = ([each.stop - each.start for each in places] for places in (rows, keys))
+        read = _attention_end_to_end(*parts, *lengths, scale)
+        for each, part in zip(rows, read.split([each.stop - each.start for each in rows]), strict=True):
+            out_NHV[each] = part
+    return out_NHV
+
+
+def _attention_end_to_end(
+    query_NHK: Tensor, key_SHK: Tensor, value_SHV: Tensor, counts: Sequence[int], stops: Sequence[int], scale: float
+) -> Tensor:
+    """`attention_to_context` by the flash kernel, which reads every context in the same pieces from its beginning."""
+    width = -(-max(query_NHK.shape[-1], value_SHV.shape[-1]) // 8) * 8  # heads of other sizes it does not take
     ends = [torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32) for lengths in (counts, stops)]
     query_ends, key_ends = (end.to(query_NHK.device, non_blocking=True) for end in ends)
     # With more keys than queries, the flash kernel's diagonal ends in the lower right corner.
@@ -89,19 +116,24 @@ def attention_to_context(
     return output[..., : value_SHV.shape[-1]]
 
 
-def _attention_to_one_context(query_NHK: Tensor, key_SHK: Tensor, value_SHV: Tensor, scale: float) -> Tensor:
-    """cuDNN's diagonal begins in the upper left corner: what stands before the queries is read apart, and both parts
-    are joined by their log-sum-exps."""
-    before = key_SHK.shape[0] - query_NHK.shape[0]
+def _attention_to_one_context(
+    query_NHK: Tensor, key_SHK: Tensor, value_SHV: Tensor, start: int, scale: float
+) -> Tensor:
+    """The last tokens of one context, all behind its `start` tokens, by cuDNN.
+
+    Its diagonal begins in the upper left corner: what stands before `start` is read apart, and both parts are joined by
+    their log-sum-exps. Queries between `start` and the first one asked for are made up.
+    """
+    made_up = key_SHK.shape[0] - query_NHK.shape[0] - start
     query, key, value = (x.unsqueeze(0).transpose(1, 2) for x in (query_NHK, key_SHK, value_SHV))
     attend = torch.ops.aten._scaled_dot_product_cudnn_attention
-    own, own_total, *_ = attend(query, key[:, :, before:], value[:, :, before:], None, True, 0.0, True, scale=scale)
-    if before:
-        earlier, earlier_total, *_ = attend(
-            query, key[:, :, :before], value[:, :, :before], None, True, 0.0, False, scale=scale)
-        share = torch.sigmoid(own_total - earlier_total).view(1, -1, query.shape[2], 1)
-        own = torch.lerp(earlier.float(), own.float(), share).to(own.dtype)
-    return own.squeeze(0).transpose(0, 1)
+    whole = torch.nn.functional.pad(query, (0, 0, made_up, 0))
+    own, own_total, *_ = attend(whole, key[:, :, start:], value[:, :, start:], None, True, 0.0, True, scale=scale)
+    earlier, earlier_total, *_ = attend(
+        query, key[:, :, :start], value[:, :, :start], None, True, 0.0, False, scale=scale)
+    share = torch.sigmoid(own_total.flatten(2)[:, :, made_up:] - earlier_total.flatten(2))
+    joined = torch.lerp(earlier.float(), own[:, :, made_up:].float(), share.unsqueeze(-1))
+    return joined.to(own.dtype).squeeze(0).transpose(0, 1)
 
 
 def _widen(x_NHV: Tensor, width: int) -> Tensor:

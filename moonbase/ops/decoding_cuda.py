@@ -353,24 +353,3 @@ def select_experts(
         CHOICES=num_choices, NORMALISE=normalise, GROUPS_PAD=triton.next_power_of_2(num_groups),
         SIZE_PAD=triton.next_power_of_2(size), CHOICES_PAD=triton.next_power_of_2(num_choices), num_warps=1)
     return indices_NK, weights_NK
-
-
-@triton.jit
-def _gated_kernel(gate, up, out, gate_row, up_row, width, BLOCK: tl.constexpr):
-    token = tl.program_id(0).to(tl.int64)
-    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = columns < width
-    gates = tl.load(gate + token * gate_row + columns, mask=inside, other=0.0).to(tl.float32)
-    ups = tl.load(up + token * up_row + columns, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out + token * width + columns, (gates * tl.sigmoid(gates) * ups).to(out.dtype.element_ty), mask=inside)
-
-
-def gated(gate_NI: Tensor, up_NI: Tensor) -> Tensor:
-    """silu(gate) · up, rounded once; either may be half the columns of one product. Returns [N, I]."""
-    num_tokens, width = gate_NI.shape
-    assert up_NI.shape == gate_NI.shape and gate_NI.stride(1) == up_NI.stride(1) == 1 and up_NI.dtype == gate_NI.dtype
-    out_NI = torch.empty(num_tokens, width, dtype=gate_NI.dtype, device=gate_NI.device)
-    block = min(1024, triton.next_power_of_2(width))
-    _gated_kernel[(num_tokens, triton.cdiv(width, block))](
-        gate_NI, up_NI, out_NI, gate_NI.stride(0), up_NI.stride(0), width, BLOCK=block, num_warps=4)
-    return out_NI

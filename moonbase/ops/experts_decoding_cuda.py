@@ -1,13 +1,14 @@
-"""Routed experts for few rows: Triton kernels that stream each chosen expert's weights from memory once.
+"""Routed experts for inference: Triton kernels that stream each chosen expert's weights from memory once.
 
 The grouped GEMMs of `ops.experts` are made for thousands of rows. While decoding an expert sees a handful, the time is
 that of reading its weights, and the steps around the GEMMs (sort, gather, SwiGLU, gather) would cost more than they do.
-Here four kernels do it all: group the choices by expert, gate and up, down, sum over choices. No sizes are read back
-from the device, so the whole can be recorded in a CUDA graph; there are no atomics, so it is deterministic.
+Here three kernels do it all: group the choices by expert, gate and up, down; whoever adds the result to the residual
+sums the choices. No sizes are read back from the device, so the whole can be recorded in a CUDA graph; there are no
+atomics, so it is deterministic.
 
-Weights are the left operand of every product, tokens the right one. Blocks of weights and the depth of one step follow
-the shape of the weights alone, so the tensor core instructions and their order of summation are the same for any number
-of tokens: a row's bits do not depend on what else is in the batch.
+Weights are the left operand of every product, tokens the right one, in blocks of 64 outputs or more, as in
+`ops.linear_cuda` and for the same reason: a row's bits do not depend on what else is in the batch, for one token of a
+reply as for the thousands of a prompt.
 
 Shapes: N tokens, K choices per token, D hidden, E experts, I expert width, F = 2I (gate rows, then up rows).
 Inside a kernel: ROWS choices of one expert x COLUMNS outputs, summed over DEPTH inputs in steps of STEP.
@@ -21,7 +22,10 @@ import triton.language as tl
 from torch import Tensor
 
 MOST_ROWS = 64
-"""Choices that one program takes at a time, at most: two blocks of weights and one of rows fit three times over."""
+"""Choices of a small batch that one program takes at a time, at most: two blocks of weights and one of rows fit three
+times over."""
+MANY_CHOICES = 4096
+"""From so many choices on they are sorted instead of counted by every expert, and tiles are larger."""
 
 
 @triton.jit
@@ -103,31 +107,19 @@ def _down(
                  mask=rows_inside[None] & columns_inside[:, None])
 
 
-@triton.jit
-def _sum_choices_and_add(
-    rows, residual, extra, out, residual_stride, extra_stride, dims, CHOICES: tl.constexpr, BLOCK: tl.constexpr
-):
-    token = tl.program_id(0).to(tl.int64)
-    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = columns < dims
-    total = tl.zeros([BLOCK], tl.float32)
-    for choice in tl.static_range(CHOICES):
-        total += tl.load(rows + (token * CHOICES + choice) * dims + columns, mask=inside, other=0.0)
-    if extra is not None:
-        total += tl.load(extra + token * extra_stride + columns, mask=inside, other=0.0).to(tl.float32)
-    if residual is not None:
-        total += tl.load(residual + token * residual_stride + columns, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out + token * dims + columns, total.to(out.dtype.element_ty), mask=inside)
-
-
 def group_by_expert(indices_NK: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
     """Stable order of the N·K flat choices by expert, and where each expert's begin and how many they are: int32 [N·K],
     [E], [E].
 
-    `indices_NK`: int32 or int64, each in 0..E-1. Every expert looks at all choices at once, which suits a few thousand.
+    `indices_NK`: int32 or int64, each in 0..E-1. Of few choices every expert looks at all, in one kernel.
     """
     assert indices_NK.is_contiguous()
     num_rows = indices_NK.numel()
+    if num_rows >= MANY_CHOICES:
+        chosen, order = indices_NK.flatten().sort(stable=True)
+        experts = torch.arange(num_experts + 1, device=chosen.device, dtype=chosen.dtype)
+        offsets = torch.searchsorted(chosen, experts, out_int32=True)
+        return order.int(), offsets[:-1], offsets.diff()
     order = torch.empty(num_rows, dtype=torch.int32, device=indices_NK.device)
     offsets, counts = torch.empty(2, num_experts, dtype=torch.int32, device=indices_NK.device)
     block = max(512, triton.next_power_of_2(num_rows))  # one kernel for all small batches, no slower than many
@@ -142,26 +134,25 @@ def rows_at_once(num_tokens: int, num_choices: int, num_experts: int) -> tuple[i
     launched. Neither number changes a result.
     """
     mean = triton.cdiv(num_tokens * num_choices, num_experts)
-    rows = max(16, min(MOST_ROWS, triton.next_power_of_2(min(2 * mean, num_tokens))))
+    many = num_tokens * num_choices >= MANY_CHOICES
+    most = MOST_ROWS if not many else 2 * MOST_ROWS if mean < 512 else 4 * MOST_ROWS
+    rows = max(16, min(most, triton.next_power_of_2(min(2 * mean, num_tokens))))
     return rows, min(triton.cdiv(num_tokens, rows), 2 * triton.cdiv(mean, rows))
 
 
-def weight_block(width: int, depth: int, dtype: torch.dtype) -> dict[str, int]:
-    """Rows and depth of the block of weights [width, depth] that a program multiplies with at a time.
-
-    32 rows: the eight experts of a single token make 128 programs at a width of 512, about one for each processor of
-    an H200. 64, where the matrix is tall enough, bring Hopper's warp group instruction. The two sum in another order,
-    so this must never be a function of the number of tokens.
-    """
-    longest_step = 32 if dtype == torch.float32 else 128  # fp32 multiplies without tensor cores, in registers
-    return {"WIDTH": width, "DEPTH": depth, "COLUMNS": 64 if width >= 2048 else 32,
-            "STEP": max(16, min(longest_step, triton.next_power_of_2(depth)))}
+def _schedule(width: int, depth: int, rows: int, products: int, dtype: torch.dtype) -> dict[str, int]:
+    """Tiles of a kernel that multiplies so many rows at a time with so many weights [width, depth] at once."""
+    many = rows > MOST_ROWS
+    longest_step = 32 if dtype == torch.float32 else 64 if many else 128  # fp32: in registers
+    return {"WIDTH": width, "DEPTH": depth, "ROWS": rows, "COLUMNS": 128 if many and products == 1 else 64,
+            "STEP": max(16, min(longest_step, triton.next_power_of_2(depth))),
+            "num_warps": 8 if many else 4, "num_stages": 3 if rows in (MOST_ROWS, 4 * MOST_ROWS) else 4}
 
 
-def experts_few_rows(
+def experts_for_inference(
     x_ND: Tensor, indices_NK: Tensor, weights_NK: Tensor, gate_up_EFD: Tensor, down_EDI: Tensor
 ) -> Tensor:
-    """w_nk · E_{i_nk}(x_n) of every choice, fp32 [N, K, D]; `sum_choices_and_add` makes the layer's output of it.
+    """w_nk · E_{i_nk}(x_n) of every choice, fp32 [N, K, D]; their sums over K are the layer's output.
 
     `x_ND`, `gate_up_EFD`, `down_EDI` in one dtype, bf16 or fp32; `weights_NK` fp32; `indices_NK` int32 or int64 in
     0..E-1, where a token may name an expert twice. The activations between the two products are rounded to that dtype,
@@ -175,34 +166,17 @@ def experts_few_rows(
     assert x_ND.stride(1) == 1 and all(each.is_contiguous() for each in (weights_NK, gate_up_EFD, down_EDI))
     grouped = group_by_expert(indices_NK, num_experts)
     rows, row_programs = rows_at_once(num_tokens, num_choices, num_experts)
-    schedule = dict(ROWS=rows, num_warps=4, num_stages=4 if rows == 16 else 3)
+    if x_ND.dtype == torch.float32:
+        rows = min(rows, MOST_ROWS)
 
     # Programs that share a block of weights are neighbours: the second finds it in the cache. Hence the grid's order.
     activation = x_ND.new_empty(num_tokens * num_choices, width)
-    block = weight_block(width, hidden, x_ND.dtype)
-    _gate_up[(row_programs, triton.cdiv(width, block["COLUMNS"]), num_experts)](
-        x_ND, *grouped, gate_up_EFD, activation, x_ND.stride(0), CHOICES=num_choices, **block, **schedule)
+    schedule = _schedule(width, hidden, rows, 2, x_ND.dtype)
+    _gate_up[(row_programs, triton.cdiv(width, schedule["COLUMNS"]), num_experts)](
+        x_ND, *grouped, gate_up_EFD, activation, x_ND.stride(0), CHOICES=num_choices, **schedule)
 
     out_NKD = torch.empty(num_tokens, num_choices, hidden, dtype=torch.float32, device=x_ND.device)
-    block = weight_block(hidden, width, x_ND.dtype)
-    _down[(row_programs, triton.cdiv(hidden, block["COLUMNS"]), num_experts)](
-        activation, *grouped, weights_NK, down_EDI, out_NKD, **block, **schedule)
+    schedule = _schedule(hidden, width, rows, 1, x_ND.dtype)
+    _down[(row_programs, triton.cdiv(hidden, schedule["COLUMNS"]), num_experts)](
+        activation, *grouped, weights_NK, down_EDI, out_NKD, **schedule)
     return out_NKD
-
-
-def sum_choices_and_add(
-    rows_NKD: Tensor, residual_ND: Tensor | None, extra_ND: Tensor | None, dtype: torch.dtype
-) -> Tensor:
-    """Σ_k rows[n, k] + extra[n] + residual[n], in fp32 and in this order, rounded once to `dtype`: [N, D].
-
-    `rows_NKD` fp32 as `experts_few_rows` returns them; `extra_ND`: the shared expert's output, or None.
-    """
-    num_tokens, num_choices, dims = rows_NKD.shape
-    assert rows_NKD.dtype == torch.float32 and rows_NKD.is_contiguous()
-    assert all(added is None or added.stride(1) == 1 for added in (residual_ND, extra_ND))
-    out_ND = torch.empty(num_tokens, dims, dtype=dtype, device=rows_NKD.device)
-    block = min(1024, triton.next_power_of_2(dims))
-    strides = [0 if added is None else added.stride(0) for added in (residual_ND, extra_ND)]
-    _sum_choices_and_add[(num_tokens, triton.cdiv(dims, block))](
-        rows_NKD, residual_ND, extra_ND, out_ND, *strides, dims, CHOICES=num_choices, BLOCK=block, num_warps=4)
-    return out_ND

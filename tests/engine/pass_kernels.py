@@ -71,25 +71,24 @@ def test_it_reads_prompts_and_decodes_like_the_model(changes: dict) -> None:
         batch = caches.batch(sequences, positions)
         caches.of_reference.batch = batch
         expected = model.decode(tokens, positions, caches.of_reference)
-        if decoding == len(parts):
-            found = fused.decode(tokens, positions, batch)
-        else:
-            reading = [(row, start + count, count) for row, start, count in parts[decoding:]]
-            found = fused.read(tokens, positions, batch, Reading(
-                sum(count for *_, count in parts[:decoding]), [count for *_, count in reading],
-                [stop for _, stop, _ in reading], torch.cat([caches.slots(row, stop) for row, stop, _ in reading])))
+        reading = [(row, start + count, count) for row, start, count in parts[decoding:]]
+        found = fused.decode(tokens, positions, batch, None if not reading else Reading(
+            sum(count for *_, count in parts[:decoding]), [count for *_, count in reading],
+            [stop for _, stop, _ in reading], torch.cat([caches.slots(row, stop) for row, stop, _ in reading])))
         known = sequences >= 0
         difference = (found[known].float() - expected[known].float()).norm() / expected[known].float().norm()
         # bf16 rounds at other places, and now and then that sends a token to another expert.
         assert difference < (0.05 if DEVICE.type == "cuda" else 1e-5)
 
 
-@pytest.mark.parametrize("counts_and_stops", [([5], [5]), ([3, 1, 8], [3, 20, 8]), ([2, 40], [70, 41])], ids=str)
-@pytest.mark.parametrize("long", [1 << 30, 1], ids=["end to end", "one by one"])
+@pytest.mark.parametrize("counts_and_stops", [
+    ([5], [5]), ([3, 1, 8], [3, 20, 8]), ([2, 40], [70, 41]), ([33, 9], [70, 9])], ids=str)
+@pytest.mark.parametrize("far", [1 << 30, 8], ids=["end to end", "in pieces"])
 def test_context_attention(
-    counts_and_stops: tuple[list[int], list[int]], long: int, monkeypatch: pytest.MonkeyPatch
+    counts_and_stops: tuple[list[int], list[int]], far: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(attention_cuda, "LONG_CONTEXT", long)
+    monkeypatch.setattr(attention_cuda, "FAR", far)
+    monkeypatch.setattr(attention_cuda, "CHUNK", 16)
     counts, stops = counts_and_stops
     dtype = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
     generator = torch.Generator().manual_seed(0)
@@ -122,3 +121,38 @@ def test_recorded_passes_say_what_unrecorded_ones_say() -> None:
             parameter.data = parameter.data.clone() * 1.1
         plain.weights_changed()
         recorded.weights_changed()
+
+
+@on_gpu
+def test_a_reply_has_the_same_bits_in_any_company() -> None:
+    """Tokens and log-probabilities alone, and together with others in chunks of any size, from a warm cache, preempted,
+    with guesses and without graphs. The longest prompts reach into the part that cuDNN reads."""
+    model = model_of(dict(
+        hidden_size=256, num_attention_heads=4, q_lora_rank=128, kv_lora_rank=256, qk_nope_head_dim=128,
+        qk_rope_head_dim=64, v_head_dim=128, n_routed_experts=16, n_group=1, topk_group=1, num_experts_per_tok=4,
+        moe_intermediate_size=96, num_nextn_predict_layers=1, max_position_embeddings=16384))
+    assert CudaPass.fits(model)
+    generator = torch.Generator().manual_seed(0)
+    prompts = [torch.randint(61, (count,), generator=generator).tolist()
+               for count in (3, 40, 300, 513, 700, 1500, 4097, 5000, 9000, *range(20, 50))]
+    sampling = Sampling(max_tokens=40, temperature=0.0, logprobs=0)
+
+    def replies(engine: Engine, asked: list[list[int]]) -> list[tuple[list[int], list[float]]]:
+        return [(output.ids, output.logprobs) for output in engine.complete(asked, sampling)]
+
+    alone = Engine(model, Bytes(), prefix_cache=False, speculate=False)
+    expected = [replies(alone, [prompt])[0] for prompt in prompts]
+    assert len({tuple(ids) for ids, _ in expected}) > len(prompts) // 2, "replies that are all alike would show nothing"
+    plain = dict(prefix_cache=False, speculate=False)
+    ways = {"together": plain, "small chunks": plain | dict(chunk_tokens=333), "without graphs": plain | dict(
+        cuda_graphs=False), "prefix cache": dict(speculate=False), "guesses": dict(prefix_cache=False),
+        "preempted": plain | dict(cache_tokens=9200), "all": dict(chunk_tokens=1000, cache_tokens=12000)}
+    seen = {}
+    for way, settings in ways.items():
+        engine = Engine(model, Bytes(), **settings)
+        for _ in range(2):  # the second time from a warm cache, where there is one
+            found = replies(engine, prompts)
+            wrong = [number for number in range(len(prompts)) if found[number] != expected[number]]
+            assert not wrong, (way, [len(prompts[number]) for number in wrong])
+        seen[way] = engine.statistics
+    assert seen["preempted"].preemptions > 0 < seen["guesses"].drafted_tokens

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from moonbase.model.mla import LatentAttention
-from moonbase.model.moe import FeedForward, Router
+from moonbase.model.moe import Router
 from moonbase.model.rope import rotations
 from moonbase.ops import decoding_cuda
 from moonbase.ops.norm import rms_norm_reference
@@ -191,18 +191,3 @@ def test_router_logits(tokens: int, dims: int, experts: int, kind: torch.dtype, 
     torch.testing.assert_close(found.cpu().double(), x.double() @ weight.double().T, rtol=1e-5, atol=5e-5)
     if DEVICE == "cuda":  # NumPy's product of other shapes adds in another order
         assert decoding_cuda.router_logits(*there(x[-1:], weight)).equal(found[-1:])
-
-
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(("tokens", "width"), [(1, 1), (5, 20), (37, 24), (2, 1030)])
-@torch.no_grad()
-def test_gated(tokens: int, width: int, kind: torch.dtype) -> None:
-    mlp = randomise(FeedForward(20, width), width=1.0)
-    both = torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight]).to(kind)
-    x = normal(tokens, 20, seed=1).to(kind)
-    halves = F.linear(x, both)  # the halves of one product, not contiguous
-    expected = (F.silu(halves[:, :width].float()) * halves[:, width:].float()).to(kind)
-    found = decoding_cuda.gated(*there(halves)[0].split(width, dim=-1)).cpu()
-    torch.testing.assert_close(found, expected, **near(kind))
-    if kind == torch.float32:
-        torch.testing.assert_close(mlp.down_proj(found), mlp(x), rtol=1e-4, atol=1e-5)

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from moonbase.ops.experts import experts_reference
-from moonbase.ops.experts_decoding_cuda import experts_few_rows, group_by_expert, sum_choices_and_add
+from moonbase.ops.experts_decoding_cuda import experts_for_inference, group_by_expert
 
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 on_a_gpu = pytest.mark.skipif(DEVICE != "cuda", reason="the interpreter has neither tensor cores nor CUDA graphs")
@@ -50,7 +50,8 @@ def assert_near(found: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
-@pytest.mark.parametrize(("tokens", "choices", "experts"), [(1, 1, 1), (1, 8, 64), (37, 2, 5), (300, 8, 7)])
+@pytest.mark.parametrize(("tokens", "choices", "experts"), [
+    (1, 1, 1), (1, 8, 64), (37, 2, 5), (300, 8, 7), (2100, 2, 9)])
 def test_group_by_expert(tokens: int, choices: int, experts: int, dtype: torch.dtype) -> None:
     indices = torch.randint(experts, (tokens, choices), generator=torch.Generator().manual_seed(0), dtype=dtype)
     order, offsets, counts = group_by_expert(indices.to(DEVICE), experts)
@@ -70,15 +71,15 @@ def test_group_by_expert(tokens: int, choices: int, experts: int, dtype: torch.d
     (3, 2, 150, 260, 3),  # more than one step through either depth, the last of them in part
     (2, 2, 256, 128, 4),  # nothing to mask but rows
 ])
-def test_experts_few_rows(
+def test_experts_for_inference(
     tokens: int, choices: int, hidden: int, width: int, experts: int, dtype: torch.dtype
 ) -> None:
     case = layer(tokens, choices, hidden, width, experts, dtype)
-    found = experts_few_rows(*there(case))
+    found = experts_for_inference(*there(case))
     assert found.dtype == torch.float32 and found.shape == (tokens, choices, hidden)
     assert_near(found, rows_of_choices(*case), dtype)
     wide = [tensor.float() if tensor.is_floating_point() else tensor for tensor in case]
-    assert_near(sum_choices_and_add(found, None, None, dtype), experts_reference(*wide), dtype)
+    assert_near(found.sum(1), experts_reference(*wide), dtype)
 
 
 @pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64])
@@ -87,14 +88,14 @@ def test_all_tokens_choose_one_expert(choices: int, index_dtype: torch.dtype) ->
     """Far more rows than the mean: each program goes through several tiles."""
     x, indices, *others = layer(37, choices, 20, 12, 5, torch.float32)
     case = (x, torch.full_like(indices, 3), *others)
-    found = experts_few_rows(*there((x, case[1].to(index_dtype), *others)))
+    found = experts_for_inference(*there((x, case[1].to(index_dtype), *others)))
     assert_near(found, rows_of_choices(*case), torch.float32)
 
 
 def test_x_may_be_columns_of_something_wider() -> None:
     x, *others = layer(3, 2, 20, 12, 5, torch.float32)
     wider = torch.cat([x, torch.full_like(x, torch.nan)], 1)
-    found = experts_few_rows(wider.to(DEVICE)[:, :20], *there(tuple(others)))
+    found = experts_for_inference(wider.to(DEVICE)[:, :20], *there(tuple(others)))
     assert_near(found, rows_of_choices(x, *others), torch.float32)
 
 
@@ -102,11 +103,11 @@ def test_x_may_be_columns_of_something_wider() -> None:
 @each_dtype
 @pytest.mark.parametrize(("hidden", "width"), [(256, 128), (1024, 512), (2048, 2048)])
 def test_a_row_does_not_depend_on_its_company(hidden: int, width: int, dtype: torch.dtype) -> None:
-    x, indices, weights, *matrices = there(layer(300, 2, hidden, width, 5, dtype))
-    together = experts_few_rows(x, indices, weights, *matrices)  # tiles of 64 rows
-    for first, last in ((0, 1), (7, 8), (20, 52), (40, 110)):  # tiles of 16, 16, 32, 64
+    x, indices, weights, *matrices = there(layer(2100, 2, hidden, width, 5, dtype))
+    together = experts_for_inference(x, indices, weights, *matrices)  # sorted, tiles of 128 rows
+    for first, last in ((0, 1), (7, 8), (20, 52), (40, 110), (100, 1000)):  # tiles of 16, 16, 32, 64, 64
         few = slice(first, last)
-        found = experts_few_rows(x[few], indices[few], weights[few], *matrices)
+        found = experts_for_inference(x[few], indices[few], weights[few], *matrices)
         assert torch.equal(found, together[few])
 
 
@@ -117,7 +118,7 @@ def test_recorded_in_a_cuda_graph() -> None:
     case = there((*first[:3], *second[3:]))
 
     def step() -> torch.Tensor:
-        return sum_choices_and_add(experts_few_rows(*case), case[0], None, torch.bfloat16)
+        return (experts_for_inference(*case).sum(1) + case[0]).bfloat16()
 
     step()
     graph = torch.cuda.CUDAGraph()
@@ -127,26 +128,3 @@ def test_recorded_in_a_cuda_graph() -> None:
         held.copy_(new)
     graph.replay()
     assert_near(out, rows_of_choices(*second).sum(1) + second[0], torch.bfloat16)
-
-
-@each_dtype
-@pytest.mark.parametrize(("tokens", "choices", "dims"), [(1, 1, 1), (5, 3, 20), (2, 8, 1300)])
-@pytest.mark.parametrize("with_residual", [False, True])
-@pytest.mark.parametrize("with_extra", [False, True])
-def test_sum_choices_and_add(
-    tokens: int, choices: int, dims: int, with_residual: bool, with_extra: bool, dtype: torch.dtype
-) -> None:
-    generator = torch.Generator().manual_seed(0)
-    rows = torch.randn(tokens, choices, dims, generator=generator)
-    both = torch.randn(tokens, 2 * dims, generator=generator).to(dtype)  # rows further apart than they are long
-    residual, extra = both.to(DEVICE)[:, :dims], both.to(DEVICE)[:, dims:]
-    found = sum_choices_and_add(
-        rows.to(DEVICE), residual if with_residual else None, extra if with_extra else None, dtype)
-    expected = torch.zeros(tokens, dims)
-    for choice in range(choices):
-        expected += rows[:, choice]
-    if with_extra:
-        expected += both[:, dims:].float()
-    if with_residual:
-        expected += both[:, :dims].float()
-    assert torch.equal(found.cpu(), expected.to(dtype))  # the same additions in the same order, one rounding

@@ -73,6 +73,11 @@ _Tools = Annotated[list[str] | None, typer.Option(
     autocompletion=_complete_tools, show_default="none")]
 _Context = Annotated[str, typer.Option(
     help=f"When a context is nearly full: {', '.join(_CONTEXTS)}.", autocompletion=_complete_context)]
+_ContextTokens = Annotated[int | None, typer.Option(
+    min=1, help="Tokens that prompt and reply may have together, for endpoints that do not say it.",
+    show_default="what the model says")]
+_SubContextTokens = Annotated[int | None, typer.Option(
+    min=1, help="Of the sub-agents' model.", show_default="the same")]
 _Steps = Annotated[int | None, typer.Option(min=1, help="Model calls of the orchestrator.", show_default="100")]
 _SubSteps = Annotated[int | None, typer.Option(min=1, help="Model calls of each sub-agent.", show_default="100")]
 _Tokens = Annotated[int | None, typer.Option(
@@ -89,7 +94,7 @@ _Session = Annotated[Path | None, typer.Option(
     help="Folder for events, trace and answer.", show_default="runs/swarm/TIME")]
 _Resume = Annotated[Path | None, typer.Option(
     help="Go on with the session in this folder, with its task and settings; --model, --sub-model, "
-         "prices, limits and --concurrency may be given anew.",
+         "their contexts and prices, limits and --concurrency may be given anew.",
     show_default=False)]
 _Quiet = Annotated[bool, typer.Option("--print", help="No progress: the result alone, for scripts.")]
 _OutputFormat = Annotated[OutputFormat, typer.Option(
@@ -108,6 +113,8 @@ def swarm(
     tools: _Tools = None,
     single: Annotated[bool, typer.Option("--single", help="One agent alone, with the same tools and trace.")] = False,
     context: _Context = "keep-all",
+    context_tokens: _ContextTokens = None,
+    sub_context_tokens: _SubContextTokens = None,
     steps: _Steps = None,
     sub_steps: _SubSteps = None,
     tokens: _Tokens = None,
@@ -224,10 +231,15 @@ def _changes(given: dict[str, Any], settings: Any) -> dict[str, Any]:
     for name in ("price", "sub_price"):
         if given[name] is not None:
             changes[name] = _read_price(name, given[name])
+    for name in ("context_tokens", "sub_context_tokens"):
+        if given[name] is not None:
+            changes[name] = given[name]
     if given["concurrency"] != 64:
         changes["concurrency"] = given["concurrency"]
     if given["allow_unsafe_sandbox"]:
         changes["allow_unsafe"] = True
+    if given["sub_context_tokens"] is not None and not changes.get("sub_model", settings.sub_model):
+        raise UserError("--sub-context-tokens needs --sub-model: without one sub-agents have the orchestrator's model")
     price = changes.get("price", settings.price)
     if changes["limits"].money is not None and not (price.input or price.output):
         raise UserError("--money needs --price IN,OUT[,CACHED], dollars per million tokens of this model")
@@ -267,10 +279,11 @@ def _read_price(name: str, text: str) -> Any:
 def _connect(settings: Any) -> tuple[Any, Any]:
     from moonbase.agents.models.connect import connect
 
-    model = connect(settings.model, price=settings.price)
+    model = connect(settings.model, price=settings.price, context_tokens=settings.context_tokens)
     if settings.sub_model is None:
         return model, None
-    return model, connect(settings.sub_model, price=settings.sub_price or settings.price)
+    return model, connect(settings.sub_model, price=settings.sub_price or settings.price,
+                          context_tokens=settings.sub_context_tokens or settings.context_tokens)
 
 
 # --- while it runs ----------------------------------------------------------------------------------------------------
@@ -325,6 +338,7 @@ async def _play(run: _Run, streaming: _Stream | None, quiet: bool) -> Any:
 
     session, task = run.session, asyncio.current_task()
     loop, console = asyncio.get_running_loop(), Console(stderr=True, highlight=False)
+    # Outside the main thread, and on systems without signals, nobody sends one that could be handled in order.
     with contextlib.suppress(NotImplementedError, RuntimeError):
         loop.add_signal_handler(signal.SIGTERM, task.cancel)
     view = LiveView(lambda: (sum(pool.running for pool in session.pools), sum(pool.waiting for pool in session.pools)))
@@ -353,7 +367,7 @@ async def _play(run: _Run, streaming: _Stream | None, quiet: bool) -> Any:
     finally:
         if drawing is not None:
             drawing.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
+            with contextlib.suppress(asyncio.CancelledError):  # it ends by being cancelled
                 await drawing
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import pty
@@ -22,6 +23,7 @@ import pytest
 
 from moonbase import cli
 from moonbase.agents.episodes import read_episodes
+from moonbase.agents.session import read_settings
 from moonbase.agents.worlds.grading import score
 from moonbase.agents.worlds.wideworld import make_tasks, make_world
 from moonbase.agents.worlds.world import Task
@@ -136,6 +138,21 @@ def test_alone_with_the_task_from_standard_input(url: str, task: Task, tmp_path:
     assert len(episode.agents) == 1 and episode.tools == ["search", "open"]
 
 
+def test_a_context_that_is_set_is_kept_to(url: str, task: Task, run: Callable[..., Any], tmp_path: Path) -> None:
+    """The endpoint says 65,536 and would never refuse; the strategy acts at what the user says."""
+    run("swarm", task.prompt, "--model", url, "--tools", WORLD, "--single", "--context", "discard-75%", "--session",
+        "s", "--steps", "25", "--context-tokens", "3000", "--max-tokens", "500", "--print")
+    (episode,) = read_episodes(tmp_path / "s")
+    (main,) = episode.agents
+    shown = [[main.messages[place] for start, stop in call.sees for place in range(start, stop)]
+             for call in main.calls if call.kind == "model"]
+    characters = [sum(len(message["content"] or "") for message in messages) for messages in shown]
+    assert max(characters) <= 4 * 3000 < sum(len(message["content"] or "") for message in main.messages)
+    assert any(len(later) < len(earlier) for earlier, later in itertools.pairwise(shown))
+    settings = read_settings(tmp_path / "s")
+    assert (settings.context_tokens, settings.sub_context_tokens) == (3000, None)
+
+
 def test_other_tools(url: str, tmp_path: Path, run: Callable[..., Any]) -> None:
     (tmp_path / "notes, old").mkdir()
     (tmp_path / "notes, old" / "a.md").write_text("# Hello\n\nWorld.\n", encoding="utf-8")
@@ -197,8 +214,9 @@ def _size(path: Path) -> int:
     return path.stat().st_size if path.exists() else 0
 
 
-def test_ctrl_c_says_how_to_go_on_and_two_at_once_do_not(task: Task, tmp_path: Path) -> None:
-    with endpoint("wide", "--seconds", "0.3") as address:
+def test_ctrl_c_says_how_to_go_on_and_two_at_once_do_not(url: str, task: Task, tmp_path: Path) -> None:
+    # Nine calls in, it hangs: however long the others take to start, it is at work when they do.
+    with endpoint("wide", "--seconds", "300", "--free", "9") as address:
         process = subprocess.Popen(
             command("swarm", task.prompt, "--model", address, "--tools", WORLD, "--session", "s"), cwd=tmp_path,
             env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -217,7 +235,7 @@ def test_ctrl_c_says_how_to_go_on_and_two_at_once_do_not(task: Task, tmp_path: P
         (episode,) = read_episodes(tmp_path / "s" / "episode.jsonl")
         assert episode.status == "cancelled" or episode.agents[0].status == "cancelled"
         assert (tmp_path / "s" / "trace.html").exists() and not (tmp_path / "s" / "answer.md").exists()
-        answer = moonbase("swarm", "--resume", "s", cwd=tmp_path)
+        answer = moonbase("swarm", "--resume", "s", "--model", url, cwd=tmp_path)
     assert answer.returncode == 0 and score(task, answer.stdout).exact
 
 
@@ -308,6 +326,8 @@ def test_on_a_terminal(url: str, task: Task, tmp_path: Path) -> None:
         (["x", "--model", "URL", "--tools", "mcp:bad.json"], "bad.json is no JSON"),
         (["x", "--model", "URL", "--tools", "mcp:dead.json"], "MCP"),
         (["x", "--model", "URL", "--context", "forget"], "--context forget: one of keep-all"),
+        (["x", "--model", "URL", "--context-tokens", "0"], "--context-tokens"),
+        (["x", "--model", "URL", "--sub-context-tokens", "9"], "--sub-context-tokens needs --sub-model"),
         (["x", "--model", "URL", "--money", "1"], "--money needs --price"),
         (["x", "--model", "URL", "--price", "cheap"], "--price cheap: write IN,OUT"),
         (["x", "--model", "URL", "--price", "-1,2"], "--price -1,2: write IN,OUT"),

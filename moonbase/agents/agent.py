@@ -219,11 +219,14 @@ class Agent:
         try:
             async with asyncio.timeout(budget.seconds_left(started)) as clock:
                 reservation = await budget.reserve_in_turn(tokens, most, self.model.price)
+                in_turn = journal.now() - started
                 self._count_step()
                 options = dataclasses.replace(self.options, max_tokens=reservation.max_output_tokens)
                 completion = await self.model.complete(self._visible(), tools, options)
             paid = reservation.settle(completion.usage)
         except BaseException as error:
+            # A time-out comes of a cancellation, which knows how long the call was in line.
+            in_line = getattr(error.__cause__ if isinstance(error, TimeoutError) else error, "waited", 0.0)
             if isinstance(error, TimeoutError):
                 error = budget.late(journal.now()) if clock.expired() else ModelError(
                     "timeout", "the model did not answer in time")
@@ -232,7 +235,8 @@ class Agent:
                 self._note_call(call, started, reservation, {
                     "usage": None, "price_paid": 0.0, "completion": None, "finish_reason": None,
                     "model": self.model.name, "error": {"kind": _kind(error), "message": str(error)},
-                    "attempts": getattr(error, "attempts", 1)})
+                    "attempts": getattr(error, "attempts", 1),
+                    "waited": round(in_turn + in_line, 6)})
             raise error
         completion.message = tidied(completion.message)
         self.usage += completion.usage
@@ -240,7 +244,8 @@ class Agent:
         self._note_call(call, started, reservation, {
             "usage": _usage(completion.usage), "price_paid": paid, "completion": completion.message,
             "finish_reason": completion.finish_reason, "model": completion.model, "error": None,
-            "attempts": completion.attempts, "notes": completion.notes, "tools": bool(tools),
+            "attempts": completion.attempts, "waited": round(in_turn + completion.waited, 6),
+            "notes": completion.notes, "tools": bool(tools),
             **{name: value for name, value in given.items() if value is not None}})
         return completion
 
@@ -249,13 +254,15 @@ class Agent:
         self.budget.count_step()
 
     def _note_call(self, call: str, started: float, reservation: Reservation, outcome: dict[str, Any]) -> None:
+        ended = self.journal.now()
+        spent = vars(self.budget.spent) | {"seconds": round(ended - self.budget.started, 6)}
         self.journal.write({
             "type": "model_call", "agent": self.id, "call": call, "step": self.steps, "stage": self.stage,
             "messages_added": self.messages[self._reported :], "context_dropped": self._dropped,
             "context_shortened": sorted(self._view.shortened),
             "options": {**self._sampling, "max_tokens": reservation.max_output_tokens},
-            "started": round(started, 6), "ended": round(self.journal.now(), 6), **outcome,
-            "budget": {"spent": dict(vars(self.budget.spent)), "limits": self._limits}})
+            "started": round(started, 6), "ended": round(ended, 6), **outcome,
+            "budget": {"spent": spent, "limits": self._limits}})
         self._reported = len(self.messages)
 
     def _repeat(self, known: Event) -> Completion:
@@ -269,7 +276,8 @@ class Agent:
             raise ModelError(known["error"]["kind"], known["error"]["message"])
         completion = Completion(
             known["completion"], known["finish_reason"], Usage(**known["usage"]), known["model"],
-            known.get("prompt_ids"), known.get("token_ids"), known.get("logprobs"))
+            known.get("prompt_ids"), known.get("token_ids"), known.get("logprobs"), known.get("notes", []),
+            known.get("attempts", 1), known.get("waited", 0.0))
         self.usage += completion.usage
         return completion
 

@@ -42,11 +42,10 @@ class Limits:
 
 @dataclass
 class Spent:
-    """What has been spent."""
+    """What has been spent, but for seconds: those pass by themselves."""
 
     steps: int = 0
     tokens: int = 0
-    seconds: float = 0.0
     money: float = 0.0
     critical_steps: int = 0
     subagents: int = 0

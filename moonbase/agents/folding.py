@@ -180,24 +180,34 @@ class _Agent:
         if logprobs is not None:
             # JSON has no infinity.
             logprobs = [None if value is None or value == float("-inf") else value for value in logprobs]
+        given, drawn = len(event.get("prompt_ids") or ()), len(event.get("token_ids") or ())
         self.calls[name] = ModelCall(
             id=name, step=event["step"], stage=event.get("stage", event["step"]), started=event["started"],
-            ended=event["ended"], model=event.get("model") or self.record.model, sampling=event.get("options") or {},
+            waited=event.get("waited") or 0.0, ended=event["ended"],
+            model=event.get("model") or self.record.model, sampling=event.get("options") or {},
             usage=_known(UsageRecord, event.get("usage")), money=event.get("price_paid") or 0.0,
             finish_reason=event.get("finish_reason"), error=None if error is None else _known(CallError, error),
             attempts=event.get("attempts") or 1, sees=sees, message=reply,
             shortened=event.get("context_shortened") or [],
             budget=None if budget is None else BudgetRecord(spent=_known(SpentRecord, budget.get("spent")),
                                                             limits=_limits(budget.get("limits"))),
-            prompt_ids=event.get("prompt_ids"), token_ids=event.get("token_ids"), logprobs=logprobs)
+            prompt_ids=event.get("prompt_ids"), token_ids=event.get("token_ids"), logprobs=logprobs,
+            # A reply's ids are all that was drawn, and nothing else is.
+            sampled=[(given, given + drawn)] if drawn else None)
 
     def take_tool_call(self, event: Event) -> None:
         name = event["call"]
         if name not in self.calls:
             self.results[name] = event.get("result") or ""
             self.calls[name] = ToolCall(
-                id=name, step=_place(name)[0], name=event["name"], arguments=event.get("arguments") or "",
-                started=event["started"], ended=event["ended"], error=bool(event.get("error")))
+                id=name, step=_place(name)[0], stage=self.stage(_place(name)[0]), name=event["name"],
+                arguments=event.get("arguments") or "", started=event["started"], ended=event["ended"],
+                error=bool(event.get("error")))
+
+    def stage(self, step: int) -> int | None:
+        """Of the step's model call."""
+        call = self.calls.get(f"{self.record.id}#{step}")
+        return None if call is None else call.stage
 
     def complete(self, started_by: dict[str, list[str]], starts: dict[str, float]) -> None:
         """Find the result of every call, and the calls that were running when the stream stopped.
@@ -218,7 +228,7 @@ class _Agent:
                     function = one.get("function") or {}
                     started = min((starts[child] for child in started_by.get(name, ())), default=reply.ended)
                     call = self.calls[name] = ToolCall(
-                        id=name, step=reply.step, name=function.get("name") or "?",
+                        id=name, step=reply.step, stage=reply.stage, name=function.get("name") or "?",
                         arguments=function.get("arguments") or "", started=started)
                 if call is None:
                     continue

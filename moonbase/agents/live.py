@@ -231,6 +231,7 @@ def _call_in_words(function: dict[str, Any]) -> str:
         first = next(iter(values.values()), "") if isinstance(values, dict) else values
         text = first if isinstance(first, str) else json.dumps(first, ensure_ascii=False)
     except (ValueError, AttributeError, TypeError, RecursionError):
+        # No arguments of a tool: its model hears of that from the toolset. Here they stand as they were written.
         pass
     return f"{name[:64]} {text[:200]}".strip()
 

@@ -57,6 +57,9 @@ class Settings(BaseModel):
     concurrency: int = 64
     price: Price = Price()
     sub_price: Price | None = None
+    context_tokens: int | None = None
+    """Of the models' contexts, for those that do not say it."""
+    sub_context_tokens: int | None = None
 
 
 class Session:
@@ -127,6 +130,7 @@ class Session:
     def close(self) -> None:
         """Give the folder free; one in which nothing has happened is as if it had never been."""
         if not self.events:
+            # What lies there besides is not ours to remove, and an empty folder harms nobody.
             with contextlib.suppress(OSError):
                 (self.folder / EVENTS).unlink()
                 self.folder.rmdir()

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 SCHEMA = "moonbase.trace/1"
 
@@ -103,6 +103,9 @@ class ModelCall(Record):
     """The orchestrator's step that this belongs to."""
     started: float
     """When it was asked for; waiting for a free place counts as part of the call."""
+    waited: float = 0.0
+    """Seconds from `started` to the beginning of the last attempt: in line for a free place or for what calls in flight
+    may give back of the budget, and in attempts that failed. All of a call that was broken off before."""
     ended: float
     """When the reply was complete, or the last attempt had failed."""
     model: str = ""
@@ -133,13 +136,29 @@ class ModelCall(Record):
     """The reply as token ids, all of them sampled, where the model gives them."""
     logprobs: list[float | None] | None = None
     """One for each of `token_ids`: natural logarithm of its probability when it was sampled; null for -inf."""
+    sampled: list[tuple[int, int]] | None = None
+    """The sampled mask: [start, stop) ranges over `prompt_ids` followed by `token_ids` of the tokens that the model
+    drew, in order and apart; it was given all others. Null where there are no `token_ids`."""
     on_critical_path: list[Measure] = []
     """The measures (steps, tokens, seconds) in which this call is on the critical path."""
 
     @property
     def sampled_mask(self) -> list[bool]:
-        """Over `prompt_ids` followed by `token_ids`: which tokens the model chose."""
-        return [False] * len(self.prompt_ids or ()) + [True] * len(self.token_ids or ())
+        """`sampled`, a value for each token of `prompt_ids` and `token_ids`."""
+        mask = [False] * (len(self.prompt_ids or ()) + len(self.token_ids or ()))
+        for start, stop in self.sampled or ():
+            mask[start:stop] = [True] * (stop - start)
+        return mask
+
+    @model_validator(mode="after")
+    def _mask_fits(self) -> ModelCall:
+        """A mask of other tokens than those that are there would train on the wrong ones."""
+        at, count = 0, len(self.prompt_ids or ()) + len(self.token_ids or ())
+        for start, stop in self.sampled or ():
+            if not at <= start < stop <= count:
+                raise ValueError(f"sampled [{start}, {stop}): no range of the {count} tokens in order")
+            at = stop
+        return self
 
 
 class ToolCall(Record):
@@ -151,6 +170,8 @@ class ToolCall(Record):
     """AGENT#STEP.INDEX: the step of the model call that asked for it, and its place among that reply's calls."""
     step: int
     """Of this agent, from 1."""
+    stage: int | None = None
+    """The orchestrator's step that this belongs to; null in traces that are older than the field."""
     name: str
     """The tool."""
     arguments: str = ""

@@ -114,16 +114,13 @@ class LocalSpeaker:
             yield said if isinstance(said, Finished) else ContentDelta(said.text)
 
     def _constraint(self, tools: list[dict[str, Any]], prompt: Prompt) -> Any:
-        """Calls are well-formed by construction where the package for it is installed; without tools there is none."""
-        from importlib.util import find_spec
+        """Calls are well-formed by construction where the package for it is installed; a model whose vocabulary has no
+        calls only talks."""
+        from moonbase.engine.turn import turn_constraint, writes_calls
 
-        if "<|tool_calls_section_begin|>" not in self.tokenizer.special_tokens or find_spec("llguidance") is None:
-            return None
-        from moonbase.engine.constraint import tool_constraint
-
-        return tool_constraint(self.tokenizer, self.engine.model.config.vocab_size, tools,
-                               choice="auto" if tools else "none", first_index=prompt.first_call_index,
-                               **prompt.rules())
+        callable_tools = tools if writes_calls(self.tokenizer) else []
+        return turn_constraint(self.tokenizer, self.engine.model.config.vocab_size, prompt, callable_tools,
+                               strict=False)
 
     def _speak(self, ids: Sequence[int], settings: dict[str, float], tokens: int, seed: int, constraint: Any = None
                ) -> Iterator[Any]:
@@ -172,6 +169,7 @@ def _stage_of(source: str, folder: Path) -> str | None:
     import yaml
 
     for file in (Path(source) / "config.yaml", folder.parent.parent / "config.yaml"):
+        # A model need not come from a run, nor a file of that name be a run's: then nothing is known of its stage.
         with contextlib.suppress(OSError, UnicodeDecodeError, yaml.YAMLError):
             values = yaml.safe_load(file.read_text(encoding="utf-8"))
             return str(values.get("stage", "pretrain")) if isinstance(values, dict) else None

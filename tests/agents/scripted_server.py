@@ -1,9 +1,10 @@
 """An OpenAI-compatible server whose replies a policy decides, in a process of its own.
 
-    python -m tests.agents.scripted_server wide|hostile|down [--seconds S] [--log FILE]
+    python -m tests.agents.scripted_server wide|hostile|down [--seconds S] [--free N] [--log FILE]
 
 `wide` answers as the scripted agents of the baselines do; `hostile` sends what no client should have to expect; `down`
-refuses every call with 503. The first line on standard output is the URL. Each answered call is a line of the log.
+refuses every call with 503. A reply takes S seconds, the first N none. The first line on standard output is the URL.
+Each answered call is a line of the log.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ class Server(ThreadingHTTPServer):
     request_queue_size = 256
     policy = "wide"
     seconds = 0.0
+    free = 0
     log: Any = None
     lock = threading.Lock()
 
@@ -71,7 +73,10 @@ class Handler(BaseHTTPRequestHandler):
             self._send(503, {"error": {"message": "nobody is here"}})
             return
         message = {"role": "assistant", "content": None, **self.server.reply(body)}
-        time.sleep(self.server.seconds)
+        with self.server.lock:
+            self.server.free -= 1
+            seconds = 0.0 if self.server.free >= 0 else self.server.seconds
+        time.sleep(seconds)
         if self.server.log is not None:
             digest = hashlib.sha256(json.dumps(body["messages"], sort_keys=True).encode()).hexdigest()
             with self.server.lock:
@@ -102,10 +107,11 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("policy", choices=("wide", "hostile", "down"))
     parser.add_argument("--seconds", type=float, default=0.0)
+    parser.add_argument("--free", type=int, default=0)
     parser.add_argument("--log")
     given = parser.parse_args()
     server = Server(("127.0.0.1", 0), Handler)
-    server.policy, server.seconds = given.policy, given.seconds
+    server.policy, server.seconds, server.free = given.policy, given.seconds, given.free
     server.log = open(given.log, "a", encoding="utf-8") if given.log else None
     print(f"http://127.0.0.1:{server.server_address[1]}/v1", flush=True)
     server.serve_forever()

@@ -13,7 +13,7 @@ import pytest
 from rich.cells import cell_len
 from rich.console import Console
 
-from moonbase.agents.baselines.methods import OPTIONS, Endpoint, slow
+from moonbase.agents.baselines.methods import OPTIONS, endpoint, slow
 from moonbase.agents.baselines.policies import Wide
 from moonbase.agents.budget import Limits
 from moonbase.agents.folding import fold
@@ -35,7 +35,7 @@ def events() -> list[dict[str, Any]]:
     seen: list[dict[str, Any]] = []
 
     async def play() -> SwarmResult:
-        return await Swarm(Endpoint(Wide(), ()), slow(world_tools(world)), options=OPTIONS, on_event=seen.append,
+        return await Swarm(endpoint(Wide(), ()), slow(world_tools(world)), options=OPTIONS, on_event=seen.append,
                            limits=Limits(steps=100, subagents=100, money=1.0, critical_steps=40)).run(task.prompt)
 
     assert simulate(play()).status == "finished"

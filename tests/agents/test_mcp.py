@@ -455,31 +455,62 @@ def test_the_official_client_with_our_server_over_http() -> None:
     run(conversation())
 
 
-def test_clients_over_http_are_agents_of_their_own() -> None:
-    """What belongs to an agent, such as its Python interpreter, is not shared between the sessions of two clients."""
-    import httpx2
+@pytest.mark.parametrize("mode", ["legacy", "auto"])
+def test_clients_at_once_over_http_are_agents_of_their_own(mode: str) -> None:
+    """What belongs to an agent, such as its Python interpreter, is not shared between two clients at work at once."""
     from mcp.client.client import Client
-    from mcp.client.streamable_http import streamable_http_client
-
-    @tool(inline=True)
-    def who(context: ToolContext) -> str:
-        """Which agent asks."""
-        return context.agent
 
     async def conversation() -> None:
         address: asyncio.Future[str] = asyncio.get_running_loop().create_future()
-        serving = asyncio.create_task(serve_tools(Toolset([who]), "ours", "http", port=0, ready=address.set_result))
-        agents = []
-        for _ in range(2):
-            async with (httpx2.AsyncClient() as http, Client(
-                    streamable_http_client(await address, http_client=http), mode="legacy") as client):
-                answers = [await client.call_tool("who", {}) for _ in range(2)]
-                agents.append({answer.content[0].text for answer in answers})
-        assert [len(names) for names in agents] == [1, 1] and agents[0] != agents[1]
+        serving = asyncio.create_task(serve_tools(memory(), "ours", "http", port=0, ready=address.set_result))
+        async with Client(await address, mode=mode) as one, Client(await address, mode=mode) as other:
+            async def add(client: Any, word: str) -> list[str]:
+                return json.loads((await client.call_tool("remember", {"word": word})).content[0].text)
+
+            for number in range(3):
+                # Side by side, so that a client has several connections.
+                await asyncio.gather(*(add(client, f"{name}{number}{place}") for place in range(4)
+                                       for client, name in ((one, "a"), (other, "b"))))
+            found = [await add(one, "end"), await add(other, "end")]
+            assert [{word[0] for word in words[:-1]} for words in found] == [{"a"}, {"b"}]
+            assert [len(words) for words in found] == [13, 13]
         serving.cancel()
         await asyncio.wait([serving])
 
     run(conversation())
+
+
+def test_without_sessions_every_call_stands_alone() -> None:
+    """A client that insists on the protocol without sessions gets its answers, and nothing that belongs to another."""
+    from mcp.client.client import Client
+    from mcp_types.version import LATEST_MODERN_VERSION
+
+    async def conversation() -> None:
+        address: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        serving = asyncio.create_task(serve_tools(memory(), "ours", "http", port=0, ready=address.set_result))
+        async with (Client(await address, mode=LATEST_MODERN_VERSION) as one,
+                    Client(await address, mode=LATEST_MODERN_VERSION) as other, Client(await address) as third):
+            for client, word in ((one, "a"), (other, "b"), (third, "c"), (one, "d")):
+                answer = await client.call_tool("remember", {"word": word})
+                assert json.loads(answer.content[0].text) == [word]
+        serving.cancel()
+        await asyncio.wait([serving])
+
+    run(conversation())
+
+
+def memory() -> Toolset:
+    """A tool that keeps words for each agent."""
+    words: dict[str, list[str]] = {}
+
+    @tool(inline=True)
+    def remember(word: str, context: ToolContext) -> list[str]:
+        """All words of this agent."""
+        own = words.setdefault(context.agent, [])
+        own.append(word)
+        return own
+
+    return Toolset([remember])
 
 
 def test_what_our_server_refuses() -> None:

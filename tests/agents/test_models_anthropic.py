@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from typing import Any
 
 import anthropic
@@ -10,8 +11,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from moonbase.agents.agent import Agent
+from moonbase.agents.budget import Limits
+from moonbase.agents.context import STRATEGIES
 from moonbase.agents.models.anthropic import AnthropicModel, _Answer, read_message, turns_of
 from moonbase.agents.models.base import CallOptions, Completion, ModelError, Usage
+from moonbase.agents.models.connect import connect
+from moonbase.agents.tools.tool import Toolset, tool
 from tests.agents.fake_endpoint import Answer, Asked, serving, stream, whole
 from tests.agents.test_models_openai import anything, check_clean
 
@@ -63,6 +69,49 @@ def run(answer: Any, messages: Any = USER, tools: Any = (), options: CallOptions
                 await model.close()
 
     return asyncio.run(one())
+
+
+@pytest.mark.parametrize("name", ["discard-all", "discard-75%", "hide-tool-result", "summary"])
+def test_a_strategy_acts_before_a_refusal_where_the_context_is_told(name: str) -> None:
+    """An endpoint that takes 3,000 tokens, of four bytes of its JSON each, and does not say so. If the model is told,
+    no prompt is refused; else the strategy acts on the refusals. Either way the agent reads all texts."""
+    texts, most, prompts = 12, 3000, []
+
+    def answer(asked: Asked) -> Answer:
+        tokens = len(json.dumps([asked.body.get(part) for part in ("system", "messages", "tools")])) // 4
+        prompts.append(tokens)
+        if tokens + asked.body["max_tokens"] > most:
+            return whole({"type": "error", "error": {"type": "invalid_request_error", "message":
+                                                     f"prompt is too long: {tokens} tokens > {most} maximum"}}, 400)
+        if asked.body.get("tool_choice", {}).get("type") == "none" or "tools" not in asked.body:
+            return whole(message([{"type": "text", "text": "A summary."}], "end_turn"))
+        read.append(len(read))
+        block = {"type": "tool_use", "id": f"t{len(read)}", "name": "look", "input": {"number": len(read)}}
+        done = len(read) > texts
+        return whole(message([{"type": "text", "text": "All read."}] if done else [block],
+                             "end_turn" if done else "tool_use",
+                             usage={"input_tokens": tokens, "output_tokens": 9}))
+
+    @tool(inline=True)
+    def look(number: int) -> str:
+        """A text of 450 tokens."""
+        return f"{number} ".ljust(1800, "x")
+
+    async def work(context_tokens: int | None) -> tuple[Any, int]:
+        async with serving(answer) as endpoint:
+            model = connect("anthropic:claude", base_url=endpoint.url, api_key="key", context_tokens=context_tokens)
+            agent = Agent("reader", model, Toolset([look]), context=STRATEGIES[name], limits=Limits(steps=60),
+                          options=CallOptions(max_tokens=100, timeout=5))
+            result = await agent.run("Read all.")
+            await model.close()
+            return result, sum(tokens + 100 > most for tokens in prompts)
+
+    for context_tokens in (most, None):
+        read: list[int] = []
+        prompts.clear()
+        result, refused = asyncio.run(work(context_tokens))
+        assert (result.status, result.text) == ("finished", "All read."), result.reason
+        assert (refused == 0) == (context_tokens is not None), (context_tokens, prompts)
 
 
 def test_a_stream_and_one_piece_say_the_same_and_as_the_official_client_reads_it() -> None:

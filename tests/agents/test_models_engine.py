@@ -7,16 +7,21 @@ import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jsonschema
 import pytest
 import torch
 
+import moonbase.engine.engine as choosing
+from moonbase.agents.budget import Limits
+from moonbase.agents.episodes import write_episodes
 from moonbase.agents.models.base import CallOptions, ModelError
 from moonbase.agents.models.connect import PROVIDERS, connect
 from moonbase.agents.models.engine import EngineModel
 from moonbase.agents.models.openai import OpenAIModel
+from moonbase.agents.swarm import Swarm
+from moonbase.agents.tools.tool import Toolset, tool
 from moonbase.chat import encode, parse, render_parts
 from moonbase.engine import Engine
 from moonbase.errors import UserError
@@ -64,6 +69,45 @@ def test_a_reply_is_its_tokens(model: EngineModel, network: Any) -> None:
     assert len(completion.logprobs) == len(completion.token_ids)
     assert all(math.isclose(one, other, abs_tol=1e-3) for one, other in
                zip(completion.logprobs, expected, strict=True))
+
+
+def test_the_mask_of_a_trace_selects_what_the_engine_drew(
+    model: EngineModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two steps of an agent, the second on the calls and results of the first: from the line alone, the mask gives the
+    ids that came out of the sampler, and what it leaves out is the prompt as the renderer has it."""
+    drawn: list[int] = []
+    draw = choosing.choose
+
+    def listen(*arguments: Any) -> Any:
+        chosen = draw(*arguments)
+        drawn.extend(chosen.ids)
+        return chosen
+
+    monkeypatch.setattr(choosing, "choose", listen)
+
+    @tool(inline=True)
+    def calculate(sum: Literal["1+1", "2*3"]) -> str:
+        """A sum."""
+        return "21"
+
+    toolset = Toolset([calculate])
+    options = CallOptions(max_tokens=80, seed=2, tool_choice="calculate")
+    swarm = Swarm(model, toolset, delegate=False, system="", limits=Limits(steps=2), options=options)
+    write_episodes(tmp_path / "t.jsonl", [asyncio.run(swarm.run(USER[0]["content"])).episode])
+    (agent,) = json.loads((tmp_path / "t.jsonl").read_text(encoding="utf-8"))["agents"]
+    calls = [call for call in agent["calls"] if call["kind"] == "model"]
+    assert len(calls) == 2 and len(drawn) > 10
+    selected: list[int] = []
+    for call, tools in zip(calls, (toolset.schemas(), []), strict=True):
+        ids = call["prompt_ids"] + call["token_ids"]
+        kept = [place for start, stop in call["sampled"] for place in range(start, stop)]
+        selected += [ids[place] for place in kept]
+        seen = [agent["messages"][place] for start, stop in call["sees"] for place in range(start, stop)]
+        others = [id for place, id in enumerate(ids) if place not in kept]
+        assert others == encode(tiny_chat.tokenizer(), render_parts(seen, tools, "kimi-k2.5"))
+        assert len(call["logprobs"]) == len(kept)
+    assert selected == drawn
 
 
 def test_calls_at_once_are_one_batch_and_say_what_they_say_alone(model: EngineModel) -> None:
@@ -147,6 +191,22 @@ def test_connect_to_a_folder_and_to_a_preset(tmp_path: Path) -> None:
         completion = asyncio.run(model.complete(USER, TOOLS, CallOptions(max_tokens=60, tool_choice="weather")))
         assert {call["function"]["name"] for call in completion.message["tool_calls"]} == {"weather"}
         asyncio.run(model.close())
+
+
+def test_a_context_is_as_large_as_is_said_and_no_larger_than_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    entry = {"id": "x", "max_model_len": 9000}
+    monkeypatch.setenv("ANTHROPIC_API_KEY", "key")
+    for entries, given, expected in ((None, None, None), (None, 5000, 5000), ([entry], None, 9000),
+                                     ([entry], 5000, 5000), ([entry], 20_000, 9000)):
+        monkeypatch.setattr("moonbase.agents.models.connect._models", lambda url, key, needed, said=entries: said)
+        assert connect("http://h/v1#x", context_tokens=given).context_tokens == expected
+    assert connect("anthropic:claude", context_tokens=200_000).context_tokens == 200_000
+    for given, expected in ((100, 100), (10**6, tiny_chat.CONTEXT)):
+        model = connect("preset:pico", context_tokens=given)
+        assert model.context_tokens == expected
+        asyncio.run(model.close())
+    with pytest.raises(UserError, match="context_tokens=0"):
+        connect("anthropic:claude", context_tokens=0)
 
 
 def test_keys_come_from_where_they_should(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -365,6 +365,94 @@ def test_no_network(tmp_path: Path) -> None:
 
 
 @needs_bubblewrap
+def test_no_socket_of_the_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither one with a path, such as a container daemon's or an agent's of ssh, nor one with a name alone."""
+    work, name = tmp_path / "work", f"\0moonbase-{secrets.token_hex(8)}"
+    work.mkdir()
+    monkeypatch.chdir(tmp_path)  # its path has room for a hundred bytes
+    with socket.socket(socket.AF_UNIX) as server, socket.socket(socket.AF_UNIX) as nameless:
+        server.bind("socket")
+        nameless.bind(name)
+        (work / "link").symlink_to(tmp_path / "socket")
+        for one, address in ((server, "socket"), (nameless, name)):
+            one.listen()
+            with socket.socket(socket.AF_UNIX) as client:
+                client.connect(address)  # from here it can be reached
+        result = run(work, "bubblewrap", f"""
+            import socket
+            for address in ("link", "../socket", {str(tmp_path / "socket")!r}, {name!r}, "/run/docker.sock",
+                            "/run/dbus/system_bus_socket", "/tmp/.X11-unix/X0"):
+                try: socket.socket(socket.AF_UNIX).connect(address); print("connected", address)
+                except OSError as error: print("refused")
+            """, "python")
+    assert result.output.splitlines() == ["refused"] * 7
+
+
+@needs_bubblewrap
+def test_secrets_at_home_and_of_other_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Through no path, no process and no open file."""
+    home, work, word = tmp_path / "home", tmp_path / "home/project/work", f"secret-{secrets.token_hex(8)}"
+    work.mkdir(parents=True)
+    (home / ".netrc").write_text(word)
+    (home / "project/.env").write_text(word)
+    (work / "link").symlink_to(home / ".netrc")
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.setenv("SOME_API_KEY", word)
+    with open(home / ".netrc") as held:
+        os.set_inheritable(held.fileno(), True)
+        script = f"""
+            cat ~/.netrc {home}/.netrc {home}/project/.env ../.env link ../../.netrc
+            for process in /proc/[0-9]* /proc/self; do
+                cat $process/environ $process/cmdline; cat $process/root{home}/.netrc $process/cwd/../.env
+                readlink $process/fd/[0-9]* | grep netrc
+            done
+            ls -a ~ {home}
+            ls /proc | grep -c '^[0-9]'
+            """
+        result = run(work, "bubblewrap", f"({script}) 2>/dev/null", kept_bytes=10**6)
+    # Its own command line names the file; nothing else does, and nothing says what is in it.
+    assert word not in result.output and f"{home}/.netrc\n" not in result.output.replace(script, "")
+    assert int(result.output.split()[-1]) < 10, "processes of its own alone"
+
+
+@needs_bubblewrap
+def test_no_file_that_lends_the_owners_powers(tmp_path: Path) -> None:
+    """A setuid file left in the work folder would belong to whoever runs the sandbox, root perhaps."""
+    result = run(tmp_path, "bubblewrap", """
+        import ctypes, os, shutil
+        shutil.copy("/bin/true", "copied")
+        libc = ctypes.CDLL(None, use_errno=True)
+        # fchmodat2 and openat2 have the same numbers on all machines.
+        ways = (lambda: os.chmod("copied", 0o4755), lambda: os.chmod("copied", 0o2755), lambda: os.chmod(".", 0o2755),
+                lambda: os.fchmod(os.open("copied", os.O_RDONLY), 0o6755), lambda: os.mknod("made", 0o104755),
+                lambda: os.open("opened", os.O_CREAT | os.O_WRONLY, 0o4755), lambda: libc.creat(b"created", 0o4755),
+                lambda: libc.syscall(452, -100, b"copied", 0o4755, 0),
+                lambda: libc.syscall(437, -100, b"opened2", (ctypes.c_uint64 * 3)(os.O_CREAT | os.O_WRONLY, 0o4755, 0),
+                                     24))
+        for way in ways:
+            try: print("refused" if way() == -1 else "done")
+            except PermissionError: print("refused")
+        os.chmod("copied", 0o751)
+        print(oct(os.stat("copied").st_mode))
+        """, "python")
+    assert result.output.splitlines() == ["refused"] * 9 + ["0o100751"]
+    assert not [path for path in (tmp_path, *tmp_path.rglob("*")) if path.stat().st_mode & 0o6000]
+
+
+def test_what_it_reads_cannot_be_written(kind: str, tmp_path: Path) -> None:
+    for stdin in (b"", b"given"):
+        result = run(tmp_path, kind, """
+            import os, sys
+            print(sys.stdin.read())
+            for way in (lambda: os.write(0, b"x"), lambda: os.ftruncate(0, 1 << 20),
+                        lambda: os.write(os.open("/proc/self/fd/0", os.O_RDWR), b"x" * 100)):
+                try: way(); print("written")
+                except OSError: print("refused")
+            """, "python", stdin=stdin)
+        assert result.output.splitlines() == [stdin.decode()] + ["refused"] * 3
+
+
+@needs_bubblewrap
 @pytest.mark.parametrize("path", ["/etc/shadow", "/etc/ssh", str(Path.home() / ".bashrc"), "/home", "/var",
                                   "/sys", "/proc/kcore", "/proc/1/root/etc/shadow", "/run", "/boot", __file__])
 def test_unreadable(path: str, tmp_path: Path) -> None:

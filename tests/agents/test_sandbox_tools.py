@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import json
 import os
 import time
@@ -28,13 +29,20 @@ def box(request: pytest.FixtureRequest, tmp_path: Path) -> Sandbox:
     return Sandbox(tmp_path, LIMITS, bubblewrap=BUBBLEWRAP if request.param == "bubblewrap" else None)
 
 
+NEW = "[Nothing from before is defined: this is a new interpreter.]\n"
+
+
 def talk(box: Sandbox, conversation: Callable[[Say], Awaitable[None]], most: int = 32) -> None:
-    """Hold a conversation with the tools, which are closed afterwards with all that they started."""
+    """Hold a conversation with the tools, which are closed afterwards with all that they started.
+
+    What every first answer begins with is taken off: `test_a_first_call_is_told_that_nothing_is_defined` looks at it.
+    """
     async def whole() -> None:
         async with python_tools(box, most) + shell_tools(box) as tools:
             async def say(code: str, agent: str = "main", name: str = "python", left: float | None = None):
                 arguments = json.dumps({"command" if name == "shell" else "code": code})
-                return await tools.call(name, arguments, ToolContext(agent, 1, "call", left))
+                result = await tools.call(name, arguments, ToolContext(agent, 1, "call", left))
+                return dataclasses.replace(result, content=result.content.removeprefix(NEW))
 
             await conversation(say)
         assert not box.running
@@ -54,6 +62,32 @@ def test_state_stays_and_the_last_value_shows(box: Sandbox) -> None:
         assert (box.folder / "made").read_text() == "here"
         (box.folder / "mine.py").write_text("value = 7")
         assert (await say("import mine; mine.value")).content == "7"
+
+    talk(box, conversation)
+
+
+def test_a_first_call_is_told_that_nothing_is_defined(box: Sandbox) -> None:
+    """After a resume the tool is a new one and its agent is not: what it defined before is gone, and it hears so."""
+    async def life(code: str, agent: str = "main") -> list[str]:
+        async with python_tools(box) as tools:
+            return [(await tools.call("python", json.dumps({"code": one}), ToolContext(agent, 7, "call"))).content
+                    for one in (code, "x")]
+
+    assert asyncio.run(life("x = 1")) == [f"{NEW}[no output]", "1"]
+    again = asyncio.run(life("x"))
+    assert again[0].startswith(NEW) and again[0].endswith("NameError: name 'x' is not defined")
+    assert not again[1].startswith(NEW)
+
+
+def test_outputs_that_the_code_closed_and_a_channel_that_it_wrote_on(box: Sandbox) -> None:
+    async def conversation(say: Say) -> None:
+        closed = await say("import sys; sys.stdout.close()")
+        assert closed.error and closed.content.startswith("[the output is lost: ValueError: ")
+        assert not (await say("sys.stdout = sys.__stdout__ = open(1, 'w', closefd=False); print('back')")).error
+        forged = await say("import os, socket\nfor number in range(3, 64):\n  try: socket.socket(fileno=number).send("
+                           "b'{\"number\": 99, \"error\": false}\\n')\n  except OSError: pass")
+        assert forged.error and "begins a new one" in forged.content
+        assert (await say("40 + 2")).content == "42"
 
     talk(box, conversation)
 

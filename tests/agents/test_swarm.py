@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from moonbase.agents.budget import Limits
 from moonbase.agents.journal import Journal
-from moonbase.agents.models.base import ModelError
+from moonbase.agents.models.base import CallOptions, ModelError
 from moonbase.agents.models.pool import Pool
 from moonbase.agents.models.scripted import Latency, ScriptedModel
 from moonbase.agents.simulation import simulate
@@ -65,6 +66,12 @@ def test_tasks_of_one_turn_run_at_the_same_time_and_only_results_come_back() -> 
     assert [agent.id for agent in result.episode.agents] == ["main", "main/2.0", "main/2.1", "main/2.2"]
     assert [agent.trainable for agent in result.episode.agents] == [True, False, False, False]
     assert result.episode.spent.subagents == 3
+    # What each budget had spent after each call: own steps and seconds since the agent began, at a second a step.
+    for agent in result.episode.agents[1:]:
+        spent = [call.budget.spent for call in agent.calls if call.kind == "model"]
+        counted = list(range(1, int(agent.task) + 2))
+        assert [one.steps for one in spent] == [one.seconds for one in spent] == counted
+    assert [call.budget.spent.seconds for call in result.episode.agents[0].calls if call.kind == "model"] == [1, 2, 8]
     assert all(len(agent.messages) == 2 + 2 * int(agent.task) + 1 for agent in result.episode.agents[1:])
 
 
@@ -179,6 +186,63 @@ def test_cancelling_the_run_ends_everyone() -> None:
     ends = {event["agent"]: event["status"] for event in journal.events if event["type"] == "agent_finished"}
     assert ends == dict.fromkeys(["main", *(f"main/2.{number}" for number in range(5))], "cancelled")
     assert journal.events[-1]["type"] == "episode_finished" and journal.events[-1]["status"] == "cancelled"
+
+
+def waits(result: SwarmResult) -> dict[str, float]:
+    return {call.id: call.waited for agent in result.episode.agents for call in agent.calls if call.kind == "model"}
+
+
+def test_time_in_line_is_told_call_by_call_and_again_after_a_crash(tmp_path: Path) -> None:
+    """Two calls of a second at a time: the fifth of five waits two seconds."""
+    policy = leads(asks(CREATE), asks(*map(assign, "abcde")), says("Answer."))
+    expected = {"main#1": 0, "main#2": 0, "main/2.0#1": 0, "main/2.1#1": 0, "main/2.2#1": 1, "main/2.3#1": 1,
+                "main/2.4#1": 2, "main#3": 0}
+
+    def live(resume: bool) -> SwarmResult:
+        journal = Journal.open(tmp_path, resume=resume)
+        try:
+            return run(policy, journal, Pool(ScriptedModel(policy, Latency(per_call=1.0)), concurrency=2, most=2))
+        finally:
+            journal.close()
+
+    assert waits(live(resume=False)) == expected
+    path = tmp_path / "events.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True)
+    for cut in range(1, len(lines)):
+        path.write_bytes(b"".join(lines[:cut]))
+        known = {event["call"] for event in map(json.loads, lines[:cut]) if event["type"] == "model_call"}
+        assert {call: waited for call, waited in waits(live(resume=True)).items() if call in known} == {
+            call: waited for call, waited in expected.items() if call in known}
+
+
+def test_time_in_line_counts_attempts_that_failed_and_what_others_have_reserved() -> None:
+    failures = iter([ModelError("server", "no", 500), ModelError("rate_limit", "no", 429, retry_after=7.0)])
+    pool = Pool(ScriptedModel(lambda messages, tools: next(failures, says("Answer.")), Latency(per_call=1.0)),
+                base_delay=2.0)
+    (call,) = (call for call in run(None, pool=pool).episode.agents[0].calls if call.kind == "model")
+    # A second, a pause of one to two, a second, seven that were asked for; then the second that is served.
+    assert call.attempts == 3 and 10 <= call.waited <= 11 and call.ended - call.started == pytest.approx(
+        call.waited + 1)
+
+    def broken(kind: str) -> Any:
+        pool = Pool(ScriptedModel(lambda messages, tools: ModelError(kind, "no"), Latency(per_call=1.0)), attempts=2)
+        (call,) = run(None, pool=pool).episode.agents[0].calls
+        return call
+
+    assert broken("auth").waited == 0.0 and 1.5 <= broken("server").waited <= 2.0
+
+    # A minute that was asked for is longer than the time there is: all but the first second was waiting.
+    pool = Pool(ScriptedModel(lambda messages, tools: ModelError("rate_limit", "no", 429, 60.0), Latency(per_call=1.0)))
+    late = run(None, pool=pool, limits=Limits(seconds=8.5)).episode.agents[0]
+    assert (late.status, [(call.ended, call.waited) for call in late.calls]) == ("over_budget", [(8.5, 8.5)])
+    pool = Pool(ScriptedModel(lambda messages, tools: says("Answer."), Latency(per_call=9.0)))
+    late = run(None, pool=pool, limits=Limits(seconds=8.5)).episode.agents[0]
+    assert [(call.ended, call.waited) for call in late.calls] == [(8.5, 0.0)]
+
+    # Each may take all that is left for its reply, so the budget lets in one after the other.
+    policy = leads(asks(CREATE), asks(*map(assign, "abc")), says("Answer."))
+    one_by_one = run(policy, limits=Limits(steps=20, tokens=9000), options=CallOptions(max_tokens=7000))
+    assert [waits(one_by_one)[f"main/2.{number}#1"] for number in range(3)] == [0, 1, 2]
 
 
 def test_resources_of_both_toolsets_are_open_while_it_runs() -> None:

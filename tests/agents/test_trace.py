@@ -37,7 +37,10 @@ def test_the_fold_finds_what_happened(seed: int) -> None:
         for call in models:
             assert (call.message is None) == (call.error is not None)
             assert call.message is None or agent.messages[call.message]["role"] == "assistant"
+        assert [call.waited for call in models] == truth.waited
         tools = [call for call in agent.calls if call.kind == "tool"]
+        assert [call.stage for call in tools] == [next(one.stage for one in models if one.step == call.step)
+                                                  for call in tools]
         assert {call.id: agent.messages[call.message]["content"] for call in tools} == truth.results
         children = {name: call.id for call in tools for name in call.children}
         assert children == {name: other.parent_call for name, other in story.truth.items()
@@ -205,8 +208,47 @@ def test_odd_values() -> None:
     (main,) = episode.agents
     assert episode.task == "half \ufffd" and episode.limits.tokens is None
     assert [main.messages[call.message]["content"] for call in main.calls[1:]] == ["first", "second \ufffd"]
-    assert main.calls[0].logprobs == [-0.5, None] and main.calls[0].sampled_mask == [False, False, True, True]
+    assert main.calls[0].logprobs == [-0.5, None] and main.calls[0].sampled == [(2, 4)]
     assert Episode.model_validate_json(episode.model_dump_json()) == episode
+
+
+def test_the_mask_stands_in_the_line(tmp_path: Path) -> None:
+    """Two numbers a range, whoever wrote the line; a mask of other tokens than there are is refused."""
+    path = tmp_path / "t.jsonl"
+    events = Story(4).events
+    call = next(event for event in events if event["type"] == "model_call")
+    call |= {"prompt_ids": [5, 6, 7], "token_ids": [8, 9], "logprobs": [-0.5, -1.0]}
+    write_episodes(path, [fold(events)])
+    line = json.loads(path.read_text(encoding="utf-8"))
+    one = next(each for each in line["agents"][0]["calls"] if each["kind"] == "model")
+    assert one["sampled"] == [[3, 5]]
+    assert {each["sampled"] is None for agent in line["agents"] for each in agent["calls"] if each["kind"] == "model"
+            and each is not one} == {True}
+
+    def read(sampled: Any) -> Any:
+        one["sampled"] = sampled
+        path.write_text(json.dumps(line), encoding="utf-8")
+        (episode,) = read_episodes(path)
+        return next(each for each in episode.agents[0].calls if each.id == one["id"])
+
+    # A dialogue of two turns in one call, as another writer may have it.
+    assert read([[1, 2], [3, 5]]).sampled_mask == [False, True, False, True, True]
+    assert read([]).sampled_mask == [False] * 5
+    for wrong in ([[3, 6]], [[-1, 2]], [[2, 2]], [[3, 5], [1, 2]], [[1, 3], [2, 5]], [[1]], "all"):
+        with pytest.raises(UserError, match="line 1: agents"):
+            read(wrong)
+
+
+def test_a_line_that_is_older_than_some_fields_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "t.jsonl"
+    line = json.loads(fold(Story(4).events).model_dump_json())
+    for agent in line["agents"]:
+        for call in agent["calls"]:
+            for name in ("waited", "sampled") if call["kind"] == "model" else ("stage",):
+                del call[name]
+    path.write_text(json.dumps(line), encoding="utf-8")
+    (episode,) = read_episodes(path)
+    assert {call.waited for agent in episode.agents for call in agent.calls if call.kind == "model"} == {0.0}
 
 
 def test_ten_megabytes_are_folded_at_once(tmp_path: Path) -> None:

@@ -139,6 +139,35 @@ def lit_pixels(page: Page) -> int:
     })()""")  # fmt: skip
 
 
+def test_time_in_line_is_hatched(page: Page, tmp_path: Path) -> None:
+    """Along the upper edge of a bar, just below its corner: colour and paper in turn while it was in line, then colour
+    alone; on an axis without time there is nothing in turn."""
+    events = Story(3, steps=1, depth=0).events
+    call = next(event for event in events if event["type"] == "model_call")
+    call |= {"started": 0.0, "ended": 10.0, "waited": 6.0}
+    events[-1]["time"] = events[-2]["time"] = 10.0
+    path = show(page, tmp_path, fold(events))
+    turns = """(() => {
+        const canvas = document.querySelector("#canvas");
+        const ratio = canvas.width / canvas.clientWidth;
+        const data = canvas.getContext("2d").getImageData(0, Math.round(9.5 * ratio), canvas.width, 1).data;
+        const filled = (x) => data[4 * x + 3] > 100 && data[4 * x] !== data[4 * x + 2];
+        const inked = [...Array(canvas.width).keys()].map(filled);
+        const first = inked.indexOf(true), last = inked.lastIndexOf(true);
+        const changes = [...Array(last - first).keys()].map((x) => x + first).filter((x) => inked[x] !== inked[x + 1]);
+        return [changes.length, (Math.max(first, ...changes) - first) / (last - first)];
+    })()"""  # fmt: skip
+    count, share = page.run(turns)
+    assert count > 40 and share == pytest.approx(0.6, abs=0.02)
+    page.run("document.querySelector('#scroller').focus()")
+    page.click(".row .who")
+    page.run("document.querySelectorAll('#panel .item > .head').forEach((one) => one.click())")
+    assert re.search(r"\b6\.0* ?s in line", page.run("document.querySelector('#panel').innerText"))
+    page.run("document.querySelector('[name=axis][value=steps]').click()")
+    assert page.run(turns) == [0, 0]
+    fine(page, path)
+
+
 def test_the_critical_path_is_lit(page: Page, tmp_path: Path) -> None:
     episode = story()
     path = show(page, tmp_path, episode)

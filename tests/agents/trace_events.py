@@ -26,6 +26,8 @@ class Truth:
     messages: list[dict[str, Any]] = field(default_factory=list)
     sees: list[list[int]] = field(default_factory=list)
     """Indices of the messages that each model call was shown."""
+    waited: list[float] = field(default_factory=list)
+    """Of each model call."""
     results: dict[str, str] = field(default_factory=dict)
     tokens: int = 0
     money: float = 0.0
@@ -117,7 +119,9 @@ class Story:
         truth.tokens += usage["input_tokens"] + usage["output_tokens"]
         truth.money += money
         truth.steps += 1
+        truth.waited.append((now - began) / 4 if step % 2 else 0.0)
         self.write(now, type="model_call", agent=name, call=f"{name}#{step}", step=step, stage=stage,
+                   waited=truth.waited[-1],
                    messages_added=list(pending), context_dropped=hidden, started=began, ended=now, usage=usage,
                    options={"temperature": 1.0, "top_p": 0.95, "max_tokens": 4096}, price_paid=money, completion=reply,
                    finish_reason=None if reply is None else "tool_calls" if "tool_calls" in reply else "stop",

@@ -37,16 +37,9 @@ OPTIONS = CallOptions(max_tokens=8192)
 ALONE = "You solve the user's task with your tools. When you have what you need, answer the user in full."
 
 
-class Endpoint(ScriptedModel):
-    """A scripted model that has served these agents before: tools and system prompts are in its cache."""
-
-    def __init__(self, policy: Policy, systems: tuple[str, ...]) -> None:
-        super().__init__(policy, ENDPOINT, PRICE, CONTEXT_TOKENS, "scripted")
-        for system in systems:
-            self._cached([{"role": "system", "content": system}])
-
-    def _cached(self, messages: list[Message]) -> int:
-        return super()._cached(messages) + self._tools[1]
+def endpoint(policy: Policy, systems: tuple[str, ...]) -> ScriptedModel:
+    """A scripted model that has served agents with these system prompts before."""
+    return ScriptedModel(policy, ENDPOINT, PRICE, CONTEXT_TOKENS, warm=systems)
 
 
 @dataclass(frozen=True)
@@ -78,7 +71,7 @@ def _alone(name: str, context: str, policy: Wide) -> Method:
     def run(world: World, task: Task) -> Outcome:
         rows = len(task.answer)
         return _play(task, lambda: Swarm(
-            Endpoint(policy, (ALONE,)), slow(world_tools(world)), system=ALONE, delegate=False, options=OPTIONS,
+            endpoint(policy, (ALONE,)), slow(world_tools(world)), system=ALONE, delegate=False, options=OPTIONS,
             context=STRATEGIES[context], limits=Limits(steps=100 + 5 * rows), episode_id=f"{task.id} {name}"))
 
     return Method(name, run, alone=policy.calls_per_turn == 1)
@@ -87,7 +80,7 @@ def _alone(name: str, context: str, policy: Wide) -> Method:
 def _swarm(policy: Wide) -> Method:
     def run(world: World, task: Task) -> Outcome:
         return _play(task, lambda: Swarm(
-            Endpoint(policy, (ORCHESTRATOR, HELPER)), slow(world_tools(world)), options=OPTIONS,
+            endpoint(policy, (ORCHESTRATOR, HELPER)), slow(world_tools(world)), options=OPTIONS,
             limits=Limits(steps=100, subagents=policy.most_helpers), sub_limits=Limits(steps=100),
             episode_id=f"{task.id} swarm"))
 
@@ -111,7 +104,7 @@ def _fan_out(world: World, task: Task) -> Outcome:
 
 async def _fan_out_program(world: World, task: Task) -> Outcome:
     question, tools, journal = read_question(task.prompt), slow(world_tools(world)), Journal()
-    pool = Pool(Endpoint(Wide(calls_per_turn=8), (HELPER,)))
+    pool = Pool(endpoint(Wide(calls_per_turn=8), (HELPER,)))
     budget = Budget(started=journal.now())
 
     async def call(name: str, **arguments: Any) -> str:

@@ -12,7 +12,16 @@ from collections.abc import Mapping
 from typing import Any
 
 from moonbase.agents.models.base import CallOptions, Completion, Message, ModelError, Price, Usage
-from moonbase.agents.models.endpoint import Endpoint, as_arguments, as_count, as_dict, as_list, as_text, is_object
+from moonbase.agents.models.endpoint import (
+    Endpoint,
+    EndpointModel,
+    as_arguments,
+    as_count,
+    as_dict,
+    as_list,
+    as_text,
+    is_object,
+)
 
 VERSION = "2023-06-01"
 THINKING_KEY = "thinking_blocks"
@@ -23,8 +32,10 @@ _STOP_REASONS = {"end_turn": "stop", "stop_sequence": "stop", "pause_turn": "sto
                  "max_tokens": "length", "model_context_window_exceeded": "length"}  # fmt: skip
 
 
-class AnthropicModel:
+class AnthropicModel(EndpointModel):
     """A model behind an Anthropic-compatible URL."""
+
+    path = "/v1/messages"
 
     def __init__(
         self, name: str, url: str = "https://api.anthropic.com", *, api_key: str | None = None, price: Price = Price(),
@@ -33,35 +44,9 @@ class AnthropicModel:
         """`url`: with or without its `/v1`. `extra`: more fields of every request, such as
         `{"thinking": {"type": "enabled", "budget_tokens": 8000}}`. Raises UserError for an address or a key that cannot
         be one."""
-        self.name, self.price, self.context_tokens, self.extra = name, price, context_tokens, dict(extra)
         headers = {"anthropic-version": VERSION} | ({"x-api-key": api_key} if api_key else {})
-        self.endpoint = Endpoint(url.rstrip("/").removesuffix("/v1"), headers)
-
-    async def complete(self, messages: list[Message], tools: list[dict[str, Any]], options: CallOptions) -> Completion:
-        """One reply. Raises ModelError."""
-        while True:
-            body = self._body(messages, tools, options)
-            answer = _Answer()
-            try:
-                await self.endpoint.ask("/v1/messages", body, options.timeout, answer.take)
-                break
-            except ModelError as error:
-                sent = [name for name in OPTIONAL if name in body or name == "cache_control"]
-                if not self.endpoint.adapt(error, sent):
-                    raise
-        completion = read_message(answer.whole(), self.name)
-        left_out = [name for name in ("temperature", "top_p") if name in self.endpoint.refused]
-        completion.notes += [f"the endpoint does not take {name}" for name in left_out]
-        self.endpoint.account(completion, messages, tools)
-        return completion
-
-    def count_tokens(self, messages: list[Message], tools: list[dict[str, Any]]) -> int:
-        """An estimate: four bytes a token, or fewer where earlier prompts turned out to have more tokens."""
-        return self.endpoint.estimate(messages, tools)
-
-    async def close(self) -> None:
-        """Give back connections."""
-        await self.endpoint.close()
+        super().__init__(name, Endpoint(url.rstrip("/").removesuffix("/v1"), headers), price, context_tokens)
+        self.extra = dict(extra)
 
     def _body(self, messages: list[Message], tools: list[dict[str, Any]], options: CallOptions) -> dict[str, Any]:
         system, turns = turns_of(messages)
@@ -92,6 +77,15 @@ class AnthropicModel:
             turns[-1]["content"][-1] = _marked(turns[-1]["content"][-1], marks)
         body |= self.extra
         return {name: value for name, value in body.items() if name not in self.endpoint.refused}
+
+    def _answer(self) -> _Answer:
+        return _Answer()
+
+    def _optional(self, error: ModelError, body: Mapping[str, Any]) -> list[str]:
+        return [name for name in OPTIONAL if name in body or name == "cache_control"]
+
+    def _read(self, answer: _Answer) -> Completion:
+        return read_message(answer.whole(), self.name)
 
 
 def turns_of(messages: list[Message]) -> tuple[str, list[dict[str, Any]]]:

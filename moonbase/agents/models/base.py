@@ -90,7 +90,8 @@ class ModelError(Exception):
         assert kind in KINDS, kind
         super().__init__(message)
         self.kind, self.status, self.retry_after = kind, status, retry_after
-        self.attempts = 1
+        self.attempts, self.waited = 1, 0.0
+        """As of a `Completion`."""
 
     @property
     def retryable(self) -> bool:

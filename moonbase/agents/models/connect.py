@@ -35,9 +35,13 @@ PROVIDERS = {
 
 
 def connect(
-    model: str, *, base_url: str | None = None, api_key: str | None = None, price: Price | None = None
+    model: str, *, base_url: str | None = None, api_key: str | None = None, price: Price | None = None,
+    context_tokens: int | None = None,
 ) -> ChatModel:
     """A chat model by its address or its folder.
+
+    `context_tokens`: that prompt and reply may have together, for endpoints that do not say it (most providers' own do
+    not); where the model has fewer, it has fewer.
 
     `http://…/v1#NAME` is OpenAI-compatible; without `#NAME` it is asked for its models and the first is taken.
     `openai:NAME@URL` is the same, `anthropic:NAME@URL` speaks Anthropic's API; without a URL (or `base_url`) they are
@@ -47,7 +51,16 @@ def connect(
 
     Raises UserError: one line that says what to do.
     """
-    price = price or Price()
+    connected = _connect(model, base_url, api_key, price or Price())
+    if context_tokens is not None:
+        if context_tokens < 1:
+            raise UserError(f"context_tokens={context_tokens}: a context has at least one token")
+        known = connected.context_tokens
+        connected.context_tokens = context_tokens if known is None else min(known, context_tokens)
+    return connected
+
+
+def _connect(model: str, base_url: str | None, api_key: str | None, price: Price) -> ChatModel:
     kind, _, rest = model.partition(":")
     if model.startswith(("http://", "https://")):
         address, _, name = model.partition("#")

@@ -14,9 +14,18 @@ import re
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
-from typing import Any
+from typing import Any, Protocol
 
-from moonbase.agents.models.base import Completion, Message, ModelError, Usage, estimate_message, estimate_tokens
+from moonbase.agents.models.base import (
+    CallOptions,
+    Completion,
+    Message,
+    ModelError,
+    Price,
+    Usage,
+    estimate_message,
+    estimate_tokens,
+)
 from moonbase.errors import UserError
 
 CONNECT_SECONDS = 20.0
@@ -24,6 +33,8 @@ MOST_BYTES = 64 << 20
 """Of one answer; no reply is so long, and memory is shared by all agents."""
 MOST_SCALE = 8.0
 """Tokens there are at most for one of the rule of thumb: bytes and markup, no more."""
+SAMPLING = ("temperature", "top_p", "seed")
+"""Fields of a request without which a reply is sampled otherwise than was asked."""
 _MESSAGE_CHARACTERS = 2000
 
 _CONTEXT = re.compile(
@@ -209,6 +220,63 @@ class Endpoint:
         except (ValueError, RecursionError):
             value = content.decode("utf-8", "replace")
         return error_of(self.url, response.status_code, value, retry_after(response.headers))
+
+
+class Answer(Protocol):
+    """The events of an answer as they come."""
+
+    def take(self, event: dict[str, Any]) -> None:
+        """The next event."""
+        ...
+
+
+class EndpointModel:
+    """A model behind an endpoint, whatever API it speaks: what is an API's own, the last four methods say."""
+
+    path: str
+    """Of the requests, below the endpoint's address."""
+
+    def __init__(self, name: str, endpoint: Endpoint, price: Price, context_tokens: int | None) -> None:
+        self.name, self.endpoint, self.price, self.context_tokens = name, endpoint, price, context_tokens
+
+    async def complete(self, messages: list[Message], tools: list[dict[str, Any]], options: CallOptions) -> Completion:
+        """One reply. Raises ModelError."""
+        while True:
+            body, answer = self._body(messages, tools, options), self._answer()
+            try:
+                await self.endpoint.ask(self.path, body, options.timeout, answer.take)
+                break
+            except ModelError as error:
+                if not self.endpoint.adapt(error, self._optional(error, body)):
+                    raise
+        completion = self._read(answer)
+        completion.notes += [f"the endpoint does not take {name}" for name in SAMPLING if name in self.endpoint.refused]
+        self.endpoint.account(completion, messages, tools)
+        return completion
+
+    def count_tokens(self, messages: list[Message], tools: list[dict[str, Any]]) -> int:
+        """An estimate: four bytes a token, or fewer where earlier prompts turned out to have more tokens."""
+        return self.endpoint.estimate(messages, tools)
+
+    async def close(self) -> None:
+        """Give back connections."""
+        await self.endpoint.close()
+
+    def _body(self, messages: list[Message], tools: list[dict[str, Any]], options: CallOptions) -> dict[str, Any]:
+        """The request, without the fields that were refused."""
+        raise NotImplementedError
+
+    def _answer(self) -> Answer:
+        """To take the events of one answer."""
+        raise NotImplementedError
+
+    def _optional(self, error: ModelError, body: Mapping[str, Any]) -> list[str]:
+        """Which fields of `body` may go."""
+        raise NotImplementedError
+
+    def _read(self, answer: Any) -> Completion:
+        """The reply, when all events were taken. Raises ModelError."""
+        raise NotImplementedError
 
 
 def error_of(url: str, status: int | None, body: Any, seconds: float | None) -> ModelError:

@@ -12,6 +12,7 @@ from typing import Any
 from moonbase.agents.models.base import CallOptions, Completion, Message, ModelError, Price, Usage
 from moonbase.agents.models.endpoint import (
     Endpoint,
+    EndpointModel,
     as_arguments,
     as_count,
     as_dict,
@@ -28,8 +29,10 @@ _FINISH_REASONS = {"stop": "stop", "length": "length", "tool_calls": "tool_calls
                    "max_tokens": "length", "end_turn": "stop", "eos": "stop", "tool_use": "tool_calls"}  # fmt: skip
 
 
-class OpenAIModel:
+class OpenAIModel(EndpointModel):
     """A model behind an OpenAI-compatible URL."""
+
+    path = "/chat/completions"
 
     def __init__(
         self, name: str, url: str, *, api_key: str | None = None, price: Price = Price(),
@@ -38,38 +41,10 @@ class OpenAIModel:
         """`url`: with its `/v1`. `extra`: more fields of every request, such as `{"thinking": {"type": "disabled"}}`.
         `token_ids`: ask for ids and log-probabilities of the tokens, which some engines give (vLLM's
         `return_token_ids`). Raises UserError for an address or a key that cannot be one."""
-        self.name, self.price, self.context_tokens = name, price, context_tokens
-        self.extra = dict(extra) | ({"return_token_ids": True, "logprobs": True} if token_ids else {})
         headers = {"authorization": f"Bearer {api_key}"} if api_key else {}
-        self.endpoint = Endpoint(url.rstrip("/"), headers)
+        super().__init__(name, Endpoint(url.rstrip("/"), headers), price, context_tokens)
+        self.extra = dict(extra) | ({"return_token_ids": True, "logprobs": True} if token_ids else {})
         self._reasoning_field = REASONING_FIELDS[0]
-
-    async def complete(self, messages: list[Message], tools: list[dict[str, Any]], options: CallOptions) -> Completion:
-        """One reply. Raises ModelError."""
-        while True:
-            body = self._body(messages, tools, options)
-            answer = _Answer()
-            try:
-                await self.endpoint.ask("/chat/completions", body, options.timeout, answer.take)
-                break
-            except ModelError as error:
-                if not self.endpoint.adapt(error, self._optional(error, body)):
-                    raise
-        completion = read_completion(answer.whole(), self.name)
-        left_out = [name for name in ("temperature", "top_p", "seed") if name in self.endpoint.refused]
-        completion.notes += [f"the endpoint does not take {name}" for name in left_out]
-        if answer.reasoning_field is not None:
-            self._reasoning_field = answer.reasoning_field
-        self.endpoint.account(completion, messages, tools)
-        return completion
-
-    def count_tokens(self, messages: list[Message], tools: list[dict[str, Any]]) -> int:
-        """An estimate: four bytes a token, or fewer where earlier prompts turned out to have more tokens."""
-        return self.endpoint.estimate(messages, tools)
-
-    async def close(self) -> None:
-        """Give back connections."""
-        await self.endpoint.close()
 
     def _body(self, messages: list[Message], tools: list[dict[str, Any]], options: CallOptions) -> dict[str, Any]:
         refused = self.endpoint.refused
@@ -96,8 +71,10 @@ class OpenAIModel:
             sent[self._reasoning_field] = reasoning
         return sent
 
+    def _answer(self) -> _Answer:
+        return _Answer()
+
     def _optional(self, error: ModelError, body: Mapping[str, Any]) -> list[str]:
-        """Which fields of `body` may go."""
         optional = [name for name in OPTIONAL if name in body]
         # A limit there must be: one name of it goes only where the error asks for the other.
         if "max_tokens" in body and "max_completion_tokens" in str(error):
@@ -106,6 +83,12 @@ class OpenAIModel:
             # Remembered under one name: the endpoint takes no reasoning at all.
             optional.append("reasoning_content")
         return optional
+
+    def _read(self, answer: _Answer) -> Completion:
+        completion = read_completion(answer.whole(), self.name)
+        if answer.reasoning_field is not None:
+            self._reasoning_field = answer.reasoning_field
+        return completion
 
 
 class _Answer:

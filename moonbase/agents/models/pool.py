@@ -94,19 +94,19 @@ class Pool:
 
     async def complete(self, messages: list[Message], tools: list[dict[str, Any]], options: CallOptions) -> Completion:
         """One reply, however long the line is. Raises ModelError: one that no retry mends at once, any other after the
-        last attempt; its `attempts` says how many there were."""
+        last attempt; its `attempts` says how many there were. Whatever is raised has `waited`, as of a completion."""
         loop = self._enter()
         came, self._arrivals = loop.time(), self._arrivals + 1
         place = self._arrivals
         tries = failures = turned_away = 0
         while True:
-            await self._take_slot(place)
+            await self._take_slot(place, came)
             began, together, seen, tries = loop.time(), self.running, self._successes, tries + 1
             try:
                 completion = await self.model.complete(messages, tools, options)
             except ModelError as error:
                 self.running -= 1
-                error.attempts = tries
+                error.attempts, error.waited = tries, began - came
                 busy = error.kind in BUSY
                 if busy:
                     turned_away += 1
@@ -120,8 +120,13 @@ class Pool:
                     raise
                 self.retries += 1
                 if not busy:
-                    await asyncio.sleep(max(self._delay(failures), error.retry_after or 0.0))
-            except BaseException:
+                    try:
+                        await asyncio.sleep(max(self._delay(failures), error.retry_after or 0.0))
+                    except asyncio.CancelledError as cancelled:
+                        cancelled.waited = loop.time() - came
+                        raise
+            except BaseException as error:
+                error.waited = began - came
                 self.running -= 1
                 self._move()
                 raise
@@ -149,13 +154,15 @@ class Pool:
         self._begun: deque[float] = deque(maxlen=4096)
         self._seconds = 0.0
 
-    async def _take_slot(self, place: int) -> None:
+    async def _take_slot(self, place: int, came: float) -> None:
         future = asyncio.get_running_loop().create_future()
         heapq.heappush(self._queue, (place, future))
         self._move()
         try:
             await future
-        except asyncio.CancelledError:
+        except asyncio.CancelledError as error:
+            # Whoever hears that the call was broken off hears that it was in line until then.
+            error.waited = self._loop.time() - came
             if not future.cancelled():
                 # The slot was given in the same moment.
                 self.running -= 1

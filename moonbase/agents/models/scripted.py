@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,19 +42,25 @@ class ScriptedModel:
     """`policy(messages, tools)` gives the reply, or the error to be raised.
 
     Tokens are counted by the rule of thumb. What a call's prompt has in common with the longest earlier one counts as
-    cached, as a prefix cache that forgets nothing would have it.
+    cached, as a prefix cache that forgets nothing would have it; tools count as cached where they were declared before,
+    whatever messages they came with.
     """
 
     def __init__(
         self, policy: Policy, latency: Latency = Latency(), price: Price = Price(), context_tokens: int | None = None,
-        name: str = "scripted",
+        name: str = "scripted", warm: Sequence[str] | None = None,
     ) -> None:
+        """`warm`: it has served such agents before; these system prompts, and all tools, are in its cache."""
         self.policy, self.latency, self.price = policy, latency, price
         self.context_tokens, self.name = context_tokens, name
         self.calls = 0
         self._known: dict[int, tuple[Message, int, int]] = {}
-        self._tools: tuple[list[dict[str, Any]] | None, int] = (None, 0)
+        self._tools: tuple[list[dict[str, Any]] | None, int, int] = (None, 0, 0)
+        self._warm = warm is not None
         self._seen: set[int] = set()
+        self._seen_tools: set[int] = set()
+        for system in warm or ():
+            self._cached([{"role": "system", "content": system}], [])
 
     async def complete(self, messages: list[Message], tools: list[dict[str, Any]], options: CallOptions) -> Completion:
         """The policy's reply, after the seconds that it takes."""
@@ -67,7 +74,7 @@ class ScriptedModel:
             await asyncio.sleep(self.latency.per_call)
             raise reply
         message = tidied({"content": None, **reply})
-        usage = Usage(prompt_tokens, estimate_message(message), self._cached(messages))
+        usage = Usage(prompt_tokens, estimate_message(message), self._cached(messages, tools))
         finish_reason = "tool_calls" if message.get("tool_calls") else "stop"
         if usage.output_tokens > options.max_tokens:
             # A cut call is no call; cut text is what there was of it.
@@ -79,13 +86,11 @@ class ScriptedModel:
 
     def count_tokens(self, messages: list[Message], tools: list[dict[str, Any]]) -> int:
         """By the rule of thumb; each message is counted once."""
-        if self._tools[0] is not tools:
-            self._tools = (tools, estimate_tokens([], tools))
-        known = self._known
+        known, of_tools = self._known, self._look_at_tools(tools)[0]
         try:
-            return self._tools[1] + sum([known[id(message)][1] for message in messages])
+            return of_tools + sum([known[id(message)][1] for message in messages])
         except KeyError:
-            return self._tools[1] + sum([self._look(message)[1] for message in messages])
+            return of_tools + sum([self._look(message)[1] for message in messages])
 
     async def close(self) -> None:
         """Nothing to give back."""
@@ -98,11 +103,21 @@ class ScriptedModel:
             known = self._known[id(message)] = (message, estimate_message(message), hash(said))
         return known
 
-    def _cached(self, messages: list[Message]) -> int:
-        """Tokens of the longest beginning that an earlier prompt had as well."""
+    def _look_at_tools(self, tools: list[dict[str, Any]]) -> tuple[int, int]:
+        """(tokens, hash), worked out anew where they are other ones than last time."""
+        if self._tools[0] is not tools:
+            self._tools = (tools, estimate_tokens([], tools), hash(json.dumps(tools)))
+        return self._tools[1:]
+
+    def _cached(self, messages: list[Message], tools: list[dict[str, Any]]) -> int:
+        """Tokens of the tools, if an earlier prompt declared the same, and of the longest beginning of the messages
+        that an earlier prompt had as well."""
         if not self.latency.per_input_token and self.price.cached is None:
             return 0
-        cached = chain = 0
+        chain, (cached, digest) = 0, self._look_at_tools(tools)
+        if not self._warm and digest not in self._seen_tools:
+            cached = 0
+            self._seen_tools.add(digest)
         for message in messages:
             _, tokens, digest = self._look(message)
             chain = hash((chain, digest))

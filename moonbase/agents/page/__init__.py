@@ -21,7 +21,7 @@ _HERE = Path(__file__).parent
 _SCRIPTS = ("dom.js", "markdown.js", "content.js", "episode.js", "chart.js", "transcript.js", "table.js", "app.js")
 
 # What a reader of words has no use for stays in the trace.
-_LEFT_OUT = {"agents": {"__all__": {"calls": {"__all__": {"prompt_ids", "token_ids", "logprobs"}}}}}
+_LEFT_OUT = {"agents": {"__all__": {"calls": {"__all__": {"prompt_ids", "token_ids", "logprobs", "sampled"}}}}}
 
 
 def write_page(episodes: Iterable[Episode], path: str | Path) -> Path:

@@ -206,8 +206,11 @@ class Chart {
     const width = Math.max(call.kind === "tool" && this.state.axis !== "seconds" && !delegates ? 2 : 1.5, end - start - gap);
     brush.fillStyle = call.wrong ? colour.error : delegates ? (lit ? colour["lit-soft"] : colour.wait)
       : lit ? colour.lit : call.kind === "model" ? colour.model : colour.tool;
+    const begun = call.kind === "model" && this.state.axis === "seconds" ? this.x(call.started + call.waited) : start;
+    const inLine = begun - start < 3 ? 0 : Math.min(width, begun - start);
+    if (inLine) this.hatch(brush, start, start + inLine, middle - height / 2, height);
     brush.beginPath();
-    brush.roundRect(start, middle - height / 2, width, height, Math.min(3, width / 2));
+    brush.roundRect(start + inLine, middle - height / 2, width - inLine, height, Math.min(3, (width - inLine) / 2));
     brush.fill();
     if (call.attempts > 1) {
       brush.fillStyle = colour.error;
@@ -222,6 +225,28 @@ class Chart {
       brush.roundRect(start - 2, middle - height / 2 - 2, width + 4, height + 4, 4);
       brush.stroke();
     }
+  }
+
+  /** The part of a model call that was spent in line, in the colour of its bar. */
+  hatch(brush, start, end, top, height) {
+    const gap = 4;
+    const last = Math.min(end, this.scroller.clientWidth);
+    brush.save();
+    brush.beginPath();
+    brush.rect(start, top, end - start, height);
+    brush.clip();
+    brush.beginPath();
+    brush.rect(start, top, end - start, height);
+    // Lines keep their places when the picture is moved; those that cannot be seen are not drawn.
+    const unseen = Math.max(0, Math.floor((this.lane()[0] - start) / gap) - 1);
+    for (let x = start - height + unseen * gap; x < last; x += gap) {
+      brush.moveTo(x, top + height);
+      brush.lineTo(x + height, top);
+    }
+    brush.strokeStyle = brush.fillStyle;
+    brush.lineWidth = 1;
+    brush.stroke();
+    brush.restore();
   }
 
   /** The lit path from a tool call down to the sub-agent that it waits for, and back. */
@@ -354,6 +379,7 @@ class Chart {
       model ? make("div", {}, `${count(call.usage.input_tokens)} tokens in, ${count(call.usage.output_tokens)} out · ${dollars(call.money)}`)
         : make("div", { class: "clip" }, argumentsLine(call.arguments)),
       call.on_critical_path.length ? make("div", { class: "glow" }, `critical path in ${call.on_critical_path.join(", ")}`) : null,
+      model && call.waited ? make("div", {}, `${duration(call.waited)} of it in line`) : null,
       call.attempts > 1 ? make("div", { class: "bad" }, `${call.attempts} attempts`) : null,
       call.wrong ? make("div", { class: "bad" }, model ? oneLine(`${call.error.kind}: ${call.error.message}`, 120) : "the tool reports an error") : null);
     const width = tip.offsetWidth, height = tip.offsetHeight;

@@ -214,7 +214,8 @@ function callFigures(call) {
   const all = call.sees.length ? call.sees.at(-1)[1] : 0;
   const { input_tokens, output_tokens, cached_tokens } = call.usage;
   return [`${count(input_tokens)} tokens in${cached_tokens ? ` (${count(cached_tokens)} cached)` : ""}, ${count(output_tokens)} out`,
-    dollars(call.money), `at ${duration(call.started)}`, call.model, call.finish_reason,
+    dollars(call.money), `at ${duration(call.started)}`,
+    call.waited ? `${duration(call.waited)} in line` : null, call.model, call.finish_reason,
     call.attempts > 1 ? plural(call.attempts, "attempt") : null,
     seen < all ? `sees ${seen} of ${all} messages: the rest was dropped from the context` : null,
     ...Object.entries(call.sampling).filter(([, value]) => value !== null).map(([name, value]) => `${name} ${typeof value === "object" ? JSON.stringify(value) : value}`),

@@ -313,7 +313,7 @@ class _Watched:
             if not isinstance(item, Exception) or self._note_garbage():
                 return item
         except StopAsyncIteration:
-            pass
+            pass  # The end of the stream, which is told below like that of a stream of garbage.
         self._gone.set()
         raise StopAsyncIteration
 

@@ -3,8 +3,9 @@
     python -m moonbase.agents.tools.mcp_server --search docs --files work
     python -m moonbase.agents.tools.mcp_server my_tools:toolset --transport http --port 8000
 
-Over stdio a client starts this program and owns it. Over streamable HTTP there is one address for all clients. Whoever
-reaches it can call the tools, so anything but this machine's own addresses needs a token.
+Over stdio a client starts this program and owns it. Over streamable HTTP there is one address for all clients, each
+with a session of its own. Whoever reaches it can call the tools, so anything but this machine's own addresses needs a
+token.
 """
 
 from __future__ import annotations
@@ -72,9 +73,7 @@ def make_server(toolset: Toolset, name: str) -> Any:
 
     async def call_tool(context: Any, parameters: Any) -> Any:
         number = next(numbers)
-        # A client's session is an agent of its own: what one defines in `python` is no other's.
-        headers = getattr(context.request, "headers", None) or {}
-        agent = f"mcp {headers['mcp-session-id']}" if "mcp-session-id" in headers else "mcp"
+        agent = _agent_of(context.request, number)
         result = await toolset.call(parameters.name, json.dumps(parameters.arguments or {}),
                                     ToolContext(agent, number, f"{agent}#{number}"))
         # Half of a surrogate pair, which JSON of a model can hold, would end the connection.
@@ -82,6 +81,28 @@ def make_server(toolset: Toolset, name: str) -> Any:
         return CallToolResult(content=[TextContent(text=text)], is_error=result.error)
 
     return Server(name, version=moonbase.__version__, on_list_tools=list_tools, on_call_tool=call_tool)
+
+
+def _agent_of(request: Any, number: int) -> str:
+    """Who calls: what one client defines in `python` is no other's. `request`: the HTTP request; None over stdio, where
+    there is one client."""
+    if request is None:
+        return "mcp"
+    # The later protocol (2026-07-28) knows no sessions, and whoever speaks it cannot be told from others: a connection
+    # may carry the calls of several clients, and those of one client come over several. So each call stands alone.
+    return f"mcp {request.headers.get('mcp-session-id', f'call {number}')}"
+
+
+def _prefer_sessions(server: Any) -> None:
+    """Answer a client that asks which versions are spoken here with those that know sessions, so that it opens one."""
+    from mcp_types import DiscoverResult, RequestParams
+    from mcp_types.version import HANDSHAKE_PROTOCOL_VERSIONS
+
+    async def discover(context: Any, parameters: Any) -> Any:
+        return DiscoverResult(supported_versions=list(HANDSHAKE_PROTOCOL_VERSIONS),
+                              capabilities=server.get_capabilities(protocol_version=context.protocol_version))
+
+    server.add_request_handler("server/discover", RequestParams, discover)
 
 
 async def _serve_http(
@@ -92,6 +113,7 @@ async def _serve_http(
     if host not in LOOPBACK and not token:
         raise UserError(f"MCP server: others than this machine reach {host}, and could call the tools: set "
                         f"{TOKEN_VARIABLE} to a secret that clients must send as bearer token")
+    _prefer_sessions(server)
     app = server.streamable_http_app(streamable_http_path=PATH, host=host)
     if token:
         app = _with_token(app, token)

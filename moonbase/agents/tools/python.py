@@ -5,13 +5,16 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import json
+import logging
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from moonbase.agents.tools.sandbox import QUEUE_SECONDS, Running, Sandbox
 from moonbase.agents.tools.tool import ToolContext, ToolResult, Toolset, tool
 
+_log = logging.getLogger(__name__)
 INTERPRETER = Path(__file__).with_name("python_interpreter.py")
 
 
@@ -22,8 +25,9 @@ class _Session:
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
     running: Running | None = None
     calls: int = 0
-    lost: str = ""
-    """Why the state is gone, where the agent was not told yet."""
+    lost: str = "this is a new interpreter"
+    """Why nothing is defined, where the agent was not told yet. Even the first call is told: what is done again after a
+    resume, or in a server that was started again, is a first call here and a later one for its agent."""
 
     async def end(self, why: str = "") -> None:
         """Without an interpreter from now on."""
@@ -117,8 +121,9 @@ class PythonSessions:
             await asyncio.wait([exchange])
         # Whatever was written before the answer is in the pipe by now.
         running.read_output()
-        if running.limit is None and not exchange.cancelled() and (failed := exchange.result()) is not None:
-            return ToolResult(running.capture.take().rstrip("\n") or "[no output]", failed)
+        if running.limit is None and not exchange.cancelled() and (answer := exchange.result()) is not None:
+            lines = [running.capture.take().rstrip("\n"), str(answer.get("trouble", ""))[:500]]
+            return ToolResult("\n".join(line for line in lines if line) or "[no output]", bool(answer["error"]))
         # Not ended from here at once: how it ended by itself is to be known.
         await asyncio.wait([running.ended], timeout=1.0)
         await session.end()
@@ -126,8 +131,8 @@ class PythonSessions:
         return ToolResult(f"{running.result().text()}\n{end}", error=True)
 
 
-async def _exchange(running: Running, number: int, code: str) -> bool | None:
-    """Send code and wait for its end: whether it raised. None if the interpreter is gone or answers nonsense."""
+async def _exchange(running: Running, number: int, code: str) -> dict[str, Any] | None:
+    """Send code and wait for its end: the interpreter's answer. None if it is gone or answers nonsense."""
     loop, channel, answers = asyncio.get_running_loop(), running.channel, b""
     try:
         await loop.sock_sendall(channel, json.dumps({"number": number, "code": code}).encode() + b"\n")
@@ -138,9 +143,13 @@ async def _exchange(running: Running, number: int, code: str) -> bool | None:
             answers += content
         answer = json.loads(answers.partition(b"\n")[0])
         if answer["number"] == number:
-            return bool(answer["error"])
-    except (OSError, ValueError, TypeError, KeyError):
-        pass
+            return answer
+        trouble = f"an answer to call {answer['number']}"
+    except OSError as error:
+        trouble = str(error)  # it has ended, or the code closed the channel
+    except (ValueError, TypeError, KeyError):
+        trouble = f"{answers[:100]!r}, which the code must have written"
+    _log.info("call %d of an interpreter ends it: on its channel came %s", number, trouble)
     running.stop()
     return None
 

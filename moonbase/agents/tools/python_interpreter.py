@@ -2,7 +2,7 @@
 with this text as its program; it imports nothing of moonbase.
 
 A request is a line of JSON {"number", "code"} on a socket, whose number is the last argument; its answer {"number",
-"error"} comes when the code is done. What the code writes goes to the outputs like that of any program.
+"error", "trouble"?} comes when the code is done. What the code writes goes to the outputs like that of any program.
 """
 
 import ast
@@ -57,16 +57,17 @@ def main():
     with channel.makefile("r", encoding="utf-8") as requests:
         for line in requests:
             request = json.loads(line)
-            failed = True
+            answer = {"number": request["number"], "error": True}
             try:
-                failed = execute(request["code"], request["number"], module)
+                answer["error"] = execute(request["code"], request["number"], module)
                 sys.stdout.flush()
                 sys.stderr.flush()
-            except BaseException:
-                pass  # Such as outputs that the code closed.
+            except BaseException as error:
+                # Such as outputs that the code closed: it must be told in another way than by them.
+                answer |= {"error": True, "trouble": f"[the output is lost: {type(error).__name__}: {error}]"[:500]}
             if os.getpid() != own:
                 os._exit(0)  # A fork of the code came back from it.
-            channel.sendall(json.dumps({"number": request["number"], "error": failed}).encode() + b"\n")
+            channel.sendall(json.dumps(answer).encode() + b"\n")
 
 
 main()

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import fcntl
 import functools
 import json
 import logging
@@ -25,11 +26,10 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from moonbase.agents.tools import sandbox_jail
 from moonbase.errors import UserError
@@ -190,7 +190,7 @@ class Running:
             try:
                 os.write(self._control, b"x")
             except BrokenPipeError:
-                pass  # It has ended; whoever waits for it will hear.
+                pass  # The guard has ended, and all with it: `ended` tells, with the report or the lack of one.
 
     def read_output(self) -> None:
         """Take what there is, at most a mebibyte."""
@@ -266,6 +266,17 @@ class Running:
             if not self.ended.done():
                 self.ended.set_result(report)
         return -1
+
+
+def _sealed(content: bytes) -> IO[bytes]:
+    """A file to read that nobody can change. Of a file on a disk the command could make as much as it likes, past every
+    limit of its own places, through /proc/self/fd/0."""
+    file = os.fdopen(os.memfd_create("stdin", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING), "w+b")
+    file.write(content)
+    file.seek(0)
+    fcntl.fcntl(file, fcntl.F_ADD_SEALS,
+                fcntl.F_SEAL_WRITE | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL)
+    return file
 
 
 def kill_marked(mark: str) -> None:
@@ -361,9 +372,7 @@ class Sandbox:
         environment = sandbox_jail.small_environment(home, "/tmp") | {MARK: mark}
         spec = self._spec(limits, control_reading, report_writing, each_process)
         try:
-            with tempfile.TemporaryFile() as file:
-                file.write(stdin)
-                file.seek(0)
+            with _sealed(stdin) as file:
                 process = subprocess.Popen(
                     [sys.executable, "-I", "-S", str(GUARD), json.dumps(spec), *line], env=environment,
                     pass_fds=keep, stdin=file, stdout=output_writing, stderr=subprocess.STDOUT, start_new_session=True)

@@ -71,7 +71,7 @@ def kill(pid: int) -> None:
         else:
             os.killpg(group, signal.SIGKILL)
     except ProcessLookupError:
-        pass
+        pass  # It ended by itself meanwhile, which is what was wanted; `end_all` looks again until none is left.
 
 
 def look(pids: dict[int, int]) -> tuple[float, int]:

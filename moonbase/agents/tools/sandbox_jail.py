@@ -1,8 +1,8 @@
 """What a command in bubblewrap sees and may ask of the kernel.
 
 It sees /usr and the Python in use, read-only; a /tmp of its own; its work folder; processes of its own; no network. A
-filter (seccomp) refuses system calls that would give it memory that nobody counts, a namespace of its own, or a way out
-that namespaces do not close (sockets to a virtual machine's host).
+filter (seccomp) refuses system calls that would give it memory that nobody counts, a namespace of its own, a way out
+that namespaces do not close (sockets to a virtual machine's host), or files that lend their owner's powers (setuid).
 """
 
 from __future__ import annotations
@@ -83,9 +83,16 @@ _REFUSED = {
     # Large parts of the kernel that no such command needs, with a long record of holes.
     "io_uring_setup": (425, 425), "bpf": (321, 280), "perf_event_open": (298, 241), "userfaultfd": (323, 282),
     "add_key": (248, 217), "request_key": (249, 218), "keyctl": (250, 219),
-    # Its flags lie in memory, where a filter cannot look; the C library falls back to clone.
-    "clone3": (435, 435),
+    # Their flags lie in memory, where a filter cannot look; the C library falls back to clone and openat.
+    "clone3": (435, 435), "openat2": (437, 437),
 }
+_MODES = {"chmod": ((90, None), 1), "fchmod": ((91, 52), 1), "fchmodat": ((268, 53), 2), "fchmodat2": ((452, 452), 2),
+          "open": ((2, None), 2), "creat": ((85, None), 1), "openat": ((257, 56), 3), "mknod": ((133, None), 1),
+          "mknodat": ((259, 33), 2)}
+"""System calls that give a file its mode, and which argument that is."""
+_SET_ID = 0o6000
+"""S_ISUID and S_ISGID. A file in the work folder belongs to whoever runs the sandbox: with such a bit it would lend
+that one's powers to every user of the machine, outside."""
 _CLONE, _SOCKET = (56, 220), (41, 198)
 _MACHINES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}
 _CLONE_NEW_NAMESPACES = 0x7E020000
@@ -110,8 +117,12 @@ def system_call_filter() -> bytes:
     ]
     for numbers in _REFUSED.values():
         program += [(equal, 0, 1, numbers[column]), (give, 0, 0, refuse | errno.ENOSYS)]
-    program += [(equal, 0, 4, _CLONE[column]), (load, 0, 0, first_argument), (any_bit, 0, 1, _CLONE_NEW_NAMESPACES),
-                (give, 0, 0, refuse | errno.EPERM), (give, 0, 0, allow)]
+    held = [(_CLONE, 0, _CLONE_NEW_NAMESPACES), *((numbers, place, _SET_ID) for numbers, place in _MODES.values())]
+    for numbers, place, bits in held:
+        if numbers[column] is not None:
+            # The lower half of the argument: both machines put it first.
+            program += [(equal, 0, 4, numbers[column]), (load, 0, 0, first_argument + 8 * place),
+                        (any_bit, 0, 1, bits), (give, 0, 0, refuse | errno.EPERM), (give, 0, 0, allow)]
     program += [(equal, 0, 2 + len(_FAMILIES), _SOCKET[column]), (load, 0, 0, first_argument)]
     program += [(equal, len(_FAMILIES) - place, 0, family) for place, family in enumerate(_FAMILIES)]
     program += [(give, 0, 0, refuse | errno.EAFNOSUPPORT), (give, 0, 0, allow)]

@@ -157,8 +157,7 @@ class RetailTools:
             country: The country.
             zip: The zip code.
         """
-        return self.world.modify_order_address(order_id, {
-            "address1": address1, "address2": address2, "city": city, "country": country, "state": state, "zip": zip})
+        return self.world.modify_order_address(order_id, _address(address1, address2, city, state, country, zip))
 
     def modify_user_address(
         self, user_id: str, address1: str, address2: str, city: str, state: str, country: str, zip: str
@@ -174,8 +173,7 @@ class RetailTools:
             country: The country.
             zip: The zip code.
         """
-        return self.world.modify_user_address(user_id, {
-            "address1": address1, "address2": address2, "city": city, "country": country, "state": state, "zip": zip})
+        return self.world.modify_user_address(user_id, _address(address1, address2, city, state, country, zip))
 
     def return_delivered_order_items(self, order_id: str, item_ids: list[str], payment_method_id: str) -> Record:
         """Ask to return items of a delivered order; an order can be returned or exchanged once. The user must have
@@ -249,6 +247,11 @@ def _call_of(method: Callable[..., Record | str]) -> Callable[[dict[str, Any], T
         return answer if isinstance(answer, str) else json.dumps(answer, ensure_ascii=False)
 
     return call
+
+
+def _address(address1: str, address2: str, city: str, state: str, country: str, zip: str) -> Record:
+    """As the database has it."""
+    return {"address1": address1, "address2": address2, "city": city, "country": country, "state": state, "zip": zip}
 
 
 def _plain(text: str) -> str:

@@ -69,19 +69,21 @@ def _parse_fp8(block: dict[str, Any], path: Path) -> Quantization:
     _require(path, "quantization_config", block,
              {"fmt": ("e4m3", None), "activation_scheme": ("dynamic", None), "scale_fmt": (None, "float", "ue8m0")})
     size = block.get("weight_block_size")
-    if not (isinstance(size, list) and len(size) == 2 and all(isinstance(n, int) and n > 0 for n in size)):
+    if not (isinstance(size, list) and len(size) == 2 and all(type(n) is int and n > 0 for n in size)):
         raise CheckpointError(f"{path}: unsupported quantization_config.weight_block_size={size!r} "
                               "(supported: [128, 128])")
     return Quantization("fp8", block=(size[0], size[1]))
 
 
 def _parse_int4(block: dict[str, Any], path: Path) -> Quantization:
+    # A transform would turn the weights after they are multiplied out.
     _require(path, "quantization_config", block,
-             {"format": ("pack-quantized",), "quantization_status": ("compressed", None), "kv_cache_scheme": (None,)})
+             {"format": ("pack-quantized",), "quantization_status": ("compressed", None), "kv_cache_scheme": (None,),
+              "transform_config": (None, {})})
     groups = block.get("config_groups")
     if not isinstance(groups, dict) or not groups:
         raise CheckpointError(f"{path}: quantization_config.config_groups is missing or empty")
-    sizes = set()
+    sizes = []
     for name, group in groups.items():
         where = f"quantization_config.config_groups.{name}"
         if not isinstance(group, dict) or not isinstance(group.get("weights"), dict):
@@ -90,9 +92,9 @@ def _parse_int4(block: dict[str, Any], path: Path) -> Quantization:
         _require(path, where + ".weights", group["weights"],
                  {"num_bits": (4,), "type": ("int",), "symmetric": (True,), "strategy": ("group",),
                   "actorder": (None,)})
-        sizes.add(group["weights"].get("group_size"))
-    size = sizes.pop()
-    if sizes or not isinstance(size, int) or size <= 0 or size % 8:
+        sizes.append(group["weights"].get("group_size"))
+    size = sizes[0]
+    if any(other != size for other in sizes) or type(size) is not int or size <= 0 or size % 8:
         raise CheckpointError(f"{path}: unsupported group_size={size!r} in quantization_config (supported: 32)")
     return Quantization("int4", group=size)
 

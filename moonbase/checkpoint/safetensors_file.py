@@ -105,7 +105,7 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
         header = json.loads(text, object_pairs_hook=_refuse_repeats)
         header.pop("__metadata__", None)
         tensors = {name: _stored(path, name, entry, 8 + length) for name, entry in header.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{path}: corrupt safetensors header: {error}") from None
     position = 8 + length
     for tensor in sorted(tensors.values(), key=lambda tensor: (tensor.start, tensor.end)):
@@ -126,9 +126,14 @@ def _refuse_repeats(pairs: list[tuple[str, object]]) -> dict[str, object]:
 
 
 def _stored(path: Path, name: str, entry: dict, data: int) -> StoredTensor:
+    if not name.isprintable():
+        # It would break the one line of an error, or the terminal that shows it.
+        raise ValueError(f"{name!r} is no name of a tensor")
     shape, (start, end) = tuple(entry["shape"]), entry["data_offsets"]
-    if not all(isinstance(number, int) and number >= 0 for number in (*shape, start, end)):
+    if not all(type(number) is int and 0 <= number < 1 << 63 for number in (*shape, start, end)):
         raise ValueError(f"tensor {name} has an impossible shape or position")
+    if not isinstance(entry["dtype"], str):
+        raise ValueError(f"tensor {name} has an impossible dtype")
     dtype = DTYPES.get(entry["dtype"])
     if dtype is not None and end - start != math.prod(shape) * dtype.itemsize:
         raise ValueError(f"tensor {name} has {end - start} bytes, its shape needs {math.prod(shape) * dtype.itemsize}")

@@ -176,6 +176,11 @@ def config_file(config: ModelConfig, dtype: torch.dtype, fmt: Format) -> dict[st
     values = config.to_hf()
     # `torch_dtype` is what published files and older engines use, `dtype` is transformers 5's name.
     values["dtype"] = values["torch_dtype"] = str(dtype).removeprefix("torch.")
+    scaling = config.rope_scaling
+    if scaling is not None and not (scaling.mscale and scaling.mscale_all_dim):
+        # transformers reads a zero as "not given" and takes another temperature than DeepSeek's code; stated, there is
+        # no choice.
+        values["rope_scaling"]["attention_factor"] = scaling.attention_factor
     block = quantization_block(fmt, mtp=config.num_nextn_predict_layers > 0)
     if block is not None:
         values["quantization_config"] = block

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.checkpoint.variants import VARIANTS, hf_model
+from tests.checkpoint.variants import VARIANTS, hf_model, hf_values
 
 
 @pytest.fixture(scope="session")
@@ -18,7 +18,7 @@ def written(tmp_path_factory: pytest.TempPathFactory):
 
     def write(variant: str):
         if variant not in made:
-            model = hf_model(variant)
+            model = hf_model(hf_values(variant))
             folder = tmp_path_factory.mktemp("hf") / variant
             model.save_pretrained(folder)
             made[variant] = (model, folder)

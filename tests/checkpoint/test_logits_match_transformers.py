@@ -35,6 +35,23 @@ def greedy(logits_of, prompt: torch.Tensor, count: int) -> torch.Tensor:
     return tokens
 
 
+def peer_mtp_logits(theirs, tokens: torch.Tensor) -> torch.Tensor:
+    """[B, T-1, V] of transformers' multi-token-prediction module, read from the folder that `theirs` came from."""
+    # transformers finds the module by DeepSeek-V3's layer number, 61.
+    theirs._keys_to_ignore_on_load_unexpected = [rf"model\.layers\.{theirs.config.num_hidden_layers}.*"]
+    module = MtpModel.from_pretrained(theirs).eval()
+    hidden = theirs.model(tokens[:, :-1]).last_hidden_state
+    positions = torch.arange(hidden.shape[1])[None].expand(len(tokens), -1)
+    return theirs.lm_head(module.forward_layer(0, hidden, positions, None, input_ids=tokens[:, 1:]))
+
+
+def our_mtp_logits(ours: Transformer, tokens: torch.Tensor) -> torch.Tensor:
+    hidden, _, _ = ours._hidden(tokens[:, :-1], None, None)
+    rotation = rotations(ours.config, torch.arange(hidden.shape[1]))
+    found, _ = ours.mtp[0](hidden, ours.model.embed_tokens(tokens[:, 1:]), *rotation)
+    return ours.lm_head(found)
+
+
 @torch.no_grad()
 def test_logits_and_greedy_continuations(written, variant: str) -> None:
     theirs, folder = written(variant)
@@ -77,15 +94,6 @@ def test_mtp_logits(written, variant: str, tmp_path: Path) -> None:
     """The multi-token-prediction module against transformers' own, read from the same files."""
     source = Path(shutil.copytree(written(variant)[1], tmp_path / "source"))
     add_mtp(source)
-    ours = imported(source, mtp=True)
-    theirs, _ = pretrained(source)
-    # transformers finds the module by DeepSeek-V3's layer number, 61; here it is layer 4.
-    theirs._keys_to_ignore_on_load_unexpected = [r"model\.layers\.4.*"]
-    module = MtpModel.from_pretrained(theirs).eval()
-    hidden = theirs.model(TOKENS[:, :-1]).last_hidden_state
-    positions = torch.arange(hidden.shape[1])[None].expand(2, -1)
-    expected = theirs.lm_head(module.forward_layer(0, hidden, positions, None, input_ids=TOKENS[:, 1:]))
-    rotation = rotations(ours.config, torch.arange(hidden.shape[1]))
-    found, _ = ours.mtp[0](hidden, ours.model.embed_tokens(TOKENS[:, 1:]), *rotation)
+    expected = peer_mtp_logits(pretrained(source)[0], TOKENS)
     assert expected.abs().max() > 1
-    assert (ours.lm_head(found) - expected).abs().max() < 1e-4
+    assert (our_mtp_logits(imported(source, mtp=True), TOKENS) - expected).abs().max() < 1e-4

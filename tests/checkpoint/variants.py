@@ -47,12 +47,12 @@ def hf_values(variant: str) -> dict[str, Any]:
     return BASE | VARIANTS[variant]
 
 
-def hf_model(variant: str, seed: int = 0):
+def hf_model(values: dict[str, Any], seed: int = 0):
     """A transformers model with nothing at its default: gains and router biases are random too."""
     from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
     torch.manual_seed(seed)
-    model = DeepseekV3ForCausalLM(DeepseekV3Config(**hf_values(variant))).eval()
+    model = DeepseekV3ForCausalLM(DeepseekV3Config(**values)).eval()
     with torch.no_grad():
         for name, tensor in model.state_dict().items():
             if "norm" in name:

@@ -59,7 +59,11 @@ async def count_tokens(backend: Backend, body: bytes, record: Any) -> dict[str, 
     def read() -> int:
         request = validate(CountRequest, parse_json(body))
         backend.check_model(request.model)
-        return len(backend.encode(_prompt_wish(request))[0].ids)
+        wish = _prompt_wish(request)
+        prompt, _ = backend.encode(wish)
+        # Not counted, but what could not be asked of the model is refused here already.
+        backend.constraint(wish, prompt)
+        return len(prompt.ids)
 
     record.prompt_tokens = await backend.read(body, read)
     return {"input_tokens": record.prompt_tokens}
@@ -137,10 +141,11 @@ class MessagesAnswer:
     def cached_tokens(self) -> int:
         return min(self.turn.cached_tokens, self.prepared.prompt_tokens)
 
-    def usage(self) -> dict[str, int]:
+    def usage(self) -> dict[str, Any]:
         cached = self.cached_tokens()
         return {"input_tokens": self.prepared.prompt_tokens - cached, "cache_creation_input_tokens": 0,
-                "cache_read_input_tokens": cached, "output_tokens": self.turn.completion_tokens}
+                "cache_read_input_tokens": cached, "output_tokens": self.turn.completion_tokens,
+                "output_tokens_details": {"thinking_tokens": self.turn.reasoning_tokens}}
 
     def ending(self) -> dict[str, Any]:
         """Why the message ended."""

@@ -76,6 +76,8 @@ class Tool(Strict):
     name: Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
     description: str | None = None
     input_schema: dict[str, Any]
+    strict: bool | None = None
+    """Refuse a schema that cannot be enforced to the letter, instead of leaving keywords out with a note."""
 
     @model_validator(mode="before")
     @classmethod
@@ -89,6 +91,8 @@ class Tool(Strict):
         function: dict[str, Any] = {"name": self.name}
         if self.description is not None:
             function["description"] = self.description
+        if self.strict is not None:
+            function["strict"] = self.strict
         return {"type": "function", "function": function | {"parameters": self.input_schema}}
 
 

@@ -166,8 +166,8 @@ class Backend:
         prompt, notes = self.encode(wish)
         max_tokens, clamped = self.budget(len(prompt.ids), wish.max_tokens, wish.clamp)
         sampling = {**default_sampling(self.style, wish.thinking), **wish.sampling}
+        constraint = self.constraint(wish, prompt)
         try:
-            constraint = self._constraint(wish, prompt)
             least = fewest_tokens(constraint)
             if max_tokens < least:
                 raise RequestError(400, f"max_tokens={max_tokens} is too small: the shortest answer that keeps to the "
@@ -177,8 +177,8 @@ class Backend:
             raise from_user_error(error, wish.field_name) from None
         return Prepared(jobs, prompt, clamped, notes)
 
-    def _constraint(self, wish: Wish, prompt: Prompt) -> Callable[[], Any] | None:
-        """What the reply must obey. Raises RequestError that names the client's field, UserError."""
+    def constraint(self, wish: Wish, prompt: Prompt) -> Callable[[], Any] | None:
+        """What the reply must obey. Raises RequestError that names the client's field."""
         tools = wish.usable_tools
         choice = wish.tool_choice.removeprefix(":")
         if choice != wish.tool_choice and choice not in prompt.tool_names:
@@ -189,8 +189,11 @@ class Backend:
         if tools and wish.tool_choice != "none" and not writes_calls(self.tokenizer):
             raise RequestError(400, "tools are unsupported: this model's vocabulary has no tool-call tokens", "tools",
                                "unsupported")
-        return turn_constraint(self.tokenizer, self.vocab_size, prompt, tools, choice=choice, parallel=wish.parallel,
-                               json_only=wish.json_only, schema=wish.schema)
+        try:
+            return turn_constraint(self.tokenizer, self.vocab_size, prompt, tools, choice=choice,
+                                   parallel=wish.parallel, json_only=wish.json_only, schema=wish.schema)
+        except UserError as error:
+            raise from_user_error(error, wish.field_name) from None
 
     # --- both ---------------------------------------------------------------------------------------------------------
 

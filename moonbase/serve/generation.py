@@ -45,7 +45,11 @@ def capacity(service: ServiceLike) -> int:
 RETRY_SECONDS = 5
 """When a request of several sequences that did not fit may be tried again."""
 
-SHUTTING_DOWN = RequestError(503, "the server is shutting down", code="shutting_down", headers={"retry-after": "5"})
+
+def shutting_down_error() -> RequestError:
+    """What a request gets that the end of the server met."""
+    return RequestError(503, "the server is shutting down", code="shutting_down",
+                        headers={"retry-after": str(RETRY_SECONDS)})
 
 
 def deadline_error() -> RequestError:
@@ -82,6 +86,8 @@ class Generations:
         self.arrived: asyncio.Queue[tuple[int, Any]] = asyncio.Queue()
         self.tasks: list[asyncio.Task[None]] = []
         self.open = len(jobs)
+        self.failure: Exception | None = None
+        """What nobody foresaw and nobody was told, for whoever left too early: to be logged after the block."""
 
     async def __aenter__(self) -> Generations:
         """Raises RequestError 429 where there is no room for all."""
@@ -97,7 +103,12 @@ class Generations:
     async def __aexit__(self, *_: object) -> None:
         for task in self.tasks:
             task.cancel()
+        # They hand what they raise to `arrived`; nothing but their own cancelling comes back here.
         await asyncio.gather(*self.tasks, return_exceptions=True)
+        while not self.arrived.empty():
+            _, piece = self.arrived.get_nowait()
+            if isinstance(piece, Exception) and not isinstance(as_request_error(piece), RequestError):
+                self.failure = piece
 
     async def _pump(self, number: int, job: Job) -> None:
         try:
@@ -109,13 +120,14 @@ class Generations:
                         return
             raise RuntimeError("the engine ended a request without a reason")
         except Exception as error:
+            # Raised again by `next`, or kept as `failure` where nobody asks any more.
             self.arrived.put_nowait((number, error))
 
     async def _watch(self) -> None:
         try:
             async with asyncio.timeout_at(self.deadline):
                 await self.lifetime.closing.wait()
-            error = SHUTTING_DOWN
+            error = shutting_down_error()
         except TimeoutError:
             error = deadline_error()
         self.arrived.put_nowait((-1, error))
@@ -145,7 +157,7 @@ class Generations:
                 raise piece
             raise error from piece
         if piece.finish_reason == "cancelled":
-            raise SHUTTING_DOWN
+            raise shutting_down_error()
         if piece.finish_reason is not None:
             self.open -= 1
         return number, piece
@@ -165,7 +177,7 @@ def as_request_error(error: Exception) -> Exception:
     if isinstance(error, TryAgain):
         seconds = getattr(error, "retry_after", None)
         if seconds is None:
-            return SHUTTING_DOWN
+            return shutting_down_error()
         headers = {"retry-after": str(max(1, math.ceil(seconds)))}
         return RequestError(429, str(error), code="queue_full", headers=headers)
     return error

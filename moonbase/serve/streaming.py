@@ -85,6 +85,7 @@ async def unless_gone(receive: Any, work: Coroutine[Any, Any, Result]) -> Result
     finally:
         for task in (working, watching):
             task.cancel()
+        # Where the client has gone nobody is left to be told what the work ended with.
         await asyncio.gather(working, watching, return_exceptions=True)
 
 
@@ -102,11 +103,9 @@ class Reply:
         work = self._stream if self.answer.stream else self._whole
         self.record.stream = self.answer.stream
         self.backend.metrics.open.inc()
+        running = Generations(self.backend.service, self.jobs, self.deadline, self.backend.lifetime)
         try:
-            async with (
-                asyncio.timeout_at(self.deadline + STALLED_SECONDS),
-                Generations(self.backend.service, self.jobs, self.deadline, self.backend.lifetime) as running,
-            ):
+            async with asyncio.timeout_at(self.deadline + STALLED_SECONDS), running:
                 await unless_gone(receive, work(running, scope, receive, send))
             self.record.finish = self.record.finish or ",".join(turn.finish_reason for turn in self.answer.turns)
         except Disconnected:
@@ -115,6 +114,8 @@ class Reply:
             self.record.finish = "stalled"
         finally:
             self.backend.metrics.open.dec()
+            if running.failure is not None:
+                log_failure(self.record.id, running.failure)
             self._account()
 
     def _account(self) -> None:

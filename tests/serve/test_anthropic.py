@@ -41,6 +41,7 @@ def test_a_reply_with_thinking(server: Running, client: anthropic.Anthropic, tok
     assert reply.usage.input_tokens + reply.usage.cache_read_input_tokens == len(prompt)
     assert reply.usage.cache_read_input_tokens == 16
     assert reply.usage.output_tokens == len(tokenizer.encode_rendered(text))
+    assert reply.usage.output_tokens_details.thinking_tokens == len(tokenizer.encode("a thought 🌕"))
 
 
 def test_thinking_is_off_unless_it_is_asked_for(server: Running, client: anthropic.Anthropic, tokenizer: Any) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Annotated, Any, Literal
 
 import anthropic
@@ -18,13 +18,12 @@ import pytest
 import torch
 
 from moonbase.chat import encode, render_parts
-from moonbase.config import ModelConfig
 from moonbase.engine import Engine, Sampling
 from moonbase.engine.service import Service
 from moonbase.model import Transformer
+from tests.serve.conftest import CONTEXT
 from tests.serve.service_double import Running, serving, until
 
-CONTEXT = 1024
 USER = [{"role": "user", "content": "How warm is it in Paris, and in Berlin?"}]
 SCHEMA = {
     "type": "object",
@@ -36,27 +35,6 @@ OTHER = {"type": "object", "properties": {"expression": {"enum": ["1+1", "2*3"]}
 TOOLS = [{"type": "function", "function": {"name": "weather", "description": "The weather.", "parameters": SCHEMA}},
          {"type": "function", "function": {"name": "calculate", "parameters": OTHER}}]
 SCHEMAS = {"weather": SCHEMA, "calculate": OTHER}
-
-
-@pytest.fixture(scope="module")
-def model(tokenizer: Any) -> Transformer:
-    config = ModelConfig(
-        vocab_size=tokenizer.vocab_size + 9, hidden_size=32, intermediate_size=48, moe_intermediate_size=16,
-        num_hidden_layers=2, num_attention_heads=2, q_lora_rank=16, kv_lora_rank=16, qk_nope_head_dim=8,
-        qk_rope_head_dim=8, v_head_dim=8, n_routed_experts=4, num_experts_per_tok=2, max_position_embeddings=CONTEXT,
-        eos_token_id=list(tokenizer.eos_ids),
-    )
-    torch.manual_seed(0)
-    return Transformer(config).initialize().eval()
-
-
-@pytest.fixture(scope="module")
-def real(model: Transformer, tokenizer: Any) -> Iterator[Running]:
-    engine = Engine(model, tokenizer, stop_ids=tokenizer.eos_ids, cache_tokens=8 * CONTEXT, max_running=8)
-    with serving(Service(engine, queue_limit=64), tokenizer, style="kimi-k2.5", context_length=CONTEXT,
-                 vocab_size=model.config.vocab_size) as running:
-        yield running
-        until(lambda: running.service.statistics.running == 0 and running.service.open_requests == 0)
 
 
 @pytest.fixture(scope="module")
@@ -258,15 +236,78 @@ def test_many_at_once_say_what_each_alone_says(real: Running, gpt: openai.OpenAI
     until(lambda: real.service.open_requests == 0)
 
 
-def test_leaving_frees_the_blocks(real: Running, gpt: openai.OpenAI) -> None:
-    until(lambda: real.service.statistics.running == 0)
-    before = real.service.statistics.finished["cancelled"]
-    stream = gpt.chat.completions.create(model="moon", messages=USER, max_tokens=800, stream=True, seed=1,
-                                         logit_bias={"5": 1})
+LONG = {"type": "array", "items": {"enum": [0]}, "minItems": 300}
+"""What has no short answer: at least 600 tokens, whatever the model would rather say."""
+LONG_CHAT = {"model": "moon", "messages": USER, "max_tokens": 800, "extra_body": {"thinking": {"type": "disabled"}},
+             "response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": LONG}}}
+LONG_MESSAGE = {"model": "moon", "messages": USER, "max_tokens": 800,
+                "extra_body": {"output_config": {"format": {"type": "json_schema", "schema": LONG}}}}
+
+
+def leave_openai(gpt: openai.OpenAI, claude: anthropic.Anthropic) -> None:
+    stream = gpt.chat.completions.create(**LONG_CHAT, stream=True)
     next(iter(stream))
     stream.close()
+
+
+def leave_anthropic(gpt: openai.OpenAI, claude: anthropic.Anthropic) -> None:
+    stream = claude.messages.create(**LONG_MESSAGE, stream=True)
+    assert any(event.type == "content_block_delta" for event in stream)
+    stream.close()
+
+
+def leave_the_anthropic_helper(gpt: openai.OpenAI, claude: anthropic.Anthropic) -> None:
+    with claude.messages.stream(**LONG_MESSAGE) as stream:
+        assert next(iter(stream.text_stream))
+
+
+def lose_patience_openai(gpt: openai.OpenAI, claude: anthropic.Anthropic) -> None:
+    with pytest.raises(openai.APITimeoutError):
+        gpt.with_options(timeout=0.2).chat.completions.create(**LONG_CHAT)
+
+
+def lose_patience_anthropic(gpt: openai.OpenAI, claude: anthropic.Anthropic) -> None:
+    with pytest.raises(anthropic.APITimeoutError):
+        claude.with_options(timeout=0.2).messages.create(**LONG_MESSAGE)
+
+
+def lose_patience_while_prompts_are_measured(gpt: openai.OpenAI, claude: anthropic.Anthropic) -> None:
+    with pytest.raises(openai.APITimeoutError):
+        gpt.with_options(timeout=0.2).completions.create(
+            model="moon", prompt=[[5 + number] * 900 for number in range(64)], echo=True, logprobs=0, max_tokens=0)
+
+
+@pytest.mark.parametrize("leave", [leave_openai, leave_anthropic, leave_the_anthropic_helper, lose_patience_openai,
+                                   lose_patience_anthropic, lose_patience_while_prompts_are_measured])
+def test_leaving_frees_the_blocks(
+    real: Running, gpt: openai.OpenAI, claude: anthropic.Anthropic, leave: Callable[..., None]
+) -> None:
+    until(lambda: real.service.statistics.running == 0)
+    before = real.service.statistics.finished["cancelled"]
+    leave(gpt, claude)
     until(lambda: real.service.statistics.finished["cancelled"] == before + 1)
     until(lambda: real.service.statistics.running == 0 and real.service.statistics.blocks_used == 0)
+    until(lambda: real.service.open_requests == 0)
+
+
+def test_the_servers_time_limit_frees_the_blocks(model: Transformer, tokenizer: Any) -> None:
+    engine = Engine(model, tokenizer, stop_ids=tokenizer.eos_ids, cache_tokens=2 * CONTEXT, max_running=2)
+    with serving(Service(engine), tokenizer, style="kimi-k2.5", context_length=CONTEXT,
+                 vocab_size=model.config.vocab_size, request_timeout=0.3) as running:
+        gpt = openai.OpenAI(base_url=f"{running.url}/v1", api_key="x", max_retries=0)
+        claude = anthropic.Anthropic(base_url=running.url, api_key="x", max_retries=0)
+        with pytest.raises(openai.InternalServerError, match="time limit") as late:
+            gpt.chat.completions.create(**LONG_CHAT)
+        assert late.value.status_code == 504 and late.value.code == "deadline"
+        with pytest.raises(anthropic.APIStatusError, match="time limit") as late:
+            claude.messages.create(**LONG_MESSAGE)
+        assert late.value.status_code == 504 and late.value.type == "timeout_error"
+        with pytest.raises(openai.APIError, match="time limit"):
+            list(gpt.chat.completions.create(**LONG_CHAT, stream=True))
+        with pytest.raises(anthropic.APIStatusError, match="time limit"):
+            list(claude.messages.create(**LONG_MESSAGE, stream=True))
+        until(lambda: running.service.statistics.finished["cancelled"] == 4 and running.service.open_requests == 0)
+        until(lambda: running.service.statistics.running == 0 and running.service.statistics.blocks_used == 0)
 
 
 def test_metrics_of_the_engine(real: Running) -> None:

@@ -13,7 +13,7 @@ import pytest
 
 from moonbase.engine.service import Failed, QueueFull
 from moonbase.errors import UserError
-from tests.serve.service_double import Running, ScriptedService, says, serving
+from tests.serve.service_double import Running, ScriptedService, says, serving, until
 from tests.serve.test_openai import TWO_CALLS
 
 USER = [{"role": "user", "content": "hi"}]
@@ -275,6 +275,17 @@ def test_the_log_of_a_failure_has_its_place_and_no_text(
     monkeypatch.setenv("MOONBASE_DEBUG", "1")
     http.post("/v1/chat/completions", json=CHAT | {"stream": stream})
     assert "secret words of a prompt" in caplog.text
+
+
+def test_a_failure_that_nobody_waits_for_is_logged(
+    server: Running, tokenizer: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    """One of two choices fails while the other's failure is being told, or after the client has gone."""
+    server.service.script = lambda number: [UserError("too long") if number == 0 else Failed("the pass failed")]
+    response = httpx.post(f"{server.url}/v1/chat/completions", json=CHAT | {"n": 2})
+    assert response.status_code == 400 and "too long" in response.text
+    until(lambda: "Failed" in caplog.text)
+    assert f"request {response.headers['x-request-id']} failed" in caplog.text
 
 
 # --- anything at all --------------------------------------------------------------------------------------------------

@@ -114,7 +114,8 @@ def _open(file: SourceFile) -> Iterator[IO[bytes]]:
         try:
             import zstandard
         except ImportError:
-            raise UserError(f"{file.path}: .zst needs the package zstandard: pip install 'moonbase[hub]'") from None
+            raise UserError(f"{file.path}: .zst needs the package zstandard, which is missing here: "
+                            "pip install zstandard") from None
         try:
             with open(file.path, "rb") as packed:
                 yield io.BufferedReader(_ZstdStream(packed, zstandard.ZstdDecompressor()))
@@ -289,7 +290,8 @@ def _read_table(file: SourceFile, reading: Reading, skipped: Skipped) -> Iterato
         import pyarrow
         import pyarrow.parquet
     except ImportError:
-        raise UserError(f"{file.path}: .parquet needs the package pyarrow: pip install 'moonbase[hub]'") from None
+        raise UserError(f"{file.path}: .parquet needs the package pyarrow, which is missing here: "
+                        "pip install pyarrow") from None
     text_field = reading.text_field
     try:
         with pyarrow.parquet.ParquetFile(file.path) as table:

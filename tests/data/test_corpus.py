@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import shutil
@@ -59,6 +60,34 @@ def test_every_document_once_on_one_side(tmp_path: Path, tokenizer: Tokenizer) -
     assert corpus.byte_lengths[np.concatenate([corpus.train.read(n) for n in range(len(train))])].sum() == sum(
         map(len, train)
     )
+
+
+def test_every_kind_of_file_in_one_mix(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    """What other programs wrote: a folder with all of them but one, and that one beside it."""
+    import pyarrow
+    import pyarrow.parquet
+    import zstandard
+
+    kinds = ("a.txt", "b.md", "c.py", "d.jsonl", "e.parquet", "f.txt.gz", "g.md.zst", "h.jsonl.gz", "i.jsonl.zst")
+    expected = {kind: texts(3, kind) for kind in kinds}
+    folder = tmp_path / "mix"
+    folder.mkdir()
+    for kind, documents in expected.items():
+        if kind == "e.parquet":
+            pyarrow.parquet.write_table(pyarrow.table({"text": documents}), folder / kind)
+            continue
+        lines = ".jsonl" in kind
+        content = "".join(json.dumps({"text": text}) + "\n" if lines else text for text in documents).encode()
+        pack = {".gz": gzip.compress, ".zst": zstandard.ZstdCompressor().compress}.get(Path(kind).suffix, bytes)
+        (folder / kind).write_bytes(pack(content))
+        if not lines:
+            expected[kind] = ["".join(documents)]
+    apart = (folder / "e.parquet").rename(tmp_path / "e.parquet")
+    sources = (Source(path=str(folder)), Source(path=str(apart)))
+    corpus = prepare_corpus(DataConfig(sources=sources, workers=2), tokenizer, 512, tmp_path / "corpus")
+    found = decoded(corpus, corpus.train) + decoded(corpus, corpus.validation)
+    assert sorted(found) == sorted(text for documents in expected.values() for text in documents)
+    assert corpus.summary["skipped"] == {}
 
 
 def test_sides_depend_on_content_alone(tmp_path: Path, tokenizer: Tokenizer) -> None:

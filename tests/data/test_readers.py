@@ -44,7 +44,8 @@ def test_plain_text_comes_unchanged(tmp_path: Path) -> None:
 
 
 def test_zst(tmp_path: Path) -> None:
-    zstandard = pytest.importorskip("zstandard")
+    import zstandard
+
     compressor = zstandard.ZstdCompressor()
     frames = compressor.compress(b"one\n") + compressor.compress(b"two\n")
     assert read(write(tmp_path / "a.txt.zst", frames)) == (["one\ntwo\n"], {})
@@ -73,13 +74,12 @@ def test_zst(tmp_path: Path) -> None:
     ],
 )
 def test_unusable_files_are_named(tmp_path: Path, name: str, content: bytes, reason: str) -> None:
-    pytest.importorskip("zstandard")
-    pytest.importorskip("pyarrow")
     assert read(write(tmp_path / name, content)) == ([], {reason: [name]})
 
 
 def test_cut_zst_is_damaged(tmp_path: Path) -> None:
-    zstandard = pytest.importorskip("zstandard")
+    import zstandard
+
     packed = zstandard.ZstdCompressor().compress("".join(f"line {number}\n" for number in range(9999)).encode())
     _, skipped = read(write(tmp_path / "a.txt.zst", packed[: len(packed) // 2]))
     assert skipped == {"damaged archive": ["a.txt.zst"]}
@@ -122,8 +122,9 @@ def test_too_long_a_record_is_refused(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_parquet(tmp_path: Path) -> None:
-    pyarrow = pytest.importorskip("pyarrow")
-    parquet = pytest.importorskip("pyarrow.parquet")
+    import pyarrow
+    import pyarrow.parquet as parquet
+
     texts = ["one", None, "", "two"] + [f"text {number}" for number in range(1000)]
     table = pyarrow.table({"text": texts, "body": ["b"] * len(texts)})
     parquet.write_table(table, tmp_path / "a.parquet")
@@ -139,8 +140,21 @@ def test_a_missing_package_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, package: str, name: str
 ) -> None:
     monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(UserError, match=f"{package}.*pip install"):
+    with pytest.raises(UserError, match=rf"{name}: .* needs the package {package}, .*: pip install {package}$"):
         read(write(tmp_path / name, b"x"))
+
+
+def test_texts_are_read_without_the_packages_of_other_files(tmp_path: Path) -> None:
+    """In a process of its own, from the first import on: a machine that has neither package trains on its texts."""
+    write(tmp_path / "a.txt", b"one\n")
+    write(tmp_path / "b.jsonl.gz", gzip.compress(b'{"text": "two"}\n'))
+    code = ("import sys\nsys.modules['pyarrow'] = sys.modules['zstandard'] = None\n"
+            "from moonbase.data import Skipped, prepare_corpus\nfrom moonbase.recipe import DataConfig, Source\n"
+            f"data = DataConfig(sources=(Source(path={str(tmp_path)!r}),), workers=1)\n"
+            f"corpus = prepare_corpus(data, None, 512, {str(tmp_path / 'corpus')!r}, 0)\n"
+            "print(corpus.summary['documents'], corpus.summary['skipped'])")
+    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert answer.stdout == "2 {}\n", answer.stderr
 
 
 @given(st.text(alphabet="ab \n", max_size=80), st.integers(2, 12))

@@ -124,11 +124,38 @@ def test_a_checkpoint_of_one_goes_on_with_two_until_sigterm(made: tuple[Path, Pa
     assert_same_curve(lines[:STEPS], finished)
 
 
-def test_a_mistake_is_told_once_and_nobody_waits_for_ever(recipe_file: Callable[..., Path], tmp_path: Path) -> None:
-    file = recipe_file(data__sources=[{"path": str(tmp_path / "nowhere")}])
+def free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+        return free.getsockname()[1]
+
+
+def test_the_command_as_people_type_it(recipe_file: Callable[..., Path], tmp_path: Path) -> None:
+    """`torchrun --nproc-per-node 2 $(which moonbase) train ...`: torchrun runs the installed command's file."""
+    beside = Path(sys.executable).parent
+    for name in ("torchrun", "moonbase"):
+        if not (beside / name).is_file():
+            pytest.skip(f"the command {name} is not installed beside this interpreter: pip install .")
+    file = recipe_file(steps=4, schedule__kind="constant")
+    # PET_MASTER_PORT is torchrun's --master-port: its own choice, 29500, may be taken here.
+    place = {"PATH": f"{beside}{os.pathsep}{os.environ['PATH']}", "PET_MASTER_PORT": str(free_port())}
+    process = subprocess.Popen(
+        ["sh", "-c", 'torchrun --nproc-per-node 2 $(which moonbase) train "$0" --out two', str(file)],
+        cwd=tmp_path, env=os.environ | place, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        start_new_session=True)
+    code, err = finish(process)
+    assert code == 0, err
+    assert facts(tmp_path / "two")["command"] == f"torchrun --nproc-per-node 2 -m moonbase train {file} --out two"
+    run(load_recipe(str(file)), tmp_path / "one")
+    one, two = (metrics(tmp_path / name) for name in ("one", "two"))
+    assert [line["step"] for line in two] == [1, 2, 3, 4], "one of the two processes writes"
+    assert [line["loss"] for line in two] == pytest.approx([line["loss"] for line in one], rel=LOSS)
+    assert checkpoints(tmp_path / "two") == ["step-000004"]
+
+
+def test_a_mistake_is_told_once_and_nobody_waits_for_ever(recipe_file: Callable[..., Path], tmp_path: Path) -> None:
+    file = recipe_file(data__sources=[{"path": str(tmp_path / "nowhere")}])
+    port = free_port()
     command = [sys.executable, "-m", "moonbase", "train", str(file), "--out", str(tmp_path / "run")]
     world = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     both = [subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import (
     BaseModel,
@@ -25,6 +26,7 @@ from pydantic import (
 from moonbase.errors import UserError, did_you_mean
 
 Positive = Field(gt=0)
+_SCIENTIFIC = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)[eE][+-]?\d+")
 
 
 class Frozen(BaseModel):
@@ -44,7 +46,22 @@ class Frozen(BaseModel):
         return value
 
 
-class RopeScaling(Frozen):
+class Strict(Frozen):
+    """What describes a network: a number is a number, never a word that looks like one."""
+
+    model_config = ConfigDict(strict=True)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _read_exponents(cls, value: Any, info: ValidationInfo) -> Any:
+        # YAML 1.1 reads 1e-6 as a word; a recipe's `rms_norm_eps: 1e-6` means the number.
+        if isinstance(value, str) and info.field_name is not None:
+            if cls.model_fields[info.field_name].annotation is float and _SCIENTIFIC.fullmatch(value):
+                return float(value)
+        return value
+
+
+class RopeScaling(Strict):
     """YaRN (Peng et al. 2023) as DeepSeek-V3 and Kimi K2 publish it."""
 
     type: Literal["yarn"] = "yarn"
@@ -59,17 +76,11 @@ class RopeScaling(Frozen):
 
     @model_validator(mode="wrap")
     @classmethod
-    def _accept_newer_names(cls, values: Any, handler: ModelWrapValidatorHandler[RopeScaling]) -> RopeScaling:
-        # transformers 5 writes `rope_type` and repeats `rope_theta` here.
+    def _check_attention_factor(cls, values: Any, handler: ModelWrapValidatorHandler[RopeScaling]) -> RopeScaling:
         stated = None
         if isinstance(values, dict):
-            values = {name: value for name, value in values.items() if value is not None}
-            if "rope_type" in values:
-                values["type"] = values.pop("rope_type")
-            values.pop("rope_theta", None)
-            values.pop("rope_interleave", None)
-            values.pop("partial_rotary_factor", None)
-            stated = values.pop("attention_factor", None)
+            stated = values.get("attention_factor")
+            values = {name: value for name, value in values.items() if name != "attention_factor"}
         scaling = handler(values)
         # Stated or not, it is the same number, and is not kept twice.
         meant = scaling.attention_factor
@@ -84,7 +95,7 @@ class RopeScaling(Frozen):
         return yarn_mscale(self.factor, self.mscale) / yarn_mscale(self.factor, self.mscale_all_dim)
 
 
-class ModelConfig(Frozen):
+class ModelConfig(Strict):
     """A K2-class decoder: MLA attention and a sparse mixture of experts.
 
     Field names and meanings are those of `DeepseekV3Config`, defaults are not: a field left out means its plainest
@@ -104,7 +115,7 @@ class ModelConfig(Frozen):
     first_k_dense_replace: int = Field(default=1, ge=0)
     """How many leading layers are dense."""
     num_attention_heads: int = Positive
-    q_lora_rank: int | None = None
+    q_lora_rank: int | None = Field(default=None, gt=0)
     """Rank of the query latent; None means one full-rank `q_proj` (Moonlight)."""
     kv_lora_rank: int = Positive
     qk_nope_head_dim: int = Positive
@@ -134,12 +145,12 @@ class ModelConfig(Frozen):
     max_position_embeddings: int = Positive
     initializer_range: float = Field(default=0.02, gt=0)
     bos_token_id: int | None = None
-    eos_token_id: int | tuple[int, ...] | None = None
+    eos_token_id: int | Annotated[tuple[int, ...], Field(strict=False)] | None = None
     pad_token_id: int | None = None
-    index_n_heads: int | None = None
+    index_n_heads: int | None = Field(default=None, gt=0)
     """DeepSeek sparse attention (V3.2): heads of the indexer; None means full attention."""
-    index_head_dim: int | None = None
-    index_topk: int | None = None
+    index_head_dim: int | None = Field(default=None, gt=0)
+    index_topk: int | None = Field(default=None, gt=0)
 
     @model_validator(mode="after")
     def _check_shapes(self) -> ModelConfig:
@@ -204,26 +215,25 @@ class ModelConfig(Frozen):
                     refused.append(f"{name}={value!r} (supported: {_FIXED[name][0]!r})")
             elif name not in _IRRELEVANT and name not in ("rope_parameters", "num_key_value_heads"):
                 guess = did_you_mean(str(name), cls.model_fields)
-                refused.append(f"{name}={value!r}{guess or ' (unknown; remove it if it does not change the network)'}")
-        rope = values.get("rope_parameters")
-        if isinstance(rope, dict):
-            if rope.get("rope_theta") is not None:
-                known["rope_theta"] = rope["rope_theta"]
-            if rope.get("rope_type", "default") != "default":
-                known["rope_scaling"] = rope
-        if isinstance(known.get("rope_scaling"), dict):
-            kind = known["rope_scaling"].get("rope_type", known["rope_scaling"].get("type"))
-            if kind == "default":
-                known["rope_scaling"] = None
+                guess = guess or " (unknown; remove it if it does not change the network)"
+                refused.append(f"{_printable(name)}={value!r}{guess}")
+        scalings = _gather_rope(values, known, refused)
         heads, kv_heads = values.get("num_attention_heads"), values.get("num_key_value_heads")
         if kv_heads is not None and kv_heads != heads:
-            refused.append(f"num_key_value_heads={kv_heads} (MLA has one per attention head: {heads})")
+            refused.append(f"num_key_value_heads={kv_heads!r} (MLA has one per attention head: {heads!r})")
         if refused:
             raise UserError(f"{source}: unsupported field {'; '.join(refused)}")
         if values.get("model_type") not in (None, "deepseek_v3", "deepseek_v32", "kimi_k2"):
             raise UserError(f"{source}: unsupported field model_type={values['model_type']!r} "
                             "(supported: 'deepseek_v3', 'deepseek_v32', 'kimi_k2', 'kimi_k25')")
-        return validated(cls, known, source)
+        if not scalings:
+            return validated(cls, known, source)
+        found = {name: validated(cls, known | {"rope_scaling": scaling}, source, {"rope_scaling": name})
+                 for name, scaling in scalings.items()}
+        config, *others = found.values()
+        if any(other.rope_scaling != config.rope_scaling for other in others):
+            raise UserError(f"{source}: {' and '.join(found)} disagree: keep the one that the network was trained with")
+        return config
 
     def to_hf(self) -> dict[str, Any]:
         """The `config.json` that transformers reads without remote code."""
@@ -282,14 +292,18 @@ def read_json(path: str | Path) -> Any:
         raise UserError(f"{path}: cannot be read: {error}") from None
 
 
-def validated(cls: type[Frozen], values: dict[str, Any], source: str) -> Any:
-    """Construct `cls`, turning pydantic's report into one line that names each wrong field."""
+def validated(cls: type[Frozen], values: dict[str, Any], source: str, written: dict[str, str] | None = None) -> Any:
+    """Construct `cls`, turning pydantic's report into one line that names each wrong field.
+
+    `written` has the names by which the user's file knows fields, where they differ. Raises UserError.
+    """
     try:
         return cls.model_validate(values)
     except ValidationError as error:
         problems = []
         for item in error.errors():
-            name = ".".join(str(part) for part in item["loc"])
+            field, *inner = item["loc"] or ("",)
+            name = ".".join(_printable(part) for part in ((written or {}).get(field, field), *inner))
             message = item["msg"].removeprefix("Value error, ")
             if item["type"] == "extra_forbidden":
                 message = "unknown field" + _meant(cls, item["loc"])
@@ -299,6 +313,50 @@ def validated(cls: type[Frozen], values: dict[str, Any], source: str) -> Any:
                 message += f", found {item['input']!r}"
             problems.append(f"{name}: {message}" if name else message)
         raise UserError(f"{source}: {'; '.join(problems)}") from None
+
+
+def _printable(name: Any) -> str:
+    """A field's name for a message of one line: quoted where it holds a line break or the like."""
+    return str(name) if str(name).isprintable() else repr(name)
+
+
+def _gather_rope(values: dict[str, Any], known: dict[str, Any], refused: list[str]) -> dict[str, Any]:
+    """Rotary embedding from `rope_theta`, `rope_scaling` and transformers 5's `rope_parameters`, which may repeat them.
+
+    Sets `rope_theta` in `known` and takes `rope_scaling` out. Returns the fields of RopeScaling (None: no scaling) by
+    the name of the mapping that states them, empty where none does. Adds to `refused` what would be lost.
+    """
+    bases, scalings = {"rope_theta": values.get("rope_theta")}, {}
+    known.pop("rope_scaling", None)
+    for name in ("rope_scaling", "rope_parameters"):
+        rope = values.get(name)
+        if rope is None:
+            continue
+        if not isinstance(rope, dict):
+            refused.append(f"{name}={rope!r} (a mapping of fields is needed)")
+            continue
+        rope = {key: value for key, value in rope.items() if value is not None}
+        bases[f"{name}.rope_theta"] = rope.pop("rope_theta", None)
+        for fixed in ("rope_interleave", "partial_rotary_factor"):
+            value = rope.pop(fixed, None)
+            if value not in _FIXED[fixed]:
+                refused.append(f"{name}.{fixed}={value!r} (supported: {_FIXED[fixed][0]!r})")
+        # transformers 5 writes `rope_type`, alone or beside the older `type`.
+        kinds = [rope.pop(key) for key in ("rope_type", "type") if key in rope]
+        if len(kinds) == 2 and kinds[0] != kinds[1]:
+            refused.append(f"{name}.rope_type={kinds[0]!r} ({name}.type is {kinds[1]!r})")
+        elif not kinds and rope and name == "rope_parameters":
+            refused.append(f"{name}={rope!r} (rope_type is missing)")
+        elif kinds or rope:
+            rope |= {"type": kinds[0]} if kinds else {}
+            scalings[name] = None if rope.get("type") == "default" else rope
+    stated = {name: base for name, base in bases.items() if base is not None}
+    for name, base in stated.items():
+        known["rope_theta"] = base
+        first = next(iter(stated))
+        if base != stated[first]:
+            refused.append(f"{name}={base!r} ({first} is {stated[first]!r})")
+    return scalings
 
 
 def _meant(cls: type[BaseModel], place: tuple[int | str, ...]) -> str:
@@ -334,6 +392,7 @@ _FIXED: dict[str, tuple[Any, ...]] = {
     "tie_word_embeddings": (False,),
     "moe_layer_freq": (1,),
     "rope_interleave": (True, None),
+    "partial_rotary_factor": (1, None),
     "pretraining_tp": (1, None),
     "ep_size": (1, None),
     "add_cross_attention": (False, None),

@@ -105,6 +105,24 @@ def test_presets_hold_the_published_values() -> None:
         ({"rope_scaling": {"type": "yarn"}}, "rope_scaling.factor"),
         ({"rope_scaling": {"type": "yarn", "factor": 4.0, "truncate": False}}, "rope_scaling.truncate"),
         ({"rope_scaling": "yarn"}, "rope_scaling"),
+        ({"q_lora_rank": 0}, "q_lora_rank"),
+        ({"q_lora_rank": -1536}, "q_lora_rank"),
+        ({"index_n_heads": 0, "index_head_dim": 8, "index_topk": 8}, "index_n_heads"),
+        ({"hidden_size": "64"}, "hidden_size"),
+        ({"hidden_size": 64.0}, "hidden_size"),
+        ({"rope_theta": "10000"}, "rope_theta"),
+        ({"norm_topk_prob": "no"}, "norm_topk_prob"),
+        ({"norm_topk_prob": 1}, "norm_topk_prob"),
+        ({"eos_token_id": "2"}, "eos_token_id"),
+        ({"eos_token_id": [1, True]}, "eos_token_id"),
+        ({"eos_token_id": [1, "2"]}, "eos_token_id"),
+        ({"rope_scaling": {"type": "yarn", "factor": "32"}}, "rope_scaling.factor"),
+        ({"rope_scaling": {"type": "yarn", "factor": True}}, "rope_scaling.factor"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5"),
+        ({"no_such\nfield": 1}, r"no_such\nfield"),
+        ({"rope_scaling": {"type": "yarn", "factor": 2.0, "no\nsuch": 1}}, r"no\nsuch"),
+        ({"num_attention_heads": "6\n4", "num_key_value_heads": 64}, r"6\n4"),
+        ({"num_attention_heads": 64, "num_key_value_heads": "6\n4"}, r"6\n4"),
     ],
 )
 def test_what_cannot_be_represented_is_named(change: dict[str, Any], named: str) -> None:
@@ -178,6 +196,67 @@ def test_attention_factor_must_be_the_one_that_follows() -> None:
             stated["rope_scaling"]["attention_factor"] = wrong
             with pytest.raises(UserError, match=r"rope_scaling: attention_factor=.* is unsupported"):
                 ModelConfig.parse(stated)
+
+
+YARN = {"rope_type": "yarn", "factor": 32.0, "beta_fast": 1.0, "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0,
+        "original_max_position_embeddings": 4096}
+"""Kimi K2's, as transformers 5 spells it."""
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"rope_parameters": [YARN]}, "rope_parameters=["),
+        ({"rope_parameters": []}, "rope_parameters=[]"),
+        ({"rope_parameters": "yarn"}, "rope_parameters='yarn'"),
+        ({"rope_parameters": False}, "rope_parameters=False"),
+        ({"rope_parameters": {"factor": 32.0}}, "rope_type is missing"),
+        ({"rope_parameters": {"full_attention": YARN}}, "rope_type is missing"),
+        ({"rope_parameters": YARN | {"factor": "32"}}, "rope_parameters.factor"),
+        ({"rope_parameters": YARN | {"type": "linear"}}, "rope_parameters.rope_type='yarn'"),
+        ({"rope_parameters": {"rope_type": "default", "type": "yarn"}}, "rope_parameters.rope_type='default'"),
+        ({"rope_parameters": YARN | {"partial_rotary_factor": 0.5}}, "rope_parameters.partial_rotary_factor=0.5"),
+        ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "partial_rotary_factor=0.5"),
+        ({"rope_scaling": YARN | {"partial_rotary_factor": 2}}, "rope_scaling.partial_rotary_factor=2"),
+        ({"rope_parameters": YARN | {"rope_interleave": False}}, "rope_parameters.rope_interleave=False"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}, "rope_parameters": YARN}, "rope_scaling.type"),
+        ({"rope_scaling": YARN, "rope_parameters": {"rope_type": "linear"}}, "rope_parameters.type"),
+        ({"rope_scaling": YARN, "rope_parameters": YARN | {"factor": 40}}, "rope_scaling and rope_parameters disagree"),
+        ({"rope_scaling": YARN, "rope_parameters": {"rope_type": "default"}}, "disagree"),
+        ({"rope_scaling": {"type": "default"}, "rope_parameters": YARN}, "disagree"),
+        ({"rope_theta": 5e4, "rope_parameters": YARN | {"rope_theta": 1e4}}, "rope_parameters.rope_theta=10000.0"),
+        ({"rope_theta": 5e4, "rope_scaling": YARN | {"rope_theta": 1e4}}, "rope_scaling.rope_theta=10000.0"),
+    ],
+)
+def test_no_rotary_embedding_is_lost(change: dict[str, Any], named: str) -> None:
+    plain = {name: value for name, value in published().items() if name != "rope_scaling"}
+    with pytest.raises(UserError) as caught:
+        ModelConfig.parse(plain | change, source="some/config.json")
+    message = str(caught.value)
+    assert message.startswith("some/config.json: ") and named in message and "\n" not in message
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"rope_scaling": YARN},
+        {"rope_scaling": None, "rope_parameters": YARN | {"rope_theta": 50000}},
+        {"rope_scaling": YARN, "rope_parameters": YARN | {"type": "yarn", "factor": 32, "rope_theta": 5e4}},
+        {"rope_scaling": YARN, "rope_parameters": {"rope_theta": 5e4}},
+        {"rope_scaling": YARN | {"partial_rotary_factor": 1.0, "rope_interleave": True}, "partial_rotary_factor": 1},
+        {"rope_scaling": YARN | {"partial_rotary_factor": None}, "partial_rotary_factor": None},
+    ],
+    ids=str,
+)
+def test_agreeing_spellings_of_rope_are_one(change: dict[str, Any]) -> None:
+    config = ModelConfig.parse(published() | change)
+    assert config == preset_config("kimi-k2").model_copy(update={"model_type": config.model_type})
+
+
+def test_whole_numbers_do_for_fractions_and_exponents_of_yaml_are_numbers() -> None:
+    config = ModelConfig.parse(published() | {"rope_theta": 50000, "routed_scaling_factor": 3, "rms_norm_eps": "1e-6"})
+    assert (config.rope_theta, config.routed_scaling_factor, config.rms_norm_eps) == (50000.0, 3.0, 1e-6)
+    assert {type(value) for value in (config.rope_theta, config.routed_scaling_factor, config.rms_norm_eps)} == {float}
 
 
 STATED = ("first_k_dense_replace", "q_lora_rank", "n_shared_experts", "n_group", "topk_group", "norm_topk_prob",

@@ -11,7 +11,7 @@ import errno
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from moonbase.errors import UserError
@@ -78,11 +78,16 @@ def write_text(path: str | Path, text: str) -> None:
 
 def write_bytes(path: str | Path, content: bytes) -> None:
     """Write `content` under `path`, whole or not at all. Raises UserError on a full disk or a forbidden folder."""
+    write_pieces(path, [content])
+
+
+def write_pieces(path: str | Path, pieces: Iterable[bytes]) -> None:
+    """The same of many pieces, one after the other; only one of them is held at a time."""
     path = Path(path)
     partial = partial_sibling(path)
     try:
         with open(partial, "wb") as file:
-            file.write(content)
+            file.writelines(pieces)
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)

@@ -112,12 +112,18 @@ def test_oracles_stay_in_the_tests() -> None:
 
 
 OPTIONAL = {"datasets", "pyarrow", "zstandard", "tensorboard", "triton", "ray", "fastapi", "starlette", "uvicorn",
-            "httpx", "httpx2", "prometheus_client", "llguidance", "jsonschema", "mcp", "mcp_types", "bm25s", "anyio"}
+            "httpx", "httpx2", "prometheus_client", "llguidance", "jsonschema", "mcp", "mcp_types", "bm25s", "anyio",
+            "inspect_ai", "scipy", "statsmodels", "sympy", "reasoning_gym", "rfc8785", "cryptography",
+            "securesystemslib"}
+# Inspect's part of the evaluation room, which only Inspect loads.
+OF_INSPECT = {PACKAGE / "evals" / "tasks", PACKAGE / "evals" / "providers"}
 
 
 def imported_at_once(path: Path) -> list[str]:
     # Kernels live in files of their own, NAME_cuda.py, which only a machine with a GPU loads.
     optional = OPTIONAL - {"triton"} if path.stem.endswith("_cuda") else OPTIONAL
+    if path.parent in OF_INSPECT:
+        optional = optional - {"inspect_ai"}
     tree = ast.parse(path.read_text(encoding="utf-8"))
     deferring = ast.FunctionDef | ast.AsyncFunctionDef | ast.Try | ast.If
     deferred = {id(inner) for outer in ast.walk(tree) if isinstance(outer, deferring) for inner in ast.walk(outer)}
@@ -193,7 +199,8 @@ def test_one_tested_set_pins_every_dependency() -> None:
     pinned = {name.lower().replace("_", "-"): version for name, version in pins.items()}
     assert pinned["torch"] == "2.13.0"
     extras = project["optional-dependencies"]
-    wanted = [*project["dependencies"], *extras["dev"], *extras["hub"], *extras["tensorboard"]]
+    wanted = [*project["dependencies"], *extras["dev"], *extras["hub"], *extras["tensorboard"],
+              *extras["evals"]]
     unpinned = {re.split(r"[^\w-]", name)[0].lower() for name in wanted} - pinned.keys()
     assert not unpinned
 

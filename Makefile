@@ -3,7 +3,7 @@
 # Both create .venv and install the versions of constraints.txt; later calls reuse it.
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-dev quickstart test lint clean
+.PHONY: help install install-dev quickstart test test-all lint clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -18,9 +18,10 @@ TORCH_PIP_ARGS ?=
 
 help:
 	@echo "make quickstart   install, then build a corpus, train a small model and write a report (about 6 minutes)"
-	@echo "make test         install with the test tools, check style, run all tests"
+	@echo "make test         install with the test tools, check style, run the tests (under 10 minutes)"
+	@echo "make test-all     the same with the slow ones"
 	@echo "make lint         style only"
-	@echo "make install      the package with its server, into $(VENV)"
+	@echo "make install      the package with its server and agents, into $(VENV)"
 	@echo "make clean        remove $(VENV) and caches"
 	@echo "Settings: ARGS=\"--minutes 1\"  PYTHON=python3.12  WORKERS=4  TORCH_PIP_ARGS=..."
 
@@ -28,7 +29,11 @@ quickstart: install
 	@$(BIN)/moonbase quickstart $(ARGS)
 
 # One thread per test process: two processes on two cores are faster than one with two threads at tiny shapes.
+# The slow ones are further seeds and further moments at which to be killed of what the others try once.
 test: lint
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not slow" $(ARGS)
+
+test-all: lint
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
 
 lint: install-dev
@@ -64,12 +69,12 @@ $(VENV)/.stamp-torch: constraints.txt
 
 $(VENV)/.stamp-base: pyproject.toml constraints.txt $(VENV)/.stamp-torch
 	@echo "moonbase: installing moonbase and what it needs ..."
-	@$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[serve]'
+	@$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[serve,agents]'
 	@touch $@
 
 $(VENV)/.stamp-dev: pyproject.toml constraints.txt $(VENV)/.stamp-base
 	@echo "moonbase: installing the test tools ..."
-	@$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[serve,dev]'
+	@$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[serve,agents,dev]'
 	@touch $@
 
 clean:

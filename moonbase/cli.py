@@ -20,7 +20,7 @@ from typing import Annotated, Any
 
 import typer
 
-from moonbase import cli_agents
+from moonbase import cli_agents, cli_evals
 from moonbase.cli_results import deliver, show_bench, show_run
 from moonbase.errors import TrainingStopped, TryAgain, UserError
 
@@ -322,6 +322,7 @@ def serve(
 
 
 cli_agents.add_verbs(app)
+cli_evals.add_verbs(app)
 for _command in app.registered_commands:
     # The terminal breaks the lines of a paragraph, not the source.
     _paragraphs = (inspect.getdoc(_command.callback) or "").split("\n\n")

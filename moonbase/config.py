@@ -26,7 +26,8 @@ from pydantic import (
 from moonbase.errors import UserError, did_you_mean
 
 Positive = Field(gt=0)
-_SCIENTIFIC = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)[eE][+-]?\d+")
+SCIENTIFIC = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)[eE][+-]?\d+")
+"""A number that YAML 1.1 reads as a word: 1e-3."""
 
 
 class Frozen(BaseModel):
@@ -56,7 +57,7 @@ class Strict(Frozen):
     def _read_exponents(cls, value: Any, info: ValidationInfo) -> Any:
         # YAML 1.1 reads 1e-6 as a word; a recipe's `rms_norm_eps: 1e-6` means the number.
         if isinstance(value, str) and info.field_name is not None:
-            if cls.model_fields[info.field_name].annotation is float and _SCIENTIFIC.fullmatch(value):
+            if cls.model_fields[info.field_name].annotation is float and SCIENTIFIC.fullmatch(value):
                 return float(value)
         return value
 

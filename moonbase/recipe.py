@@ -7,14 +7,13 @@ data=my/texts`.
 from __future__ import annotations
 
 import os
-import re
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 from pydantic import Field, field_validator, model_validator
 
-from moonbase.config import Frozen, ModelConfig, validated
+from moonbase.config import SCIENTIFIC, Frozen, ModelConfig, validated
 from moonbase.errors import UserError, did_you_mean
 from moonbase.presets import load_preset, preset_names
 
@@ -231,7 +230,6 @@ def style_of(source: str | Path) -> str | None:
 
 
 _WORDS = frozenset({"name", "init", "data", "data.sources", "data.tokenizer"})
-_SCIENTIFIC = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)[eE][+-]?\d+")
 
 
 _OF_THE_CORPUS = ("data", "sample_prompts", "sample_every")
@@ -296,7 +294,7 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
         raise UserError(f"{key}: its value is nested too deeply") from None
     except (yaml.YAMLError, ValueError):  # ValueError: what looks like a date and is none
         value = text
-    if _SCIENTIFIC.fullmatch(text):
+    if SCIENTIFIC.fullmatch(text):
         # YAML 1.1 reads 1e-3 as a word; people mean the number. A quoted one stays a word.
         value = float(text)
     if key in _WORDS and not isinstance(value, str | list | dict | None):

@@ -17,14 +17,14 @@ PACKAGE = ROOT / "moonbase"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 
 FLOORS = (
-    ("config", "errors", "files", "layout", "presets", "recipe", "sizes"),
+    ("config", "errors", "files", "layout", "presets", "recipe", "sizes", "vocabulary"),
     ("ops", "report"),
     ("chat", "checkpoint", "data", "deploy", "model", "optim"),
     ("engine", "loading", "train"),
     ("agents", "serve"),
     ("evals", "rl", "synth"),
-    ("__init__", "__main__", "bench", "claims", "cli", "cli_agents", "cli_info", "cli_results", "quickstart",
-     "terminal"),
+    ("__init__", "__main__", "bench", "claims", "cli", "cli_agents", "cli_evals", "cli_info", "cli_results",
+     "quickstart", "terminal"),
 )
 # The lowest and the highest floor are one room each: their modules may import one another.
 FLOOR_OF = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}

@@ -674,7 +674,7 @@ def test_ctrl_c_in_the_middle_of_local_generation(tuned: Path, tmp_path: Path) -
     window.until("continued")
     window.type("/tokens 200\r")
     window.type("some\r")
-    window.until("some\r\n")
+    window.until("\x1b[1msome\x1b[0m")  # not what the terminal echoes: the reply has begun
     window.type("\x03")
     window.type("/tokens 3\r")
     window.type("words\r")

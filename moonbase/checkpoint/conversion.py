@@ -16,6 +16,7 @@ from moonbase.checkpoint.formats import Int4Rule
 from moonbase.checkpoint.quantization import QUANTISED_KINDS, Format, Quantization, check_format, read_config
 from moonbase.checkpoint.reader import Checkpoint, Progress, StoredWeight, stored_mtp
 from moonbase.checkpoint.safetensors_file import DTYPES, TensorSlot
+from moonbase.checkpoint.tokenizer_files import portable
 from moonbase.checkpoint.writer import MAX_SHARD_BYTES, Group, config_file, encoded_group, write_groups
 from moonbase.errors import UserError
 from moonbase.layout import FP8_BLOCK, INT4_GROUP
@@ -32,9 +33,9 @@ def convert(source: str | Path, destination: str | Path, fmt: Format, *, dtype: 
 
     `dtype` is the dtype of unquantised weights; None keeps what is stored (bf16 for weights that were quantised, and
     for all that the quantised formats leave unquantised). `mtp` keeps (True) or drops (False) multi-token-prediction
-    modules; None keeps them where the source has them. Tokenizer, generation and chat-template files come along; the
-    vision part of a multimodal source does not. Raises UserError: same folder, destination in use, unknown format,
-    anything wrong with the source.
+    modules; None keeps them where the source has them. Tokenizer, generation and chat-template files come along, the
+    tokenizer in a form that needs no remote code (`tokenizer_files`); the vision part of a multimodal source does not.
+    Raises UserError: same folder, destination in use, unknown format, anything wrong with the source.
     """
     source, destination = Path(source), Path(destination)
     if source.resolve() == destination.resolve():
@@ -53,8 +54,9 @@ def convert(source: str | Path, destination: str | Path, fmt: Format, *, dtype: 
     groups = [_group(weight, fmt, dtype, int4_rule, checkpoint.quantization) for weight in checkpoint.weights]
     main = next(weight for weight in checkpoint.weights if weight.piece.kind == "embedding")
     config_json = config_file(config, dtype or main.dtype, fmt)
+    companions = portable(companion_files(source))
     with files.write_folder(destination) as partial:
-        write_groups(partial, groups, config_json, max_shard_bytes, companion_files(source), progress)
+        write_groups(partial, groups, config_json, max_shard_bytes, companions, progress)
 
 
 def companion_files(folder: str | Path) -> dict[str, Path]:

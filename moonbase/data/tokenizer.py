@@ -11,8 +11,6 @@ Text that people or tools wrote is never read as markup: `encode` turns `<|im_en
 
 from __future__ import annotations
 
-import base64
-import binascii
 import hashlib
 import json
 import re
@@ -24,41 +22,17 @@ import numpy as np
 
 from moonbase import files
 from moonbase.errors import UserError
+from moonbase.vocabulary import (
+    SPECIAL_NAMES,
+    SPLIT_PATTERN,
+    VISIBLE_SPECIALS,
+    byte_alphabet,
+    name_specials,
+    parse_object,
+    read_ranks,
+)
 
 Progress = Callable[[str, int, int | None], None]
-
-_UPPER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]"
-_LOWER = r"[\p{Ll}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]"
-_CONTRACTION = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
-SPLIT_PATTERN = "|".join((
-    r"[\p{Han}]+",
-    rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+{_CONTRACTION}",
-    rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*{_CONTRACTION}",
-    r"\p{N}{1,3}",
-    r" ?[^\s\p{L}\p{N}]+[\r\n]*",
-    r"\s*[\r\n]+",
-    r"\s+(?!\S)",
-    r"\s+",
-))
-"""How Kimi K2 cuts text before merging: merges never cross these pieces."""
-
-RESERVED_TOKENS = 256
-"""Ids after the base vocabulary that the published tokenizer keeps for special tokens, most of them unused."""
-
-SPECIAL_OFFSETS = {
-    "[BOS]": 0, "[EOS]": 1, "<|im_end|>": 2, "<|im_user|>": 3, "<|im_assistant|>": 4,
-    "<|start_header_id|>": 6, "<|end_header_id|>": 7, "[EOT]": 9, "<|im_system|>": 10,
-    "<|tool_calls_section_begin|>": 11, "<|tool_calls_section_end|>": 12, "<|tool_call_begin|>": 13,
-    "<|tool_call_argument_begin|>": 14, "<|tool_call_end|>": 15, "<|im_middle|>": 17,
-    "<|media_begin|>": 18, "<|media_content|>": 19, "<|media_end|>": 20, "<|media_pad|>": 21,
-    "<think>": 22, "</think>": 23, "[UNK]": 254, "[PAD]": 255,
-}  # fmt: skip
-"""Kimi's special tokens: name to distance from the end of the base vocabulary."""
-
-SPECIAL_NAMES = tuple(SPECIAL_OFFSETS)
-
-VISIBLE_SPECIALS = frozenset(name for name in SPECIAL_NAMES if name.startswith("<|tool_call") or "think>" in name)
-"""Special tokens that `decode(skip_special=True)` keeps, because replies are parsed by them."""
 
 # Longer texts, and longer runs of one kind, are cut before the regular expression sees them: it looks back over a run,
 # and the published tokenizer has the same limits.
@@ -300,25 +274,6 @@ def _config_file(token_to_id: Callable[[str], int]) -> bytes:
     return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
 
 
-def _byte_alphabet() -> dict[str, int]:
-    """GPT-2's printable stand-in for each byte: printable Latin-1 stands for itself, the rest for U+0100 and on."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    alphabet = {chr(byte): byte for byte in printable}
-    for number, byte in enumerate(byte for byte in range(256) if byte not in printable):
-        alphabet[chr(256 + number)] = byte
-    return alphabet
-
-
-def _parse_json(content: bytes, path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(content)
-    except ValueError as error:
-        raise UserError(f"{path}: not readable JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: expected a JSON object")
-    return value
-
-
 def _token_name(value: Any) -> str | None:
     return value.get("content") if isinstance(value, dict) else value
 
@@ -341,8 +296,8 @@ def _roles(config: dict[str, Any], special_tokens: dict[str, int]) -> dict[str, 
 
 
 def _from_json(saved: dict[str, bytes], path: Path) -> Tokenizer:
-    content = _parse_json(saved["tokenizer.json"], path)
-    config = _parse_json(saved.get("tokenizer_config.json", b"{}"), path.parent / "tokenizer_config.json")
+    content = parse_object(saved["tokenizer.json"], path)
+    config = parse_object(saved.get("tokenizer_config.json", b"{}"), path.parent / "tokenizer_config.json")
     model = content.get("model") or {}
     kinds = re.findall(r'"type": ?"ByteLevel"', json.dumps([content.get("pre_tokenizer"), content.get("decoder")]))
     if model.get("type", "BPE") != "BPE" or not isinstance(model.get("vocab"), dict) or not kinds:
@@ -350,7 +305,7 @@ def _from_json(saved: dict[str, bytes], path: Path) -> Tokenizer:
     added = content.get("added_tokens") or []
     special_tokens = {token["content"]: token["id"] for token in added}
     skipped = [token["id"] for token in added if token.get("special")]
-    alphabet = _byte_alphabet()
+    alphabet = byte_alphabet()
     size = 1 + max([*model["vocab"].values(), *special_tokens.values()], default=-1)
     pieces = [_REPLACEMENT] * size
     for name, id in model["vocab"].items():
@@ -395,32 +350,12 @@ def _own_ranks(content: dict[str, Any], pieces: list[bytes]) -> dict[bytes, int]
 
 
 def _from_ranks(saved: dict[str, bytes], main: str, folder: Path) -> Tokenizer:
-    path = folder / main
-    ranks: dict[bytes, int] = {}
-    for number, line in enumerate(saved[main].splitlines(), start=1):
-        try:
-            word, rank = line.split()
-            ranks[base64.b64decode(word, validate=True)] = int(rank)
-        except (ValueError, binascii.Error):
-            raise UserError(f"{path}:{number}: expected a base64 token and its rank") from None
-    base = len(ranks)
-    if sorted(ranks.values()) != list(range(base)) or any(bytes([byte]) not in ranks for byte in range(256)):
-        raise UserError(f"{path}: ranks must run from 0 without a gap and every single byte must have one")
+    ranks = read_ranks(saved[main], folder / main)
     config_path = folder / "tokenizer_config.json"
-    config = _parse_json(saved.get("tokenizer_config.json", b"{}"), config_path)
-    entries = config.get("added_tokens_decoder")
-    if entries:
-        try:
-            named = {int(id): (entry["content"], bool(entry.get("special"))) for id, entry in entries.items()}
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise UserError(f"{config_path}: added_tokens_decoder: expected id -> {{content, special}}") from None
-    else:
-        named = {base + offset: (name, name not in VISIBLE_SPECIALS) for name, offset in SPECIAL_OFFSETS.items()}
-    last = max(base + RESERVED_TOKENS, max(named) + 1)
-    if min(named) < base:
-        raise UserError(f"{config_path}: added_tokens_decoder: id {min(named)} is one of the {base} base ids")
-    special_tokens = {named.get(id, (f"<|reserved_token_{id}|>",))[0]: id for id in range(base, last)}
-    pieces = [_REPLACEMENT] * last
+    config = parse_object(saved.get("tokenizer_config.json", b"{}"), config_path)
+    named = name_specials(len(ranks), config, config_path)
+    special_tokens = {name: id for id, (name, _) in named.items()}
+    pieces = [_REPLACEMENT] * (len(ranks) + len(named))
     for piece, rank in ranks.items():
         pieces[rank] = piece
     for name, id in special_tokens.items():

@@ -18,8 +18,10 @@ from moonbase.engine.scheduler import Part
 from moonbase.model import Transformer
 
 LEAST_ROWS = 8
-"""A pass has at least so many rows. The libraries take other paths, with other rounding, for matrices of very few
-rows; from eight rows on a row's result was the same bit for bit beside any number of others (docs/log.md)."""
+"""A pass that PyTorch computes has at least so many rows. The libraries take other paths, with other rounding, for
+matrices of very few rows. From eight rows on, rounding still moves with the number of rows for some shapes and dtypes,
+though less: the same tokens are all that is promised there. The passes in C (fp32 on a CPU) and on a GPU (bf16) give a
+row the same bits beside any others (docs/engine.md)."""
 
 
 class Forward:

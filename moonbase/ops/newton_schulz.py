@@ -81,10 +81,12 @@ GRAM_STEPS = {torch.float64: 5, torch.float32: 3, torch.bfloat16: 2}
 
 
 def compute_dtype(device: torch.device | str) -> torch.dtype:
-    """bf16 on an accelerator, fp32 on a CPU.
+    """bf16 on an accelerator, fp32 on every CPU.
 
-    Five contracting steps forgive bf16's 8 digits, as the published runs did. Processors without bf16 matrix units
-    emulate the products 16 to 54 times slower than fp32, so a CPU keeps fp32.
+    Five contracting steps forgive bf16's 8 digits, as the published runs did. Processors without bf16 units emulate
+    the products 16 to 54 times slower than fp32. Those that have them keep fp32 too: the kernels in C work in it and
+    are faster at the sizes one trains on a CPU (docs/log.md), and a run takes the same course when another processor
+    takes it up. `MuonClip(ns_dtype=torch.bfloat16)` chooses otherwise.
     """
     return torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
 

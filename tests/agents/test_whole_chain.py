@@ -175,7 +175,7 @@ def check_whole(before: Events, chain: Chain) -> Events:
     return events
 
 
-@pytest.mark.parametrize("kill", [1, 6])
+@pytest.mark.parametrize("kill", [1, pytest.param(6, marks=pytest.mark.slow)])
 def test_a_tiny_checkpoint_killed_and_resumed(served: str, kill: int, tmp_path: Path) -> None:
     """It says nothing sensible, and everything around it works."""
     chain = Chain(tmp_path, served, "--steps", "5", "--max-tokens", "40")
@@ -205,7 +205,7 @@ def _in_flight(events: Events) -> int:
                for number, call in enumerate(event["completion"].get("tool_calls") or ()))
 
 
-@pytest.mark.parametrize("kill", [6, 14])
+@pytest.mark.parametrize("kill", [6, pytest.param(14, marks=pytest.mark.slow)])
 def test_helpers_killed_and_resumed_lose_their_variables_and_hear_it(
     scripted: str, kill: int, tmp_path: Path
 ) -> None:

@@ -154,7 +154,9 @@ def place(tmp_path: Path) -> Iterator[Path]:
     shutil.rmtree(tmp_path)
 
 
-@pytest.mark.parametrize("write", [bf16_single, bf16_sharded, fp32_single, fp8, int4, kimi_k25])
+@pytest.mark.parametrize("write", [
+    bf16_single, fp8, int4, *(pytest.param(write, marks=pytest.mark.slow)
+                              for write in (bf16_sharded, fp32_single, kimi_k25))])
 def test_peak_stays_under_a_quarter_above_the_model(write: Callable, weights: Tensors, place: Path) -> None:
     write(place, weights)
     share = measured(place)

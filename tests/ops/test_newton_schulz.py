@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from moonbase.ops.newton_schulz import (
+    compute_dtype,
     gram_pays,
     orthogonalize,
     orthogonalize_reference,
@@ -13,6 +14,13 @@ from moonbase.ops.newton_schulz import (
 )
 
 SHAPES = [(1, 7, 7), (3, 8, 24), (5, 24, 8), (2, 1, 9), (2, 9, 1), (4, 16, 64), (3, 33, 17)]
+
+
+def test_matrices_are_in_bf16_on_an_accelerator_and_in_fp32_on_a_processor() -> None:
+    """On every processor, with bf16 units or without; and `orthogonalize` keeps to it."""
+    assert [compute_dtype(device) for device in ("cuda", "cuda:1", torch.device("cpu"))] == [
+        torch.bfloat16, torch.bfloat16, torch.float32]
+    assert orthogonalize(torch.randn(2, 4, 6, dtype=torch.bfloat16)).dtype == torch.float32
 
 
 def matrix_with_singular_values(values: torch.Tensor, rows: int, columns: int) -> torch.Tensor:

@@ -161,7 +161,7 @@ def worker(rank: int, world_size: int, folder: str) -> None:
 
 
 @pytest.mark.multiprocess
-@pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.parametrize("world_size", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_sharded_equals_unsharded(world_size: int, tmp_path: Path) -> None:
     mp.spawn(worker, (world_size, str(tmp_path)), nprocs=world_size)
 

@@ -1,4 +1,4 @@
-"""The key figures as a browser lays them out: whole rows, at every width, on paper, whatever their number."""
+"""The page as a browser lays it out: key figures in whole rows; a real report on a phone and on paper."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ from pathlib import Path
 import pytest
 
 from moonbase import report
+from moonbase.data import train_tokenizer
+from moonbase.recipe import load_recipe
 from tests.serve.browser import Browser, Page, find_browser
+from tests.train.tiny import run, write_yaml
 
 STYLE = (Path(report.__file__).parent / "style.css").read_text(encoding="utf-8")
 
@@ -53,3 +56,40 @@ def test_no_hole_and_nobody_alone(tab: Page, width: int, media: str, most: int) 
         assert sum(found) == count and max(found) <= most
         # Of two columns the last cell may take both.
         assert min(found) > 1 or count == 1 or most == 2, (count, found)
+
+
+@pytest.fixture(scope="module")
+def real_report(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What a training run of twelve steps leaves behind, samples and a file that was left out included."""
+    folder = tmp_path_factory.mktemp("real")
+    texts, tokenizer = folder / "texts", folder / "tokenizer"
+    texts.mkdir()
+    documents = [f"def {'long_name_' * 9}{number}(value):\n    return value + {number}\n" * (1 + number % 7)
+                 for number in range(60)]
+    for number, document in enumerate(documents):
+        (texts / f"{number}.py").write_text(document, encoding="utf-8")
+    (texts / f"{'binary' * 30}.txt").write_bytes(b"a\0b")
+    train_tokenizer(documents, 512).save(tokenizer)
+    recipe = write_yaml(folder, texts, tokenizer, sample_prompts=["def ", "x" * 90], sample_every=6)
+    run(load_recipe(str(recipe), []), folder / "run")
+    return folder / "run" / "report.html"
+
+
+@pytest.mark.parametrize(("width", "media"), [(390, ""), (390, "print"), (680, "print")])
+def test_the_report_of_a_real_run_never_scrolls_sideways(tab: Page, real_report: Path, width: int, media: str) -> None:
+    """On a phone, on a narrow page, and on A4 within its margins; with everything unfolded."""
+    tab.fresh(width, 844)
+    tab.call("Emulation.setEmulatedMedia", media=media)
+    tab.open(real_report.as_uri())
+    assert tab.run(f"matchMedia('{media or 'screen'}').matches && innerWidth == {width}")
+    assert tab.run("document.querySelectorAll('figure svg').length") > 4
+    assert tab.run("document.body.scrollHeight") > 1500
+    for _ in range(2):
+        assert tab.run("document.documentElement.scrollWidth") <= width
+        # Nothing that is shown reaches over the edge, not even where the page cuts it off. Drawings scale as a whole.
+        assert tab.run(f"""[...document.querySelectorAll('main *')]
+            .filter((element) => !element.closest('svg') && element.getClientRects().length)
+            .filter((element) => element.getBoundingClientRect().right > {width} + 0.5)
+            .map((element) => element.outerHTML.slice(0, 200))""") == []
+        tab.run("document.querySelectorAll('details').forEach((part) => { part.open = true; })")
+    assert tab.complaints() == []

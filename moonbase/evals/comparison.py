@@ -1,0 +1,395 @@
+"""Two or more models on the same items: aligned, refused where the questions differ, and a verdict per hypothesis.
+
+A verdict is of the model named first against the one named second, as the hypotheses of suites are worded. Its
+p-values are corrected for the number of verdicts (Holm); a difference that was not found is `undecided` unless a
+margin was set beforehand and equivalence was shown.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict
+
+from moonbase.errors import UserError
+from moonbase.evals.figure_plan import HARMLESS, POLITICAL, REFUSED, main_metric, seed_of
+from moonbase.evals.figures import Figure, FigureSpec, compute
+from moonbase.evals.statistics import holm, n_needed, newcombe_paired, power
+from moonbase.evals.statistics.distributions import critical
+from moonbase.evals.table import Table
+
+if TYPE_CHECKING:
+    from moonbase.evals.suite import Hypothesis, Suite
+
+Verdict = Literal["better", "worse", "equivalent", "undecided"]
+NAMED = 5
+"""Items that a refusal names."""
+NOT_THE_QUESTION = ("condition.provider", "condition.thinking", "condition.dose")
+"""Conditions that do not change what is asked: under all of them an item has one input digest."""
+
+
+class Judged(BaseModel):
+    """One hypothesis about one pair of models (or one model), decided."""
+
+    model_config = ConfigDict(frozen=True)
+
+    id: str
+    statement: str
+    kind: str
+    margin: float | None
+    alpha: float
+    pre_registered: bool
+    first: str = ""
+    second: str = ""
+    """The verdict is of `first` against `second`; `second` is empty for a hypothesis about one model."""
+    figure: Figure
+    p_value: float | None
+    adjusted_p_value: float | None
+    """By Holm over all verdicts of the comparison."""
+    verdict: Verdict
+    reason: str
+    power: float | None = None
+    """To find a difference of the margin (5 points where there is none) with these items, before correction."""
+    n_needed: int | None = None
+    """Items with which that power would be 80%."""
+    text: str = ""
+    """The verdict in one line."""
+
+
+class Comparison(BaseModel):
+    model_config = ConfigDict(frozen=True)
+
+    models: list[str]
+    rows: list[Figure]
+    """Model named earlier minus model named later, for every pair and task."""
+    verdicts: list[Judged]
+    notes: list[str]
+
+    def as_json(self) -> dict[str, Any]:
+        """What `--json` prints."""
+        rows = [{"metric": row.metric, "value": row.value, "low": row.low, "high": row.high, "n": row.n,
+                 "p_value": row.p_value, "unscored": row.unscored, "abstained": row.abstained, "errors": row.errors,
+                 "model": row.model, "versus": (row.spec.versus or {}).get("model", ""), "condition": row.condition,
+                 "id": row.id, "text": row.text} for row in self.rows]
+        return {"models": self.models, "rows": rows, "notes": self.notes,
+                "verdicts": [verdict.model_dump(mode="json") for verdict in self.verdicts]}
+
+
+# Reading and aligning
+
+
+def records_of(folder: Path | str) -> Path:
+    path = Path(folder)
+    return path / "records.jsonl" if path.is_dir() else path
+
+
+def suite_if_known(folder: Path | str) -> Suite | None:
+    from moonbase.evals.suite import suite_of
+
+    return suite_of(Path(folder)) if (Path(folder) / "suite.json").is_file() else None
+
+
+def read_together(folders: Sequence[Path | str]) -> Table:
+    """One table of all folders; a model that several folders have is called `MODEL (FOLDER)` in each."""
+    tables = [Table.read(records_of(folder)) for folder in folders]
+    names = [Path(folder).name or str(folder) for folder in folders]
+    if len(set(names)) < len(names):
+        names = [str(folder) for folder in folders]
+    if len(set(names)) < len(names):
+        raise UserError(f"compare: {next(name for name in names if names.count(name) > 1)} is named twice")
+    models = [table.present("model") for table in tables]
+    shared = {model for place, found in enumerate(models) for model in found
+              if any(model in other for other in models[:place] + models[place + 1 :])}
+    renamed = [table.renamed("model", {model: f"{model} ({name})" for model in shared}) if table.size else table
+               for table, name in zip(tables, names, strict=True)]
+    return Table.joined(renamed, names)
+
+
+def refuse_other_questions(table: Table) -> None:
+    """Raises UserError where one item's input differs between rows that should have asked the same."""
+    names = ["task", "item", *(name for name in table.conditions if name not in NOT_THE_QUESTION)]
+    keys = table.combined(names, numbers=["sample"])
+    order = np.lexsort((table.codes["input_digest"], keys))
+    same_key = keys[order][1:] == keys[order][:-1]
+    other = same_key & (table.codes["input_digest"][order][1:] != table.codes["input_digest"][order][:-1])
+    if not other.any():
+        return
+    rows = order[1:][other]
+    items = list(dict.fromkeys(f"{table.word('task', row)}/{table.word('item', row)}" for row in sorted(rows)))
+    salted = any(word.startswith("hmac-") for word in table.present("input_digest", rows))
+    more = f" and {len(items) - NAMED} more" if len(items) > NAMED else ""
+    hint = "; their digests are salted: were they run with one salt?" if salted else ""
+    raise UserError(f"compare: not the same questions (input digests differ): {', '.join(items[:NAMED])}{more}{hint}. "
+                    "Run both with the same suite, seed and data")
+
+
+# Deciding
+
+
+def interval_at(figure: Figure, confidence: float) -> tuple[float, float] | None:
+    """The figure's own interval at another confidence; None where it has none."""
+    details, value = figure.details, figure.value
+    if value is None or figure.low is None:
+        return None
+    if figure.method.startswith("Newcombe, paired"):
+        one, two = int(details["only_first"]), int(details["only_second"])
+        both = round(details["first"] * figure.n) - one
+        found = newcombe_paired(both, one, two, figure.n - both - one - two, confidence)
+        return found.low, found.high
+    if figure.standard_error:
+        half = critical(confidence, float(details.get("degrees") or max(figure.clusters - 1, 1)))
+        return value - half * figure.standard_error, value + half * figure.standard_error
+    if figure.unit == "points" and figure.clusters > 1:
+        reach = 2.0 if figure.spec.function == "difference_in_differences" else 1.0
+        half = (1.0 - ((1.0 - confidence) / 2.0) ** (1.0 / figure.clusters)) * (reach + abs(value))
+        return value - half, value + half
+    return None
+
+
+def smallest_alpha(figure: Figure, sign: float, margin: float, both_sides: bool) -> float | None:
+    """P-value of non-inferiority (or equivalence): the smallest α at which the 1 - 2α interval keeps the margin.
+
+    For Student's intervals this is the p-value of the one-sided test(s); for Newcombe's it is its inversion, which
+    stays honest where no pair disagrees.
+    """
+    def kept(alpha: float) -> bool:
+        ends = interval_at(figure, 1.0 - 2.0 * alpha)
+        assert ends is not None
+        low, high = ends if sign > 0 else (-ends[1], -ends[0])
+        return low > -margin and (high < margin or not both_sides)
+
+    if interval_at(figure, 0.5) is None:
+        return None
+    low, high = 1e-12, 0.4999
+    if not kept(high):
+        return 1.0
+    if kept(low):
+        return low
+    for _ in range(60):
+        middle = (low * high) ** 0.5
+        low, high = (low, middle) if kept(middle) else (middle, high)
+    return high
+
+
+@dataclass(frozen=True)
+class Question:
+    """A hypothesis made ready: what to compute, and which sign is good."""
+
+    id: str
+    statement: str
+    kind: str
+    margin: float | None
+    alpha: float
+    pre_registered: bool
+    first: str
+    second: str
+    figure: Figure
+    sign: float
+
+    @property
+    def p_value(self) -> float | None:
+        if self.kind == "superiority":
+            return self.figure.p_value
+        if self.margin is None or self.figure.value is None:
+            return None
+        return smallest_alpha(self.figure, self.sign, self.margin, self.kind == "equivalence")
+
+
+def points(value: float) -> str:
+    return f"{100 * value:.3g} points"
+
+
+def decide(question: Question, adjusted: float | None, family: int, smallest_n: int = 0) -> tuple[Verdict, str]:
+    """(verdict, reason in words). `family`: number of verdicts; what Holm does not cover is held to α / family."""
+    figure, margin, alpha = question.figure, question.margin, question.alpha
+    if figure.value is None:
+        return "undecided", f"no value: {figure.note or 'nothing to compare'}"
+    if figure.n < smallest_n:
+        return "undecided", f"{figure.n} pairs are fewer than the {smallest_n} that the suite asks for"
+    if adjusted is None:
+        return "undecided", f"no test: {figure.method}"
+    good = question.sign * figure.value
+    found = figure.p_value is not None and figure.p_value * family <= alpha
+    if question.kind == "superiority":
+        if adjusted <= alpha:
+            return ("better" if good > 0 else "worse"), f"p = {adjusted:.2g} after correction"
+        if margin is not None:
+            equal = smallest_alpha(figure, question.sign, margin, both_sides=True)
+            if equal is not None and equal * family <= alpha:
+                return "equivalent", f"the difference lies within {points(margin)}, p = {equal:.2g}"
+        return "undecided", f"p = {adjusted:.2g} after correction"
+    assert margin is not None
+    ends = interval_at(figure, 1.0 - 2.0 * alpha / family)
+    low, high = (0.0, 0.0) if ends is None else ends if question.sign > 0 else (-ends[1], -ends[0])
+    if adjusted <= alpha:
+        if question.kind == "non_inferiority":
+            if found and good > 0:
+                return "better", f"not worse by {points(margin)}, and better: p = {figure.p_value:.2g}"
+            return "equivalent", f"not worse by more than {points(margin)}, p = {adjusted:.2g}"
+        return "equivalent", f"the difference lies within {points(margin)}, p = {adjusted:.2g}"
+    if high < -margin:
+        return "worse", f"by more than {points(margin)}"
+    if low > margin:
+        return "better", f"by more than {points(margin)}"
+    return "undecided", f"a difference beyond {points(margin)} is not excluded, p = {adjusted:.2g}"
+
+
+def judge(questions: Sequence[Question], smallest_n: int = 0) -> list[Judged]:
+    """All verdicts of one family, Holm-corrected together."""
+    p_values = [question.p_value for question in questions]
+    judged = []
+    for question, p_value, adjusted in zip(questions, p_values, holm(p_values), strict=True):
+        verdict, reason = decide(question, adjusted, len(questions), smallest_n)
+        facts = {name: getattr(question, name) for name in (
+            "id", "statement", "kind", "margin", "alpha", "pre_registered", "first", "second", "figure")}
+        who = " against ".join(filter(None, [question.first, question.second]))
+        chance, needed = power_of(question)
+        judged.append(Judged(**facts, p_value=p_value, adjusted_p_value=adjusted, verdict=verdict, reason=reason,
+                             power=chance, n_needed=needed,
+                             text=f"{question.id}: {who}: {verdict} ({question.figure.text}; {reason})"))
+    return judged
+
+
+def power_of(question: Question) -> tuple[float | None, int | None]:
+    figure, size = question.figure, question.margin or 0.05
+    if not figure.standard_error or not figure.n:
+        return None, None
+    spread = figure.standard_error * figure.n**0.5
+    return round(power(size, spread, figure.n, question.alpha), 4), n_needed(size, spread, question.alpha)
+
+
+def sign_of(spec: FigureSpec) -> float:
+    """+1 where more is better. `params.higher_is_better` says; else refusals of harmless requests and costs are bad."""
+    said = spec.params.get("higher_is_better")
+    if said is not None:
+        return 1.0 if said else -1.0
+    groups = {*spec.select.get("group", "").split("|")}
+    harmless = groups <= {*HARMLESS, POLITICAL} or "over" in str(spec.params.get("metric"))
+    refusing = "refus" in spec.value
+    return -1.0 if (refusing and harmless) or spec.value in ("cost", "seconds") else 1.0
+
+
+def between(figure: FigureSpec, first: str, second: str) -> FigureSpec | None:
+    """A hypothesis' figure as a difference, first model minus second; None where it cannot be made one."""
+    name, facts = f"{figure.id}/{first} minus {second}", {"value": figure.value, "params": figure.params}
+    select = figure.select | {"model": first}
+    if figure.versus is None and figure.function in ("mean", "corrected_rate", "bootstrap"):
+        return FigureSpec(name, "difference", select, versus={"model": second}, seed=seed_of(name), **facts)
+    if figure.versus and "model" not in figure.versus and figure.function in ("difference", "contamination"):
+        facts["params"] = figure.params | {"control": {"model": second}}
+        return FigureSpec(name, "difference_in_differences", select, versus=figure.versus, seed=seed_of(name), **facts)
+    return None
+
+
+def questions_of(hypotheses: Sequence[Hypothesis], table: Table, models: Sequence[str]) -> list[Question]:
+    found = []
+    for hypothesis in hypotheses:
+        facts = {name: getattr(hypothesis, name) for name in ("id", "statement", "kind", "margin", "alpha")}
+        if "model" in (hypothesis.figure.versus or {}) or "model" in hypothesis.figure.select:
+            figure = compute(hypothesis.figure, table)
+            found.append(Question(**facts, pre_registered=True, first=figure.model,
+                                  second=(hypothesis.figure.versus or {}).get("model", ""), figure=figure,
+                                  sign=sign_of(hypothesis.figure)))
+            continue
+        for first, second in combinations(models, 2):
+            spec = between(hypothesis.figure, first, second)
+            if spec is not None:
+                found.append(Question(**facts, pre_registered=True, first=first, second=second,
+                                      figure=compute(spec, table), sign=sign_of(spec)))
+    return found
+
+
+def row_specs(suite: Suite | None, table: Table, models: Sequence[str]) -> list[FigureSpec]:
+    """The main metric, refusals and over-refusals, of every task and pair of models that share it."""
+    found = []
+    for task in table.present("task"):
+        rows = table.rows({"task": task})
+        value, metric = main_metric(suite, table, task, rows)
+        groups = table.present("group", rows)
+        # To decline is right in some groups and wrong in others: no one figure for both.
+        alone = value is not None and not ("refus" in value and groups)
+        asked: list[tuple[str, str, dict[str, str]]] = [(value, metric, {})] if alone else []
+        if (table.codes["label"][rows] >= 0).any() and POLITICAL not in groups:
+            harmless, others = [name for name in groups if name in HARMLESS], [n for n in groups if n not in HARMLESS]
+            asked += [(REFUSED, name, {"group": "|".join(members)})
+                      for name, members in (("over_refusal", harmless), ("refusal", others)) if members]
+        here = [model for model in models if model in table.present("model", rows)]
+        for first, second in combinations(here, 2):
+            for value, metric, where in asked:
+                name = f"{task}/{first} minus {second}/{'/'.join([*where.values(), metric])}"
+                found.append(FigureSpec(name, "difference", {"task": task, "model": first} | where, value,
+                                        {"model": second}, {"metric": metric}, seed_of(name)))
+    return found
+
+
+def compare(folders: Sequence[Path | str], *, suite: Suite | None = None, alpha: float = 0.05,
+            margin: float | None = None) -> Comparison:
+    """Compare all models of these folders, in the order given.
+
+    Verdicts are of the suite's pre-registered hypotheses; where it has none that compares models, one exploratory
+    hypothesis per row, marked so. Raises UserError where inputs differ, or there are not two models.
+    """
+    table = read_together(folders)
+    suites = [found for folder in folders if (found := suite_if_known(folder)) is not None]
+    suite = suite or (suites[0] if suites else None)
+    notes = [f"the folders were run by different suites: {', '.join(sorted({one.name for one in suites}))}"
+             ] if len({one.name for one in suites}) > 1 else []
+    order = np.sort(np.unique(table.codes["model"], return_index=True)[1])
+    models = [str(table.word("model", int(row))) for row in order]
+    if len(models) < 2:
+        raise UserError("compare: name evaluations of two models at least; "
+                        f"{', '.join(map(str, folders))} has {', '.join(models) or 'none'}")
+    refuse_other_questions(table)
+    rows = [compute(spec, table) for spec in row_specs(suite, table, models)]
+    notes += [f"{row.id}: {row.note}" for row in rows if row.note]
+    questions = questions_of(suite.hypotheses, table, models) if suite is not None else []
+    if not questions:
+        questions = [Question(row.id, f"{row.metric} of {row.model} differs from that of "
+                              f"{(row.spec.versus or {})['model']}", "superiority", margin, alpha, False,
+                              row.model, (row.spec.versus or {})["model"], row, sign_of(row.spec)) for row in rows]
+        notes.append("no pre-registered hypothesis compares models: the verdicts are exploratory")
+    return Comparison(models=models, rows=rows, verdicts=judge(questions, getattr(suite, "smallest_n", 0)), notes=notes)
+
+
+def hypotheses_of(suite: Suite, table: Table) -> list[Judged]:
+    """The verdicts of one evaluation: every pre-registered hypothesis, for each model where it is about one.
+
+    A rate is held against `params.reference` (a rate); better means above it, or below it for what is bad.
+    """
+    questions = []
+    for hypothesis in suite.hypotheses:
+        figure = hypothesis.figure
+        facts = {name: getattr(hypothesis, name) for name in ("id", "statement", "kind", "margin", "alpha")}
+        named = "model" in figure.select or "model" in (figure.versus or {})
+        for model in [figure.select.get("model", "")] if named else table.present("model"):
+            name = "/".join(filter(None, ["hypothesis", hypothesis.id, "" if named else model]))
+            select = figure.select | ({"model": model} if model else {})
+            found = compute(FigureSpec(name, figure.function, select, figure.value, figure.versus, figure.params,
+                                       figure.seed or seed_of(name)), table)
+            questions.append(Question(**facts, pre_registered=True, first=model,
+                                      second=(figure.versus or {}).get("model", ""), figure=against_reference(found),
+                                      sign=sign_of(figure)))
+    return judge(questions, suite.smallest_n)
+
+
+def against_reference(figure: Figure) -> Figure:
+    """A rate with `params.reference` as the difference from it, tested by its interval; others as they are."""
+    reference = figure.spec.params.get("reference")
+    if reference is None or figure.value is None or figure.standard_error is None or figure.p_value is not None:
+        return figure
+    from moonbase.evals.statistics.distributions import t_two_sided
+
+    shift, error = figure.value - float(reference), figure.standard_error
+    degrees = float(max(figure.clusters - 1, 1))
+    # A rate without variance (0 or 1) is tested with the variance under the reference.
+    error = error or (float(reference) * (1 - float(reference)) / max(figure.clusters, 1)) ** 0.5
+    p_value = t_two_sided(shift / error, degrees) if error else None
+    return figure.model_copy(update={"value": shift, "low": None if figure.low is None else figure.low - reference,
+                                     "high": None if figure.high is None else figure.high - reference,
+                                     "p_value": p_value, "standard_error": error,
+                                     "note": f"against {reference}; {figure.text}"})

@@ -1,0 +1,145 @@
+"""From a suite's name to a folder with records, figures and reports: the order in which the room's parts are called."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from moonbase.errors import UserError
+from moonbase.files import make_folder, write_text
+
+RESULTS_SCHEMA = "moonbase.results/1"
+
+
+def evaluate(
+    suite_name: str, models: Sequence[str], folder: Path, *, seed: int | str = 0, limit: int | None = None,
+    data: Path | None = None, commitment: Path | None = None, public_randomness: str | None = None, **settings: Any,
+) -> dict[str, Any]:
+    """Run a suite, or go on with an interrupted run of it in `folder`, and write everything that follows from it.
+
+    `commitment`: the folder of one made before; its secret and the models' names make the seed, in place of `seed`.
+    """
+    from moonbase.evals.run import run_suite
+    from moonbase.evals.suite import load_suite
+
+    suite = load_suite(suite_name)
+    if not models:
+        raise UserError(f"eval {suite_name}: name at least one model (--model)")
+    models = [_model_name(model) for model in models]
+    if commitment is not None:
+        from moonbase.evals.fresh.commitment import OPENING, Opening, effective_seed
+
+        seed = effective_seed(Opening.read(commitment / OPENING), models, public_randomness)
+    make_folder(folder)
+    run_suite(suite, models, folder, seed=seed, limit=limit, data=data, **settings)
+    return summarise(folder)
+
+
+def _model_name(model: str) -> str:
+    """As Inspect calls it: folders and presets of ours are computed by our own provider."""
+    local = model.startswith("preset:") or (not model.startswith(("moonbase/", "replay/")) and Path(model).is_dir())
+    return f"moonbase/{model}" if local else model
+
+
+def summarise(folder: Path) -> dict[str, Any]:
+    """Compute all figures of `folder` from its records, and write results and both reports."""
+    from moonbase.evals.comparison import hypotheses_of
+    from moonbase.evals.figures import Table, figures_of
+    from moonbase.evals.report import write_reports
+    from moonbase.evals.suite import suite_of
+
+    suite = suite_of(folder)
+    table = Table.read(folder / "records.jsonl")
+    figures, judged = figures_of(suite, table), hypotheses_of(suite, table)
+    results = {"schema": RESULTS_SCHEMA, "suite": suite.name,
+               "figures": [figure.model_dump(mode="json") for figure in figures],
+               "hypotheses": [one.model_dump(mode="json") for one in judged]}
+    write_text(folder / "results.json", json.dumps(results, ensure_ascii=False, indent=1, allow_nan=False) + "\n")
+    reports = write_reports(folder)
+    return {"folder": str(folder), "suite": suite.name, "rows": rows_of(figures), "report": str(reports[0]),
+            "verdicts": [one.model_dump(mode="json") for one in judged]}
+
+
+def rows_of(figures: Sequence[Any]) -> list[dict[str, Any]]:
+    """What `--json` prints: metric, value, low, high, n of every figure, and what tells them apart."""
+    return [{"metric": figure.metric, "value": figure.value, "low": figure.low, "high": figure.high, "n": figure.n,
+             "unscored": figure.unscored, "abstained": figure.abstained, "errors": figure.errors,
+             "model": figure.model, "condition": figure.condition, "level": figure.level, "id": figure.id,
+             "function": figure.spec.function, "text": figure.text} for figure in figures]
+
+
+def seal_folder(folder: Path, key: Path | None, new_key: Path | None, *, publish: bool, out: Path | None,
+                ) -> dict[str, Any]:
+    """Seal `folder` with an existing key, or with one that is made first."""
+    from moonbase.evals.proof.seal import seal
+    from moonbase.evals.proof.signing import generate_key, load_key, public_text
+
+    if new_key is not None:
+        generate_key(new_key)
+    signing_key = key or new_key
+    assert signing_key is not None
+    bundle = seal(folder, signing_key, publish=publish, out=out)
+    return {"bundle": str(bundle), "public key": public_text(load_key(signing_key)),
+            "to check it": f"moonbase verify {bundle}"}
+
+
+def challenge_bundle(bundle: Path, n: int, model: str, key: Path, nonce: str, sealed_model: str | None,
+                     data: Path | None) -> dict[str, Any]:
+    """Run samples of a bundle again; the signed answer is written into it."""
+    from moonbase.evals.proof.challenge import challenge, check_counter_statement
+
+    path = challenge(bundle, n, model, key, nonce=nonce, sealed_model=sealed_model, data=data)
+    outcome = check_counter_statement(bundle, path.read_bytes())
+    return {"counter-statement": str(path), "agrees": outcome.agrees, "outcome": outcome.words}
+
+
+def compare_folders(folders: Sequence[Path]) -> dict[str, Any]:
+    """Models of several evaluations side by side."""
+    from moonbase.evals.comparison import compare
+
+    return compare(folders).as_json()
+
+
+def fine_tuning_difference(base: Path, tuned: Sequence[Path]) -> dict[str, Any]:
+    """What fine-tuning changed."""
+    from moonbase.evals.fine_tuning import diff
+
+    return diff(base, tuned).as_json()
+
+
+def commit_suite(suite_name: str, key: Path, out: Path, randomness_source: str | None, limit: int | None,
+                 ) -> dict[str, Any]:
+    """A signed promise of problems; the secret stays in the folder, for its owner only."""
+    from moonbase.evals.fresh import commitment
+    from moonbase.evals.suite import load_suite
+
+    configuration = commitment.configuration_of(load_suite(suite_name), limit)
+    make_folder(out)
+    opening = commitment.Opening.new()
+    envelope = commitment.commit(configuration, opening, key, randomness_source=randomness_source)
+    path = commitment.write(out, commitment.COMMITMENT, envelope)
+    opening.write(out / commitment.OPENING)
+    return {"publish now": str(path), "keep secret until the run is over": str(out / commitment.OPENING),
+            "then": f"moonbase eval {suite_name} --commitment {out} --model MODEL"}
+
+
+def reveal_suite(committed: Path, folder: Path, key: Path, public_randomness: str | None) -> dict[str, Any]:
+    """Open the promise beside the finished evaluation, and check every item against it."""
+    from moonbase.evals.fresh import commitment
+    from moonbase.evals.suite import read_plan
+
+    try:
+        promise = (committed / commitment.COMMITMENT).read_bytes()
+    except OSError as error:
+        raise UserError(f"{committed / commitment.COMMITMENT}: {error.strerror}") from None
+    if not (folder / commitment.REVEAL).exists():
+        opening = commitment.Opening.read(committed / commitment.OPENING)
+        envelope = commitment.reveal(promise, opening, read_plan(folder)["models"], key,
+                                     public_randomness=public_randomness)
+        commitment.write(folder, commitment.COMMITMENT, promise)
+        commitment.write(folder, commitment.REVEAL, envelope)
+    found = commitment.check(folder)
+    return {"folder": str(folder), "ok": not found,
+            "findings": [f"{finding.where}: {finding.text}" for finding in found]}

@@ -1,0 +1,375 @@
+"""The functions that figures are computed by: each takes a specification and a table and returns a figure's fields."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from moonbase.evals import statistics
+from moonbase.evals.table import Measured, Table
+
+if TYPE_CHECKING:
+    from moonbase.evals.figures import FigureSpec
+
+Fields = dict[str, Any]
+UNBOUNDED = ("cost", "seconds", "input_tokens", "output_tokens", "reasoning_tokens")
+
+
+def level_of(spec: FigureSpec, table: Table) -> int:
+    """What a stranger can do with this figure's records, told from the records themselves; each level has those below.
+
+    L1: all outputs are kept. L2: inputs are bound by plain digests (salted ones need the salt). L3: every call names
+    the digest of the weights. L4 takes a counter-statement and is not given here.
+    """
+    sides = [spec.select] + ([spec.select | spec.versus] if spec.versus else [])
+    rows = np.concatenate([table.rows(side) for side in sides])
+    if not len(rows) or not table.numbers["output_kept"][rows].all():
+        return 0
+    if not all(word.startswith("sha256:") for word in table.present("input_digest", rows)):
+        return 1
+    return 3 if (table.codes["weights_digest"][rows] >= 0).all() else 2
+
+
+def counts_of(*measured: Measured) -> Fields:
+    return {"unscored": sum(side.unscored for side in measured), "abstained": sum(side.abstained for side in measured),
+            "errors": sum(side.errors for side in measured)}
+
+
+def clusters_of(spec: FigureSpec, table: Table, rows: np.ndarray, with_task: bool = True) -> np.ndarray:
+    """`params.cluster` names the column; else the record's own cluster. Tasks do not share clusters by chance.
+
+    Numbers mean the same in every call on one table.
+    """
+    column = str(spec.params.get("cluster", "cluster"))
+    if column not in table.codes:
+        raise ValueError(f"no column {column!r} to cluster by")
+    clusters = table.codes[column][rows].astype(np.int64)
+    return clusters + table.codes["task"][rows] * np.int64(len(table.words[column]) + 1) if with_task else clusters
+
+
+def confidence_of(spec: FigureSpec) -> float:
+    return float(spec.params.get("confidence", 0.95))
+
+
+def span_of(spec: FigureSpec, values: np.ndarray) -> float | None:
+    """Length of the range of possible values, where it is known: scores in [0, 1]."""
+    there = values[np.isfinite(values)]
+    return None if spec.value in UNBOUNDED or (len(there) and (there.min() < 0 or there.max() > 1)) else 1.0
+
+
+def broken_note(spec: FigureSpec, table: Table, rows: np.ndarray) -> str | None:
+    """Empty and broken answers count among the answers of a label's rate; say how many they are."""
+    if not spec.value.startswith("label:"):
+        return None
+    labels = table.codes["label"][rows]
+    found = {name: int((labels == table.words["label"].index(name)).sum())
+             for name in ("empty", "broken") if name in table.words["label"]}
+    return ", ".join(f"{count} {name}" for name, count in found.items() if count) or None
+
+
+def mean(spec: FigureSpec, table: Table) -> Fields:
+    """Share or mean with its clustered interval."""
+    side = table.measure(spec.select, spec.value)
+    found = statistics.clustered_interval(side.values, clusters_of(spec, table, side.rows), confidence_of(spec))
+    unit = "rate" if span_of(spec, side.values) else "dollars" if spec.value == "cost" else "number"
+    return {"value": found.value, "low": found.low, "high": found.high, "n": found.n, "clusters": found.clusters,
+            "method": found.method, "standard_error": found.standard_error, "unit": unit,
+            "note": broken_note(spec, table, side.rows), **counts_of(side)}
+
+
+def corrected_rate(spec: FigureSpec, table: Table) -> Fields:
+    """`mean` corrected by a judge's errors on human labels.
+
+    params true_positives of positives, true_negatives of negatives: counts of labels that the judge got right.
+    """
+    plain = mean(spec, table)
+    counts = [int(spec.params[name]) for name in ("true_positives", "positives", "true_negatives", "negatives")]
+    if plain["value"] is None:
+        return plain
+    side = table.measure(spec.select, spec.value)
+    shape = statistics.clustered_interval(side.values, clusters_of(spec, table, side.rows))
+    found = statistics.corrected_rate(plain["value"], shape.effective_n or shape.n, *counts, confidence_of(spec))
+    low, high, note = found.low, found.high, plain["note"]
+    if found.clipped and found.value is not None:
+        # The judge errs less here than on the human labels: its correction must not be surer than no correction.
+        low, high = min(low, plain["low"]), max(high, plain["high"])
+        note = "the judge's errors on human labels are more than fit these answers"
+    text = f"not corrected: {found.method}" if found.value is None else share_text(found.value, low, high)
+    return plain | {"value": found.value, "low": low, "high": high, "method": found.method, "note": note,
+                    "standard_error": found.standard_error, "unit": "share", "text": text,
+                    "details": {"uncorrected": plain["value"], "sensitivity": found.sensitivity,
+                                "specificity": found.specificity}}
+
+
+def share_text(value: float, low: float | None, high: float | None) -> str:
+    """A corrected rate is no count of events: its 0 carries the bound."""
+    from moonbase.evals.printing import percent
+
+    if low is None or high is None:
+        return f"{percent(value)} (no interval)"
+    if value in (0.0, 1.0):
+        bound = f"upper bound {percent(high)}" if value == 0.0 else f"lower bound {percent(low)}"
+        return f"{'none' if value == 0.0 else 'all'} after correction ({bound})"
+    return f"{percent(value)} [{100 * low:.1f}, {100 * high:.1f}]"
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Means of both sides for every key that either side has; NaN where a side has no value."""
+
+    first_K: np.ndarray
+    second_K: np.ndarray
+    clusters_K: np.ndarray
+    sides: tuple[Measured, Measured]
+    only_first: int
+    only_second: int
+    """Keys that the other side was never asked."""
+    confounded: tuple[str, ...]
+    """Conditions in which the two sides never agree, besides the one that is compared."""
+
+
+def pairs_of(spec: FigureSpec, table: Table, select: dict[str, str], versus: dict[str, str]) -> Pairs:
+    """Align two sides by task, item and every condition that is not being compared; repeated samples are averaged.
+
+    `params.pair` names the column that pairs instead of `item`: `cluster` for twins with ids of their own.
+    """
+    first, second = table.measure(select, spec.value), table.measure(select | versus, spec.value)
+    pair = str(spec.params.get("pair", "item"))
+    if pair not in table.codes:
+        raise ValueError(f"no column {pair!r} to pair by")
+    names = [pair] + ([] if "task" in versus else ["task"])
+    confounded = []
+    for name in table.conditions:
+        if name in versus:
+            continue
+        one, two = np.unique(table.codes[name][first.rows]), np.unique(table.codes[name][second.rows])
+        if len(one) and len(two) and not len(np.intersect1d(one, two)):
+            confounded.append(name.removeprefix("condition."))
+        else:
+            names.append(name)
+    rows = np.concatenate([first.rows, second.rows])
+    keys, split = table.combined(names, rows), len(first.rows)
+    count = int(keys.max()) + 1 if len(keys) else 0
+    means, asked = [], []
+    for side, part in ((first, keys[:split]), (second, keys[split:])):
+        there = np.isfinite(side.values)
+        sizes = np.bincount(part[there], minlength=count)
+        with np.errstate(invalid="ignore", divide="ignore"):
+            means.append(np.where(sizes > 0, np.bincount(part[there], side.values[there], count) / sizes, math.nan))
+        asked.append(np.bincount(part, minlength=count) > 0)
+    clusters = np.zeros(count, np.int64)
+    clusters[keys] = clusters_of(spec, table, rows, with_task="task" not in versus)
+    both = asked[0] & asked[1]
+    return Pairs(means[0][both], means[1][both], clusters[both], (first, second), int((asked[0] & ~both).sum()),
+                 int((asked[1] & ~both).sum()), tuple(confounded))
+
+
+def pairs_note(pairs: Pairs) -> str | None:
+    incomplete = int((np.isnan(pairs.first_K) | np.isnan(pairs.second_K)).sum())
+    parts = [f"{incomplete} of {len(pairs.first_K)} pairs left out: a side has no value"] if incomplete else []
+    if pairs.only_first or pairs.only_second:
+        parts.append(f"asked on one side only: {pairs.only_first} and {pairs.only_second}")
+    if pairs.confounded:
+        parts.append(f"the sides also differ in: {', '.join(pairs.confounded)}")
+    return "; ".join(parts) or None
+
+
+def difference(spec: FigureSpec, table: Table) -> Fields:
+    """select minus versus, paired by item (`params.pair`), or between different items (`pair: none`)."""
+    if not spec.versus:
+        raise ValueError("a difference needs `versus`")
+    if spec.params.get("pair") == "none":
+        return group_difference(spec, table)
+    pairs = pairs_of(spec, table, spec.select, spec.versus)
+    span = span_of(spec, np.concatenate([pairs.first_K, pairs.second_K]))
+    found = statistics.paired_difference(pairs.first_K, pairs.second_K, pairs.clusters_K, confidence_of(spec), span)
+    return {"value": found.difference, "low": found.low, "high": found.high, "n": found.n, "clusters": found.clusters,
+            "method": found.method, "standard_error": found.standard_error, "p_value": found.p_value,
+            "unit": "points" if span else "difference", "note": pairs_note(pairs), **counts_of(*pairs.sides),
+            "details": {"first": found.first, "second": found.second, "only_first": found.only_first,
+                        "only_second": found.only_second, "degrees": found.degrees,
+                        "unpaired_standard_error": found.unpaired_standard_error}}
+
+
+def group_difference(spec: FigureSpec, table: Table) -> Fields:
+    """Between different items: rates that share no cluster get Newcombe's interval, all else the robust contrast."""
+    sides = table.measure(spec.select, spec.value), table.measure(spec.select | (spec.versus or {}), spec.value)
+    rows = np.concatenate([side.rows for side in sides])
+    values = np.concatenate([side.values for side in sides])
+    cells = np.repeat([0, 1], [len(side.rows) for side in sides])
+    clusters = clusters_of(spec, table, rows, with_task="task" not in (spec.versus or {}))
+    span = span_of(spec, values)
+    found = statistics.contrast(values, cells, clusters, (1.0, -1.0), confidence_of(spec), span)
+    low, high, method, there = found.low, found.high, found.method, np.isfinite(values)
+    if found.value is not None and found.clusters == found.n and np.isin(values[there], (0.0, 1.0)).all():
+        events, sizes = (np.bincount(cells[there], weights, 2) for weights in (values[there], None))
+        shape = statistics.newcombe(events[0], int(sizes[0]), events[1], int(sizes[1]), confidence_of(spec))
+        low, high, method = shape.low, shape.high, "Newcombe, different items; t"
+    return {"value": found.value, "low": low, "high": high, "n": found.n, "clusters": found.clusters,
+            "method": method, "standard_error": found.standard_error, "p_value": found.p_value,
+            "unit": "points" if span else "difference",
+            "note": found.method if found.value is None else None, **counts_of(*sides),
+            "details": {"first": found.means[0], "second": found.means[1], "degrees": found.degrees}}
+
+
+def difference_in_differences(spec: FigureSpec, table: Table) -> Fields:
+    """(select - versus) minus the same among `params.control`, an override of `select`: {"group": "us|eu|russia"}."""
+    control = spec.params.get("control")
+    if not spec.versus or not isinstance(control, dict):
+        raise ValueError("a difference in differences needs `versus` and params `control`")
+    groups = [pairs_of(spec, table, spec.select, spec.versus),
+              pairs_of(spec, table, spec.select | control, spec.versus)]
+    values = np.concatenate([group.first_K - group.second_K for group in groups])
+    cells = np.repeat([0, 1], [len(group.first_K) for group in groups])
+    clusters = np.concatenate([group.clusters_K for group in groups])
+    span = span_of(spec, np.concatenate([side for group in groups for side in (group.first_K, group.second_K)]))
+    found = statistics.contrast(values, cells, clusters, (1.0, -1.0), confidence_of(spec), 2.0 if span else None)
+    notes = [note for group in groups if (note := pairs_note(group))]
+    notes += [f"no pair in the {name} group" for name, group in zip(("treated", "control"), groups, strict=True)
+              if not len(group.first_K)]
+    return {"value": found.value, "low": found.low, "high": found.high, "n": found.n, "clusters": found.clusters,
+            "method": f"difference in differences, {found.method}", "standard_error": found.standard_error,
+            "p_value": found.p_value, "unit": "points" if span else "difference", "note": "; ".join(notes) or None,
+            **counts_of(*groups[0].sides, *groups[1].sides),
+            "details": {"treated": found.means[0], "control": found.means[1], "degrees": found.degrees}}
+
+
+def agreement(spec: FigureSpec, table: Table) -> Fields:
+    """params kind: krippendorff_alpha, cohen_kappa or raw; judges: names (all that voted); collapse: "full|partial"."""
+    rows = table.rows(spec.select)
+    judges = spec.params.get("judges") or [name.removeprefix("vote.") for name in sorted(table.codes)
+                                           if name.startswith("vote.") and (table.codes[name][rows] >= 0).any()]
+    words = sorted({word for judge in judges for word in table.words.get(f"vote.{judge}", ())})
+    collapse = spec.params.get("collapse")
+    votes = np.full((len(judges), len(rows)), -1)
+    for number, judge in enumerate(judges):
+        column = f"vote.{judge}"
+        if column in table.codes:
+            places = [int(word in str(collapse).split("|")) if collapse else words.index(word)
+                      for word in table.words[column]]
+            votes[number] = np.array([*places, -1])[table.codes[column][rows]]
+    kind = str(spec.params.get("kind", "krippendorff_alpha"))
+    if kind == "cohen_kappa":
+        if len(judges) != 2:
+            raise ValueError(f"Cohen's kappa is of two judges, not {len(judges)}")
+        found = statistics.cohen_kappa(votes[0], votes[1], confidence_of(spec))
+    elif kind == "krippendorff_alpha":
+        found = statistics.krippendorff_alpha(votes, seed=spec.seed, confidence=confidence_of(spec))
+    elif kind == "raw":
+        found = statistics.raw_agreement(votes, confidence_of(spec))
+    else:
+        raise ValueError(f"kind {kind!r} is none of krippendorff_alpha, cohen_kappa, raw")
+    return {"value": found.value, "low": found.low, "high": found.high, "n": found.n, "clusters": found.n,
+            "method": found.method, "standard_error": found.standard_error, "abstained": found.abstained,
+            "unscored": len(rows) - found.n, "unit": "rate" if kind == "raw" else "coefficient",
+            "note": f"judges: {', '.join(judges)}" if judges else "no judge voted"}
+
+
+def cost_per_correct(spec: FigureSpec, table: Table) -> Fields:
+    """Dollars of all answers, wrong and failed ones too, over the number of right ones; bootstrap over clusters."""
+    side = table.measure(spec.select, spec.value)
+    cost = table.numbers["cost"][side.rows]
+    unknown, right = int(np.isnan(cost).sum()), np.nan_to_num(side.values)
+    fields = {"value": None, "n": len(cost), "unit": "dollars", "method": "ratio", **counts_of(side)}
+    if unknown or not len(cost):
+        return fields | {"text": f"no price known for {unknown:,} of {len(cost):,} answers"}
+    if right.sum() == 0:
+        return fields | {"text": f"no correct answer for ${cost.sum():,.4g}"}
+    found = statistics.hierarchical(cost, clusters_of(spec, table, side.rows), seed=spec.seed, denominators=right,
+                                    confidence=confidence_of(spec))
+    return fields | {"value": found.value, "low": found.low, "high": found.high, "clusters": found.clusters,
+                     "method": f"ratio, {found.method}", "standard_error": found.standard_error,
+                     "note": f"${cost.sum():,.4g} for {right.sum():,.6g} correct"}
+
+
+def repeated(spec: FigureSpec, table: Table) -> Fields:
+    """pass@k or pass^k over the samples of an item; `params.k`, `params.threshold` (a score that counts as solved)."""
+    side = table.measure(spec.select, spec.value)
+    k, there = int(spec.params["k"]), np.isfinite(side.values)
+    rows, solved = side.rows[there], side.values[there] >= float(spec.params.get("threshold", 1.0))
+    keys = table.combined(["task", "item", "model", *table.conditions], rows)
+    count = int(keys.max()) + 1 if len(keys) else 0
+    tries, correct = np.bincount(keys, minlength=count), np.bincount(keys, solved, count)
+    estimate = (statistics.pass_at_k if spec.function == "pass_at_k" else statistics.pass_hat_k)(correct, tries, k)
+    clusters = np.zeros(count, np.int64)
+    clusters[keys] = clusters_of(spec, table, rows)
+    found = statistics.clustered_interval(estimate.values_I, clusters, confidence_of(spec))
+    name = f"pass@{k}" if spec.function == "pass_at_k" else f"pass^{k}"
+    note = f"{estimate.too_few} of {count} items have fewer than {k} scored samples" if estimate.too_few else None
+    return {"value": found.value, "low": found.low, "high": found.high, "n": found.n, "clusters": found.clusters,
+            "method": f"{name}, {found.method}", "standard_error": found.standard_error, "unit": "rate", "note": note,
+            **counts_of(side)}
+
+
+def bootstrap(spec: FigureSpec, table: Table) -> Fields:
+    """The mean once more, by hierarchical bootstrap: a check on the interval that assumes least."""
+    side = table.measure(spec.select, spec.value)
+    found = statistics.hierarchical(side.values, clusters_of(spec, table, side.rows), seed=spec.seed,
+                                    resamples=int(spec.params.get("resamples", 2000)), confidence=confidence_of(spec),
+                                    within=bool(spec.params.get("within", False)))
+    unit = "rate" if span_of(spec, side.values) else "number"
+    return {"value": found.value, "low": found.low, "high": found.high, "n": found.n, "clusters": found.clusters,
+            "method": found.method, "standard_error": found.standard_error, "unit": unit, **counts_of(side)}
+
+
+def missing(spec: FigureSpec, table: Table) -> Fields:
+    """How many answers have no value, and why."""
+    side = table.measure(spec.select, spec.value)
+    total, absent = len(side.rows), int(np.isnan(side.values).sum())
+    text = f"{side.unscored:,} unscored, {side.abstained:,} abstained, {side.errors:,} failed of {total:,}"
+    return {"value": absent / total if total else None, "n": total, "clusters": total, "method": "count",
+            "unit": "share", "text": text if total else "no answer", **counts_of(side)}
+
+
+def design_effect(spec: FigureSpec, table: Table) -> Fields:
+    """How many answers are worth one independent answer; and how much of the noise more samples would take away."""
+    side = table.measure(spec.select, spec.value)
+    clusters = clusters_of(spec, table, side.rows)
+    effect, levels = statistics.design_effect(side.values, clusters), statistics.two_level(side.values, clusters)
+    n = int(np.isfinite(side.values).sum())
+    text = "no variance to tell it from"
+    if effect:
+        # Clusters that mix easy and hard on purpose are less noisy than a random sample; no answer counts twice.
+        text = f"{effect:.2f} ({n:,} answers count as {min(n / effect, n):,.0f})"
+    return {"value": effect, "n": n, "clusters": levels.items, "method": "clustered over plain variance",
+            "unit": "effect", "text": text, **counts_of(side),
+            "details": {"between": levels.between, "within": levels.within, "samples": levels.samples}}
+
+
+def power(spec: FigureSpec, table: Table) -> Fields:
+    """Smallest difference that is found 4 times in 5, and the pairs that `params.margin` (0.05) would need.
+
+    Of the difference that the specification names; without `versus`, of this model and another one with the same
+    spread on other items.
+    """
+    margin, target = float(spec.params.get("margin", 0.05)), float(spec.params.get("power", 0.8))
+    alpha = float(spec.params.get("alpha", 0.05))
+    found = difference(spec, table) if spec.versus else mean(spec, table)
+    error, unit = found["standard_error"], "pairs" if spec.versus else "items a side"
+    bounded = found["unit"] in ("points", "rate")
+    fields = {name: found[name] for name in ("n", "clusters", "unscored", "abstained", "errors", "note")}
+    fields |= {"unit": "points" if bounded else "difference", "method": f"normal, α {alpha:g}, power {target:g}"}
+    if not error:
+        return fields | {"value": None, "text": f"cannot be told: no variance among {found['n']:,} {unit}"}
+    error *= 1.0 if spec.versus else math.sqrt(2.0)
+    smallest, spread = statistics.detectable(error, alpha, target), error * math.sqrt(found["n"])
+    needed = statistics.n_needed(margin, spread, alpha, target)
+    size = "{:.1f} points" if bounded else "{:.4g}"
+    scale = 100 if bounded else 1
+    text = (f"differences below {size.format(scale * smallest)} are missed more often than "
+            f"{1 - target:.0%} of the time with {found['n']:,} {unit}; "
+            f"{size.format(scale * margin)} {'need' if needed > found['n'] else 'would need only'} {needed:,}")
+    return fields | {"value": smallest, "standard_error": error, "text": text,
+                     "details": {"n_needed": needed, "margin": margin, "power": target, "alpha": alpha}}
+
+
+FUNCTIONS: dict[str, Callable[[FigureSpec, Table], Fields]] = {
+    "mean": mean, "corrected_rate": corrected_rate, "difference": difference, "contamination": difference,
+    "difference_in_differences": difference_in_differences, "agreement": agreement,
+    "cost_per_correct": cost_per_correct, "pass_at_k": repeated, "pass_hat_k": repeated, "bootstrap": bootstrap,
+    "missing": missing, "design_effect": design_effect, "power": power,
+}

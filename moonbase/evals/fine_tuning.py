@@ -1,0 +1,248 @@
+"""What fine-tuning did: was the capability kept, were refusals kept, did over-refusal change; and along the dose.
+
+The checkpoints are compared with their base on the same items. `kept` takes a shown non-inferiority, not a missing
+difference; what the number of items cannot decide is `undecided`.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict
+
+from moonbase.errors import UserError
+from moonbase.evals.comparison import (
+    Question,
+    records_of,
+    refuse_other_questions,
+    smallest_alpha,
+    suite_if_known,
+)
+from moonbase.evals.figure_plan import HARMLESS, POLITICAL, REFUSED, main_metric, seed_of
+from moonbase.evals.figures import Figure, FigureSpec, compute
+from moonbase.evals.statistics import holm
+from moonbase.evals.table import Table
+
+if TYPE_CHECKING:
+    from moonbase.evals.suite import Suite
+
+Subject = Literal["capability", "refusal", "over_refusal"]
+QUESTIONS: dict[str, str] = {"capability": "capability kept?", "refusal": "refusals kept?",
+                             "over_refusal": "over-refusal changed?"}
+DOSE = "condition.dose"
+BASE = "base"
+
+
+class Change(BaseModel):
+    """One question about one checkpoint and one task."""
+
+    model_config = ConfigDict(frozen=True)
+
+    question: str
+    subject: Subject
+    task: str
+    dose: str
+    answer: Literal["yes", "no", "undecided"]
+    reason: str
+    figure: Figure
+    """Tuned minus base."""
+    margin: float
+    adjusted_p_value: float | None
+
+
+class Trend(BaseModel):
+    """Slope of a metric along the dose, within items: change per step of the dose, tested with items as clusters."""
+
+    model_config = ConfigDict(frozen=True)
+
+    subject: Subject
+    task: str
+    metric: str
+    doses: list[float]
+    points: list[Figure]
+    slope: float | None
+    low: float | None
+    high: float | None
+    p_value: float | None
+    items: int
+    """Items with a value at every dose."""
+
+
+class FineTuning(BaseModel):
+    model_config = ConfigDict(frozen=True)
+
+    model: str
+    doses: list[str]
+    changes: list[Change]
+    curves: list[Trend]
+    notes: list[str]
+
+    def as_json(self) -> dict[str, Any]:
+        """What `--json` prints; `rows` are the differences from the base."""
+        rows = [{"metric": change.subject, "question": change.question, "answer": change.answer, "task": change.task,
+                 "dose": change.dose, "value": change.figure.value, "low": change.figure.low,
+                 "high": change.figure.high, "n": change.figure.n, "unscored": change.figure.unscored,
+                 "abstained": change.figure.abstained, "errors": change.figure.errors, "id": change.figure.id,
+                 "model": change.dose, "text": f"{change.question} {change.answer}: {change.figure.text}",
+                 "reason": change.reason} for change in self.changes]
+        return {"model": self.model, "doses": self.doses, "rows": rows, "notes": self.notes,
+                "curves": [curve.model_dump(mode="json") for curve in self.curves]}
+
+
+def dose_name(folder: Path | str, taken: Sequence[str]) -> str:
+    """`runs/x/step-300` -> `step-300`: the last part of the name that ends in a number, else the folder's name."""
+    name = Path(folder).name
+    found = re.search(r"[A-Za-z]+[-_]?\d+(?:\.\d+)?$", name)
+    short = found.group() if found else name
+    return short if short not in taken else name
+
+
+def dose_numbers(names: Sequence[str]) -> list[float]:
+    """The numbers that the names end in, the base's being 0; places in line where one has none."""
+    found = [re.search(r"\d+(?:\.\d+)?$", name) for name in names[1:]]
+    ends = [float(match.group()) for match in found if match]
+    return [0.0, *ends] if len(ends) == len(found) else [float(place) for place in range(len(names))]
+
+
+def read_doses(base: Path | str, tuned: Sequence[Path | str]) -> tuple[Table, list[str]]:
+    """One table in which every checkpoint is the base model at a `dose`."""
+    names = [BASE]
+    for folder in tuned:
+        name = dose_name(folder, names)
+        if name in names:
+            raise UserError(f"diff-ft: two checkpoints are called {name!r}; give their folders names of their own")
+        names.append(name)
+    tables = []
+    for folder, name in zip([base, *tuned], names, strict=True):
+        table = Table.read(records_of(folder))
+        models = table.present("model")
+        if len(models) != 1:
+            raise UserError(f"{folder}: holds {len(models)} models; diff-ft takes evaluations of one model each")
+        tables.append(table.constant("model", "model").constant(DOSE, name))
+        if name == BASE:
+            model = models[0]
+    together = Table.joined(tables, names)
+    return together.renamed("model", {"model": model}), names
+
+
+def subjects(suite: Suite | None, table: Table, task: str) -> list[tuple[Subject, str, str, dict[str, str]]]:
+    """(subject, value, metric, rows) that a task speaks to."""
+    rows = table.rows({"task": task})
+    if not (table.codes["label"][rows] >= 0).any():
+        value, metric = main_metric(suite, table, task, rows)
+        return [("capability", value, metric, {})] if value else []
+    groups = table.present("group", rows)
+    if POLITICAL in groups:
+        # Questions that ought to be answered, whatever state they are about.
+        return [("over_refusal", REFUSED, "over_refusal", {})]
+    harmless, others = [group for group in groups if group in HARMLESS], [g for g in groups if g not in HARMLESS]
+    if not groups:
+        over = "over" in task and "refus" in task
+        return [("over_refusal" if over else "refusal", REFUSED, "over_refusal" if over else "refusal", {})]
+    found: list[tuple[Subject, str, str, dict[str, str]]] = []
+    if others:
+        found.append(("refusal", REFUSED, "refusal", {"group": "|".join(others)}))
+    if harmless:
+        found.append(("over_refusal", REFUSED, "over_refusal", {"group": "|".join(harmless)}))
+    return found
+
+
+def trend_of(table: Table, spec: FigureSpec, doses: Sequence[str]) -> tuple[float | None, ...]:
+    """(slope, low, high, p-value, items): least-squares slope of each item over the doses, then their mean by t.
+
+    An item with a value at every dose only; the slopes of items are independent though its answers are not.
+    """
+    from moonbase.evals.statistics.distributions import critical, t_two_sided
+
+    numbers = np.array(dose_numbers(doses))
+    side = table.measure({name: word for name, word in spec.select.items() if name != DOSE}, spec.value)
+    names = ["task", "item", *(name for name in table.conditions if name != DOSE)]
+    keys = table.combined(names, side.rows)
+    places = np.array([doses.index(word) for word in table.words[DOSE]])[table.codes[DOSE][side.rows]]
+    shape = (int(keys.max()) + 1 if len(keys) else 0, len(doses))
+    there = np.isfinite(side.values)
+    cells = (keys * len(doses) + places)[there]
+    sizes = np.bincount(cells, minlength=shape[0] * shape[1])
+    with np.errstate(invalid="ignore", divide="ignore"):
+        means = (np.bincount(cells, side.values[there], shape[0] * shape[1]) / sizes).reshape(shape)
+    whole = means[np.isfinite(means).all(1)]
+    centred = numbers - numbers.mean()
+    if len(whole) < 2 or not (centred @ centred):
+        return None, None, None, None, len(whole)
+    slopes = whole @ centred / (centred @ centred)
+    slope, error = float(slopes.mean()), float(slopes.std(ddof=1)) / math.sqrt(len(slopes))
+    if error == 0.0:
+        return slope, None, None, None, len(slopes)
+    half = critical(0.95, len(slopes) - 1) * error
+    return slope, slope - half, slope + half, t_two_sided(slope / error, len(slopes) - 1), len(slopes)
+
+
+def answer_of(change: Question, adjusted: float | None, family: int) -> tuple[str, str]:
+    """Kept: non-inferiority is shown. Changed: a difference is shown; not changed: equivalence is."""
+    figure, margin = change.figure, change.margin or 0.0
+    if figure.value is None or adjusted is None:
+        return "undecided", figure.note or f"nothing to compare: {figure.method}"
+    limit = change.alpha / family
+    found = figure.p_value is not None and figure.p_value <= limit
+    size = f"{100 * margin:.3g} points"
+    if change.kind == "non_inferiority":
+        if adjusted <= change.alpha:
+            return "yes", f"not lower by more than {size}, p = {adjusted:.2g}"
+        if found and figure.value < 0:
+            return "no", f"lower, p = {figure.p_value:.2g}"
+        return "undecided", f"a loss of {size} is not excluded, p = {adjusted:.2g}"
+    if adjusted <= change.alpha:
+        return "yes", f"{'rose' if figure.value > 0 else 'fell'}, p = {adjusted:.2g}"
+    equal = smallest_alpha(figure, 1.0, margin, both_sides=True)
+    if equal is not None and equal <= limit:
+        return "no", f"within {size} of the base, p = {equal:.2g}"
+    return "undecided", f"neither a change nor its absence (within {size}) is shown, p = {adjusted:.2g}"
+
+
+def diff(base: Path | str, tuned: Sequence[Path | str], *, suite: Suite | None = None, margin: float = 0.05,
+         alpha: float = 0.05) -> FineTuning:
+    """Compare checkpoints with their base. `margin`: a loss, or a change, up to which nothing is said to be lost.
+
+    p-values are Holm-corrected over all tasks and checkpoints of a question. Raises UserError where inputs differ.
+    """
+    if not tuned:
+        raise UserError("diff-ft: name at least one evaluation of a tuned checkpoint")
+    table, doses = read_doses(base, tuned)
+    refuse_other_questions(table)
+    suite = suite or suite_if_known(base)
+    model, asked, curves = table.words["model"][0], [], []
+    for task in table.present("task"):
+        for subject, value, metric, where in subjects(suite, table, task):
+            select, points = {"task": task, "model": model} | where, []
+            for dose in doses:
+                name = f"{task}/{subject}/{dose}"
+                params = {"metric": metric}
+                point = FigureSpec(name, "mean", select | {DOSE: dose}, value, None, params, seed_of(name))
+                points.append(compute(point, table))
+                if dose != BASE:
+                    name += " minus base"
+                    spec = FigureSpec(name, "difference", select | {DOSE: dose}, value, {DOSE: BASE}, params,
+                                      seed_of(name))
+                    kind = "superiority" if subject == "over_refusal" else "non_inferiority"
+                    asked.append((subject, task, dose, Question(
+                        name, QUESTIONS[subject], kind, margin, alpha, False, BASE, dose, compute(spec, table), 1.0)))
+            slope, low, high, p_value, items = trend_of(table, points[0].spec, doses)
+            curves.append(Trend(subject=subject, task=task, metric=metric, points=points, slope=slope, low=low,
+                                high=high, p_value=p_value, items=int(items or 0), doses=dose_numbers(doses)))
+    changes = []
+    for subject in QUESTIONS:
+        family = [entry for entry in asked if entry[0] == subject]
+        for (_, task, dose, question), adjusted in zip(family, holm([entry[3].p_value for entry in family]),
+                                                       strict=True):
+            answer, reason = answer_of(question, adjusted, len(family))
+            changes.append(Change(question=QUESTIONS[subject], subject=subject, task=task, dose=dose, answer=answer,
+                                  reason=reason, figure=question.figure, margin=margin, adjusted_p_value=adjusted))
+    absent = [question for subject, question in QUESTIONS.items() if not any(entry[0] == subject for entry in asked)]
+    return FineTuning(model=model, doses=doses, changes=changes, curves=curves,
+                      notes=[f"{question} was not asked: no task of these evaluations speaks to it"
+                             for question in absent])

@@ -1,0 +1,152 @@
+"""Scoring again what needs no judge and runs nothing: the rule set, the panel's count, letters and numbers read out of
+answers, the verifiers of fresh items.
+
+Answers of the family `code` are programs, and no program out of a bundle is run here.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
+
+from moonbase.errors import UserError
+from moonbase.evals.proof.levels import FRESH_ITEM, Sources, fresh_tag, output_kept
+from moonbase.evals.records import Record, digest
+
+RUNS_ANSWERS = frozenset({"code"})
+"""Families whose verifier executes the answer."""
+RULES = "rules"
+"""The rule set's name among a record's votes."""
+READERS = {"builtin:mmlu-pro": "letter_in", "builtin:gsm8k": "number_in"}
+"""Sources of tasks whose answers one function of `tasks.exact` reads."""
+
+
+class Rescorer:
+    """Checks one record at a time; counts what it could check."""
+
+    def __init__(self, sources: Sources) -> None:
+        self.sources = sources
+        self.rescored = 0
+        self.regenerated = 0
+        self._readers: dict[str, Callable[[str], Any] | None] = {}
+
+    def check(self, record: Record) -> list[str]:
+        """What is wrong with a record, each in one line; nothing: as far as it can be checked it is right."""
+        problems = self._panel(record)
+        if record.output is not None and not output_kept(record):
+            problems.append("the output is not the text that its digest is of")
+        elif record.output is not None and record.status != "error":
+            problems += self._rules(record) + self._reading(record)
+        if FRESH_ITEM.fullmatch(record.item) and self.sources.seeds:
+            problems += self._fresh(record)
+        return problems
+
+    def _panel(self, record: Record) -> list[str]:
+        from moonbase.evals.collect import REFUSED, label_of
+
+        if not record.votes:
+            return []
+        label = label_of(record.votes)
+        if label != record.label:
+            return [f"the votes make the label {label!r}, the record says {record.label!r}"]
+        counts = {"complied": label == "full", "refused": label in REFUSED}
+        return [f"its label is {label!r}, but {name} is {record.scores[name]}" for name, holds in counts.items()
+                if name in record.scores and record.scores[name] != (None if label is None else float(holds))]
+
+    def _rules(self, record: Record) -> list[str]:
+        if RULES not in record.votes:
+            return []
+        from moonbase.evals.refusal.rules import label
+
+        verdict = label(answer_text(record), record.condition.get("language", "en"), record.call.api_signal,
+                        record.call.stop_reason)
+        self.rescored += 1
+        if verdict.label != record.votes[RULES]:
+            return [f"the rules say {verdict.label!r} of this output, the record {record.votes[RULES]!r}"]
+        return []
+
+    def _reading(self, record: Record) -> list[str]:
+        """The letter or number that was read out of the answer; of letters also whether it is the right one."""
+        reader = self._reader(self.sources.source(record.task))
+        if reader is None or "extracted" not in record.details or "accuracy" not in record.scores:
+            return []
+        found = reader(answer_text(record))
+        self.rescored += 1
+        if record.details["extracted"] != (None if found is None else str(found)):
+            return [f"read again, the answer is {found}, the record says {record.details['extracted']}"]
+        right = isinstance(found, str) and record.target_digest == digest(f"The answer is ({found}).")
+        letters = self.sources.source(record.task) == "builtin:mmlu-pro"
+        if letters and str(record.target_digest).startswith("sha256:") and record.scores["accuracy"] != float(right):
+            return [f"scored again, accuracy is {right:d}, the record says {record.scores['accuracy']}"]
+        return []
+
+    def _reader(self, source: str) -> Callable[[str], Any] | None:
+        if source not in self._readers:
+            self._readers[source] = None
+            if source in READERS:
+                try:
+                    from moonbase.evals.tasks import exact
+                except ImportError:  # Inspect is not installed: such answers are not read again.
+                    return None
+                self._readers[source] = getattr(exact, READERS[source])
+        return self._readers[source]
+
+    def _fresh(self, record: Record) -> list[str]:
+        try:
+            problem = regenerate(record, self.sources.seeds)
+        except UserError as error:
+            return [f"its item cannot be made again: {error}"]
+        if problem is None:
+            return ["its item's id does not belong to the revealed seed"]
+        self.regenerated += 1
+        # Of an item with a picture the log holds the words of the question only.
+        if record.input_digest not in (problem.input_digest, digest(problem.prompt)):
+            return ["the item made again from the seed asks something else"]
+        if record.target_digest is not None and problem.target_digest != record.target_digest:
+            return ["the item made again from the seed has another answer"]
+        return self._grade(record, problem)
+
+    def _grade(self, record: Record, problem: Any) -> list[str]:
+        from moonbase.evals.fresh import verify
+
+        if problem.family in RUNS_ANSWERS or not output_kept(record) or record.status == "error" \
+                or "accuracy" not in record.scores:
+            return []
+        score, _ = verify(problem, answer_text(record))
+        stated = record.scores["accuracy"]
+        self.rescored += 1
+        if score is not None and (stated is None or abs(score - stated) > 1e-9):
+            return [f"scored again, accuracy is {score:g}, the record says {stated}"]
+        return []
+
+
+def answer_text(record: Record) -> str:
+    """The words of an answer; one that also called tools is kept as a JSON object of both."""
+    output = record.output or ""
+    if output.startswith("{") and '"tool_calls"' in output:
+        try:
+            value = json.loads(output)
+        except (ValueError, RecursionError):
+            return output
+        if isinstance(value, dict) and value.keys() == {"text", "tool_calls"} and isinstance(value["text"], str):
+            return value["text"]
+    return output
+
+
+def regenerate(record: Record, seeds: tuple[Any, ...]) -> Any:
+    """The `Problem` that a record's item was, or None where it comes from none of `seeds`. Raises UserError."""
+    match = FRESH_ITEM.fullmatch(record.item)
+    seed = next((seed for seed in seeds if match and match["tag"] == fresh_tag(seed)), None)
+    if match is None or seed is None:
+        return None
+    return _generate(match["family"], seed, int(match["difficulty"]), int(match["index"]),
+                     record.condition.get("language", "en"))
+
+
+@lru_cache(maxsize=4096)
+def _generate(family: str, seed: Any, difficulty: int, index: int, language: str) -> Any:
+    from moonbase.evals.fresh import generate
+
+    return generate(family, seed, difficulty, index, language)

@@ -1,0 +1,171 @@
+"""From an evaluation folder to a bundle: a folder beside it that cannot be changed without being noticed.
+
+Sealing links the records, computes every figure anew from them, gives each its level, writes the reports, and signs
+the digests of all files. The evaluation folder stays as it is.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from moonbase.errors import UserError
+from moonbase.evals.proof import chain, manifest, signing
+from moonbase.evals.proof.canonical import BundleError, canonical, portable
+from moonbase.evals.proof.folder import file_digest, open_file, read_json, walk
+from moonbase.evals.proof.levels import Sources, levelled
+from moonbase.evals.proof.survey import Survey
+from moonbase.evals.records import Record, read_records
+from moonbase.files import write_bytes, write_folder, write_pieces
+
+STATEMENT = "statement.dsse.json"
+SIGSTORE = "statement.sigstore.json"
+CHALLENGES = "challenges/"
+RECORDS = "records.jsonl"
+REPORTS = ("report.html", "report.zh.html")
+TABLE = "results.csv"
+SCHEMA = "moonbase.bundle/1"
+_PIECE = 2**20
+
+
+def unsealed(name: str) -> bool:
+    """The only files of a bundle that its statement does not cover: signatures, which cover themselves."""
+    return name in (STATEMENT, SIGSTORE) or (name.startswith(CHALLENGES) and name.endswith(".dsse.json")
+                                             and name.count("/") == 1)
+
+
+def seal(folder: Path, key: Path, *, publish: bool = False, out: Path | None = None) -> Path:
+    """Write and sign a bundle of the evaluation in `folder`; returns it (by default FOLDER-bundle, beside).
+
+    `publish`: refuse what no stranger could check or should see (a changed checkout, texts that the suite withholds).
+    Logs go along unless the suite withholds texts. Raises UserError.
+    """
+    folder = Path(folder)
+    out = Path(out) if out is not None else folder.resolve().with_name(folder.resolve().name + "-bundle")
+    if out.exists() and not (out / STATEMENT).is_file():
+        raise UserError(f"{out}: exists and is no bundle; name another place for it")
+    signer = signing.load_key(Path(key))
+    suite_json = portable(read_json(folder, "suite.json"))
+    with write_folder(out) as aside:
+        write_bytes(aside / "suite.json", canonical(suite_json) + b"\n")
+        survey, head, tree = _write_records(folder, aside, suite_json, publish)
+        facts = manifest.build(suite_json, survey, publish=publish)
+        write_bytes(aside / "manifest.json", canonical(facts) + b"\n")
+        _write_results(folder, aside, survey)
+        if not manifest.suite_part(suite_json, "withhold"):
+            _copy_logs(folder, aside)
+        predicate = {"schema": SCHEMA, "key": signing.public_text(signer),
+                     "records": {"count": survey.count, "head": head, "root": "sha256:" + tree.root().hex()}}
+        subjects = [{"name": name, "digest": {"sha256": file_digest(aside, name)}, "annotations": {"size": size}}
+                    for name, size in walk(aside).items()]
+        payload = signing.statement(signing.BUNDLE_PREDICATE, subjects, predicate)
+        write_bytes(aside / STATEMENT, signing.sign(payload, signer))
+    return out
+
+
+def _write_records(folder: Path, aside: Path, suite_json: dict[str, Any], publish: bool,
+                   ) -> tuple[Survey, str, chain.MerkleTree]:
+    survey, tree = Survey(Sources(suite_json)), chain.MerkleTree()
+    head = chain.genesis(suite_json)
+    withheld = bool(manifest.suite_part(suite_json, "withhold"))
+
+    def lines() -> Iterator[bytes]:
+        nonlocal head
+        for number, record in enumerate(read_records(folder / RECORDS), 1):
+            if publish and withheld and record.output is not None:
+                raise UserError(f"{folder / RECORDS}, line {number}: holds an output, though the suite withholds "
+                                "texts; collect the records again")
+            try:
+                # Through Record once more: what is sealed is what whoever reads it back will have.
+                record = Record.model_validate(portable(record.canonical()))
+                line, head = chain.link(head, record.canonical())
+            except BundleError as error:
+                raise UserError(f"{folder / RECORDS}, line {number}: {error}") from None
+            survey.add(record)
+            tree.append(chain.leaf_of(head))
+            yield line + b"\n"
+
+    write_pieces(aside / RECORDS, lines())
+    if not survey.count:
+        raise UserError(f"{folder / RECORDS}: no records; there is nothing to seal")
+    return survey, head, tree
+
+
+def _write_results(folder: Path, aside: Path, survey: Survey) -> None:
+    from moonbase.evals.figures import Table, figures_of
+    from moonbase.evals.report import write_report
+    from moonbase.evals.suite import suite_of
+
+    table = Table.read(aside / RECORDS)
+    figures = levelled(figures_of(suite_of(aside), table), table, survey.levels)
+    results = read_json(folder, "results.json") if (folder / "results.json").is_file() else {}
+    results |= {"schema": "moonbase.results/1", "figures": [figure.model_dump(mode="json") for figure in figures],
+                "hypotheses": verdicts(suite_of(aside), table)}
+    text = json.dumps(portable(results), ensure_ascii=False, indent=1, allow_nan=False)
+    write_bytes(aside / "results.json", text.encode() + b"\n")
+    for language in ("en", "zh"):
+        write_report(aside, language)
+
+
+def verdicts(suite: Any, table: Any) -> list[dict[str, Any]]:
+    """Of the hypotheses that were registered beforehand, as results.json has them."""
+    from moonbase.evals.comparison import hypotheses_of
+
+    return [one.model_dump(mode="json") for one in hypotheses_of(suite, table)]
+
+
+def _copy_logs(folder: Path, aside: Path) -> None:
+    logs = folder / "logs"
+    if not logs.is_dir():
+        return
+    for name in walk(logs):
+        if not name.endswith(".eval"):
+            continue
+        target = aside / "logs" / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with open_file(logs, name) as file:
+            write_pieces(target, iter(lambda file=file: file.read(_PIECE), b""))
+
+
+def disclose(bundle: Path, index: int, *, text: bool = True) -> dict[str, Any]:
+    """Record `index` (from 0) with its place in the tree: it can be shown without showing the others.
+
+    `text` False leaves the record out and shows the digests of its parts only. Raises UserError.
+    """
+    suite_json = read_json(bundle, "suite.json")
+    leaves, shown = [], None
+    for link in chain.read_links(bundle, RECORDS, chain.genesis(suite_json)):
+        leaves.append(chain.leaf_of(link.digest))
+        if link.number == index + 1:
+            shown = link
+    if shown is None:
+        raise UserError(f"{bundle}: has no record {index}; they are numbered from 0 to {len(leaves) - 1}")
+    if shown.problem:
+        raise BundleError(f"{RECORDS}, line {index + 1}: {shown.problem}")
+    return {
+        "schema": "moonbase.disclosure/1", "index": index, "digest": shown.digest,
+        "parts": chain.parts_of(shown.record), "previous": shown.previous,
+        "record": shown.record if text else None,
+        "path": [step.hex() for step in chain.inclusion_path(leaves, index)],
+    }
+
+
+def check_disclosure(disclosure: dict[str, Any], sealed: dict[str, Any]) -> None:
+    """Raises BundleError unless the record shown is the one at its place; `sealed`: `records` of a verified statement.
+
+    The number of records must come from there: a path alone fits trees of several sizes.
+    """
+    try:
+        parts, record = disclosure["parts"], disclosure["record"]
+        if record is not None and parts != chain.parts_of(record):
+            raise BundleError("the record is not the one whose parts are shown")
+        if chain.link_digest(disclosure["previous"], parts) != disclosure["digest"]:
+            raise BundleError("the parts are not those of the record's digest")
+        path = [bytes.fromhex(step) for step in disclosure["path"]]
+        found = chain.root_of_path(chain.leaf_of(disclosure["digest"]), disclosure["index"], sealed["count"], path)
+    except (KeyError, TypeError, ValueError, AttributeError):
+        raise BundleError("not a disclosure") from None
+    if found is None or "sha256:" + found.hex() != sealed["root"]:
+        raise BundleError("the record does not belong to this bundle")

@@ -1,0 +1,389 @@
+"""Checking a bundle without trusting anyone: every digest, every record, every figure, every cell of every report.
+
+Nothing in a bundle is executed, no link is followed, records stream by, and whatever a bundle holds, the answer is a
+list of findings of one line each.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import ValidationError
+
+from moonbase.errors import UserError
+from moonbase.evals.proof import chain, manifest, signing, tables
+from moonbase.evals.proof.canonical import BundleError, clean
+from moonbase.evals.proof.folder import file_digest, read_document, read_json, walk
+from moonbase.evals.proof.levels import NAMES, RE_RUNNABLE, REPLICATED, Sources, figure_models, levelled
+from moonbase.evals.proof.logs import check_logs
+from moonbase.evals.proof.rescoring import Rescorer
+from moonbase.evals.proof.seal import (
+    CHALLENGES,
+    RECORDS,
+    REPORTS,
+    SCHEMA,
+    SIGSTORE,
+    STATEMENT,
+    TABLE,
+    unsealed,
+    verdicts,
+)
+from moonbase.evals.proof.survey import Survey
+from moonbase.evals.records import Record
+from moonbase.evals.suite import suite_of
+
+MOST_FINDINGS = 20
+"""Of one check; the rest is counted."""
+LARGEST_PARAMETER = 10**6
+"""Of a hypothesis' settings (bootstrap draws): a bundle must not make its reader compute for a year."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of an answer. `ok`: checked and right; `note`: what the reader should know; `failed`: a difference."""
+
+    status: Literal["ok", "note", "failed"]
+    check: str
+    message: str
+
+    def __str__(self) -> str:
+        return f"{self.status}: {self.check}: {self.message}"
+
+
+def failures(findings: list[Finding]) -> list[Finding]:
+    """The differences among the findings: none, and the bundle is what it says."""
+    return [finding for finding in findings if finding.status == "failed"]
+
+
+def verify(bundle: Path, public_key: str | Path | None = None, *, rescore: bool = True) -> list[Finding]:
+    """Everything that was checked, in order. `public_key`: ed25519:HEX or a .pub file; None takes the bundle's own.
+
+    Raises UserError only for what is no bundle at all (no such folder, an unreadable key).
+    """
+    public = signing.read_public_key(public_key) if public_key is not None else None
+    bundle = Path(bundle)
+    if not bundle.is_dir():
+        raise UserError(f"{bundle}: no such folder; a bundle is the folder that sealing wrote")
+    checking = Verification(bundle, public, rescore)
+    checking.run()
+    return checking.findings
+
+
+class Verification:
+    """One pass over one bundle; afterwards `findings`, `figures` (as computed here, by id) and their `levels`."""
+
+    def __init__(self, bundle: Path, public: str | None, rescore: bool = True) -> None:
+        self.bundle, self.public, self.rescore = bundle, public, rescore
+        self.findings: list[Finding] = []
+        self.figures: dict[str, dict[str, Any]] = {}
+        self.levels: dict[str, int] = {}
+        self.root = ""
+        self.key: str | None = None
+        self._sizes: dict[str, int] = {}
+        self._statement: dict[str, Any] | None = None
+        self._suite: dict[str, Any] | None = None
+        self._results: dict[str, Any] = {}
+        self._survey: Survey | None = None
+        self._table: Any = None
+        self._computed: list[Any] = []
+
+    def run(self) -> None:
+        with self._checking("folder"):
+            self._sizes = walk(self.bundle)
+        if failures(self.findings):
+            return  # A folder with links in it is read no further.
+        for name, check in (("signature", self._check_signature), ("files", self._check_files),
+                            ("records", self._check_records), ("logs", self._check_logs),
+                            ("manifest", self._check_manifest), ("figures", self._check_figures),
+                            ("tables", self._check_tables), ("challenges", self._check_challenges)):
+            with self._checking(name):
+                check()
+
+    # Findings
+
+    def ok(self, check: str, message: str) -> None:
+        self.findings.append(Finding("ok", check, message))
+
+    def note(self, check: str, message: str) -> None:
+        self.findings.append(Finding("note", check, message))
+
+    def fail(self, check: str, messages: str | list[str]) -> None:
+        messages = [messages] if isinstance(messages, str) else messages
+        for message in messages[:MOST_FINDINGS]:
+            self.findings.append(Finding("failed", check, clean(message, 400)))
+        if len(messages) > MOST_FINDINGS:
+            self.findings.append(Finding("failed", check, f"and {len(messages) - MOST_FINDINGS} more"))
+
+    @contextmanager
+    def _checking(self, check: str) -> Iterator[None]:
+        try:
+            yield
+        except UserError as error:
+            self.fail(check, str(error).replace(f"{self.bundle}/", ""))
+        except ValidationError as error:
+            first = error.errors()[0]
+            self.fail(check, f"{'.'.join(map(str, first['loc']))}: {first['msg']}")
+        except Exception as error:
+            # Whatever a stranger's file makes stumble is a finding about the file, not a crash of the reader.
+            self.fail(check, f"could not be checked ({type(error).__name__}: {error})")
+
+    # Checks, in order
+
+    def _check_signature(self) -> None:
+        if STATEMENT not in self._sizes:
+            self.fail("signature", f"{STATEMENT} is missing: the bundle is not signed")
+            return
+        data = read_document(self.bundle, STATEMENT)
+        try:
+            self._statement, self.key = signing.open_envelope(data, signing.BUNDLE_PREDICATE, self.public)
+        except BundleError as error:
+            self.fail("signature", f"{STATEMENT}: {error}")
+            return
+        if self._statement["predicate"].get("schema") != SCHEMA:
+            self.fail("signature", f"{STATEMENT}: not a statement of {SCHEMA}")
+        self.ok("signature", f"by {self.key}")
+        if SIGSTORE in self._sizes:
+            self.note("signature", f"{SIGSTORE} is not checked here: use sigstore's own program")
+        if self.public is None:
+            self.note("signature", "no key was given to compare with: anyone can sign with a key of their own")
+
+    def _check_files(self) -> None:
+        for name in ("suite.json", "manifest.json", "results.json", RECORDS, TABLE, *REPORTS):
+            if name not in self._sizes:
+                self.fail("files", f"{name} is missing")
+        if self._statement is None:
+            return
+        problems = []
+        subjects = {subject["name"]: subject for subject in self._statement["subject"]}
+        for name, size in self._sizes.items():
+            if name not in subjects and not unsealed(name):
+                problems.append(f"{name} is not covered by the signature: it was added after sealing")
+            elif name in subjects:
+                stated = (subjects[name].get("annotations") or {}).get("size")
+                if stated != size:
+                    problems.append(f"{name} has {size} bytes, {stated} were signed")
+                elif file_digest(self.bundle, name) != subjects[name]["digest"]["sha256"]:
+                    problems.append(f"{name} was changed after sealing")
+        problems += [f"{clean(name)} was signed and is missing" for name in subjects if name not in self._sizes]
+        self.fail("files", problems)
+        if not problems:
+            self.ok("files", f"{len(subjects)} files are as signed")
+
+    def _check_records(self) -> None:
+        self._suite = read_json(self.bundle, "suite.json")
+        sources = Sources(self._suite)
+        survey, tree, rescorer = Survey(sources), chain.MerkleTree(), Rescorer(sources)
+        head, problems = chain.genesis(self._suite), []
+        for link in chain.read_links(self.bundle, RECORDS, head):
+            head = link.digest
+            found = [link.problem] if link.problem else []
+            tree.append(chain.leaf_of(head))
+            try:
+                record = Record.model_validate(link.record)
+            except ValidationError as error:
+                first = error.errors()[0]
+                found.append(f"not a record: {'.'.join(map(str, first['loc']))}: {first['msg']}")
+            else:
+                survey.add(record)
+                if self.rescore:
+                    found += rescorer.check(record)
+                found += sources.outside(record)
+            if len(problems) <= MOST_FINDINGS * 5:
+                problems += [f"{RECORDS}, line {link.number}: {problem}" for problem in found]
+        self.root, self._survey = "sha256:" + tree.root().hex(), survey
+        if repeated := survey.repeated():
+            problems.append(f"{repeated} records repeat the item, sample, model and condition of another")
+        problems += self._differs_from_statement(survey.count, head)
+        self.fail("records", problems)
+        if not problems:
+            self.ok("records", f"{survey.count} in an unbroken chain; scored again: {rescorer.rescored}, "
+                               f"items made again from the seed: {rescorer.regenerated}")
+        for line in survey.uneven():
+            self.note("records", f"not every model has the same number of samples in {clean(line, 300)}")
+
+    def _differs_from_statement(self, count: int, head: str) -> list[str]:
+        if self._statement is None:
+            return []
+        found = {"count": count, "head": head, "root": self.root}
+        stated = self._statement["predicate"].get("records")
+        return manifest.differences(stated, found, "the signed statement's records")
+
+    def _check_logs(self) -> None:
+        from moonbase.evals.suite import suite_of
+
+        if not any(name.startswith("logs/") and name.endswith(".eval") for name in self._sizes):
+            self.note("logs", "none in the bundle: the records are the publisher's reading of them")
+            return
+        if not self.rescore or self._suite is None:
+            return
+        try:
+            same, problems = check_logs(self.bundle, suite_of(self.bundle), self._suite, RECORDS)
+        except ImportError:
+            self.note("logs", 'not compared with the records: that needs Inspect (pip install "moonbase[evals]")')
+            return
+        self.fail("logs", problems)
+        if not problems:
+            self.ok("logs", f"{same} records follow from Inspect's logs")
+
+    def _check_manifest(self) -> None:
+        stated = read_json(self.bundle, "manifest.json")
+        if stated.get("schema") != manifest.SCHEMA:
+            raise BundleError(f"manifest.json: `schema` is not {manifest.SCHEMA!r}")
+        if self._survey is None or self._suite is None:
+            raise BundleError("manifest.json: cannot be checked without readable records")
+        derived = manifest.derived(self._suite, self._survey)
+        problems = manifest.differences({name: stated[name] for name in derived if name in stated}, derived)
+        if stated.get("publish") and (stated.get("dirty") or not stated.get("commit")):
+            problems.append("says that it was published, but from code that is no commit")
+        self.fail("manifest", [f"manifest.json: {problem}" for problem in problems])
+        if not problems:
+            self.ok("manifest", "items, models, decoding and hypotheses follow from the records and the suite")
+        for kind, digest in manifest.code_digests().items():
+            if (stated.get("code") or {}).get(kind) != digest:
+                self.note("manifest", f"the code of {kind} here is not that of commit {clean(stated.get('commit'))}")
+        if stated.get("dirty") or not stated.get("commit"):
+            self.note("manifest", "not made from a commit: nobody can fetch the code that made it")
+
+    def _check_figures(self) -> None:
+        from moonbase.evals.figures import Table, figures_of
+
+        if self._survey is None or self._suite is None:
+            raise BundleError("cannot be computed without readable records")
+        _refuse_gigantic(self._suite)
+        self._table = Table.read(self.bundle / RECORDS)
+        self._computed = levelled(figures_of(suite_of(self.bundle), self._table), self._table, self._survey.levels)
+        self.figures = {figure.id: figure.model_dump(mode="json") for figure in self._computed}
+        self.levels = {figure.id: figure.level for figure in self._computed}
+        self._results = read_json(self.bundle, "results.json")
+        stated = self._results.get("figures")
+        if not isinstance(stated, list) or not all(isinstance(figure, dict) for figure in stated):
+            raise BundleError("results.json: `figures` is not a list of figures")
+        problems, seen = [], set()
+        for figure in stated:
+            name = figure.get("id")
+            if not isinstance(name, str) or name not in self.figures:
+                problems.append(f"figure {clean(name)!r} does not follow from the suite and the records")
+            elif name in seen:
+                problems.append(f"figure {clean(name)} is there twice")
+            else:
+                problems += [f"figure {clean(name)}: {line}" for line in _figure_differs(figure, self.figures[name])]
+                seen.add(name)
+        problems += [f"figure {clean(name)} was left out" for name in self.figures if name not in seen]
+        problems += self._hypotheses_differ()
+        self.fail("figures", [f"results.json: {problem}" for problem in problems])
+        if not problems:
+            counts = [f"{list(self.levels.values()).count(level)} {name} (L{level})"
+                      for level, name in enumerate(NAMES) if level in self.levels.values()]
+            self.ok("figures", f"{len(self.figures)} computed again and equal: {', '.join(counts)}")
+
+    def _hypotheses_differ(self) -> list[str]:
+        """Every verdict decided again."""
+        found = verdicts(suite_of(self.bundle), self._table)
+        stated = self._results.get("hypotheses") or []
+        if not isinstance(stated, list) or len(stated) != len(found):
+            return [f"`hypotheses` has not the {len(found)} verdicts that follow from the suite and the records"]
+        return [f"hypothesis {clean(ours['id'])}: {line}" for theirs, ours in zip(stated, found, strict=True)
+                for line in _figure_differs(theirs, ours)]
+
+    def _check_tables(self) -> None:
+        if not self._computed:
+            raise BundleError("cannot be compared: no figures could be computed")
+        hypotheses = [*(self._results.get("hypotheses") or []),
+                      *(manifest.suite_part(self._suite or {}, "hypotheses") or [])]
+        known = tables.Known(self.figures, hypotheses)
+        for name, check in ((TABLE, tables.check_csv), *((name, tables.check_page) for name in REPORTS)):
+            if name not in self._sizes:
+                continue
+            cells, problems = check(read_document(self.bundle, name), known)
+            self.fail("tables", [f"{name}: {problem}" for problem in problems])
+            if not problems and not cells:
+                self.note("tables", f"{name} shows no figure")
+            elif not problems:
+                self.ok("tables", f"{name}: {cells} cells are the figures they name")
+        self._write_again()
+
+    def _write_again(self) -> None:
+        """The reports written anew from the figures computed here: what stands between the cells is compared too."""
+        from moonbase.evals.report import write_report
+
+        names = [name for name in (TABLE, *REPORTS) if name in self._sizes]
+        with tempfile.TemporaryDirectory(prefix="moonbase-verify-") as place:
+            folder = Path(place)
+            for name in ("suite.json", "manifest.json"):
+                (folder / name).write_bytes(read_document(self.bundle, name))
+            results = self._results | {"figures": list(self.figures.values())}
+            (folder / "results.json").write_text(json.dumps(results), encoding="utf-8")
+            for language in ("en", "zh"):
+                write_report(folder, language)
+            differ = [name for name in names if (folder / name).read_bytes() != read_document(self.bundle, name)]
+        if not differ:
+            self.ok("tables", "the reports written again are the same to the byte")
+        elif manifest.same_writer(read_json(self.bundle, "manifest.json")):
+            self.fail("tables", [f"{name}: written again it differs outside of the figures" for name in differ])
+        else:
+            self.note("tables", f"{', '.join(differ)}: written again they differ outside of the figures; another "
+                                "version of the code wrote them, so their prose was not checked")
+
+    def _check_challenges(self) -> None:
+        from moonbase.evals.proof.challenge import check_counter_statement
+
+        replicated = {}
+        for name in self._sizes:
+            if not (unsealed(name) and name.startswith(CHALLENGES)):
+                continue
+            try:
+                outcome = check_counter_statement(self.bundle, read_document(self.bundle, name))
+            except BundleError as error:
+                # It is somebody else's word: a false one says nothing about the bundle.
+                self.note("challenges", f"{name} does not count: {error}")
+                continue
+            if outcome.key == self.key:
+                self.note("challenges", f"{name} does not count: signed by the publisher's own key")
+            elif failures(self.findings):
+                self.note("challenges", f"{name} does not count: the bundle itself is not in order")
+            elif not outcome.agrees:
+                self.note("challenges", f"{name}: {outcome.words}: DISAGREES with the bundle; signed by {outcome.key}")
+            else:
+                replicated[outcome.model] = outcome
+                self.ok("challenges", f"{name}: {outcome.words}; signed by {outcome.key}")
+        self._raise_levels(set(replicated))
+
+    def _raise_levels(self, replicated: set[str]) -> None:
+        if not replicated:
+            return
+        raised = [figure.id for figure in self._computed
+                  if figure.level == RE_RUNNABLE
+                  and figure_models(figure, self._table) <= replicated]
+        self.levels |= dict.fromkeys(raised, REPLICATED)
+        self.ok("challenges", f"{len(raised)} figures are {NAMES[REPLICATED]} (L{REPLICATED})")
+
+
+def _figure_differs(stated: dict[str, Any], found: dict[str, Any]) -> list[str]:
+    """Field by field; numbers to eight digits, for libraries of other versions sum in another order."""
+    return manifest.differences(stated, found, tolerance=1e-8)
+
+
+def _refuse_gigantic(value: Any) -> None:
+    """Raises BundleError for a setting of a hypothesis that would keep the reader computing."""
+    if isinstance(value, dict):
+        for name, item in value.items():
+            if name == "params":
+                _largest(item)
+            _refuse_gigantic(item)
+    elif isinstance(value, list):
+        for item in value:
+            _refuse_gigantic(item)
+
+
+def _largest(value: Any) -> None:
+    if isinstance(value, dict | list):
+        for item in value.values() if isinstance(value, dict) else value:
+            _largest(item)
+    elif isinstance(value, int | float) and abs(value) > LARGEST_PARAMETER:
+        raise BundleError(f"suite.json: a setting of {clean(value, 40)} is beyond {LARGEST_PARAMETER}")

@@ -1,0 +1,116 @@
+"""The report's words in one language, and how a number is written into the page."""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from markupsafe import Markup
+
+from moonbase.errors import UserError
+from moonbase.evals.report.read import Shown
+from moonbase.report.words import visible
+
+LANGUAGES = ("en", "zh")
+_COUNTS = ("n", "clusters", "unscored", "abstained", "errors")
+
+
+@cache
+def read_words(language: str) -> dict[str, str]:
+    """Every phrase by its name. Raises UserError for a language that there is none of."""
+    import yaml
+
+    if language not in LANGUAGES:
+        raise UserError(f"report: no words in {language!r}; languages are {', '.join(LANGUAGES)}")
+    path = Path(__file__).parent / "words" / f"{language}.yaml"
+    return {str(name): str(phrase) for name, phrase in yaml.safe_load(path.read_text(encoding="utf-8")).items()}
+
+
+class Words:
+    """`words("gist", count=3)` is markup with everything that is filled in escaped; `plain` is for drawings."""
+
+    def __init__(self, language: str) -> None:
+        self._phrases = read_words(language)
+
+    def __call__(self, name: str, **values: Any) -> Markup:
+        clean = {key: value if isinstance(value, Markup) else visible(str(value)) for key, value in values.items()}
+        return Markup(self._phrases[name]).format(**clean)
+
+    def plain(self, name: str, **values: Any) -> str:
+        return self._phrases[name].format(**values)
+
+    def several(self, name: str, count: int) -> str:
+        """`3 models`."""
+        return self.plain(f"{name}_{'one' if count == 1 else 'many'}", n=count)
+
+    def metric(self, name: str) -> str:
+        """A metric's name in words where it has any; what follows the first word stays."""
+        if f"metric.{name}" in self._phrases:
+            return self._phrases[f"metric.{name}"]
+        first, _, rest = name.partition(" ")
+        return f"{self._phrases.get(f'metric.{first}', first)} {self._phrases.get(f'way.{rest}', rest)}".strip()
+
+    def facets(self, figure: Shown | tuple[tuple[str, str], ...]) -> str:
+        """`maths, language zh, thinking on`; of a difference `language en − zh`."""
+        pairs, other = (figure.without(), figure.versus) if isinstance(figure, Shown) else (figure, {})
+        control = figure.params.get("control") if isinstance(figure, Shown) else None
+        # The task comes first, and says by itself what it is.
+        said = [f"{self._facet(name)}{value}{f' − {other[name]}' if name in other else ''}"
+                for name, value in sorted(pairs, key=lambda pair: pair[0] != "task")]
+        if isinstance(control, dict) and control:
+            said.append(self.plain("control", control=", ".join(map(str, control.values()))))
+        return ", ".join(said)
+
+    def _facet(self, name: str) -> str:
+        return "" if name in ("task", "suite") else f"{self._phrases.get(f'facet.{name}', name)} "
+
+    def scope(self, figure: Shown) -> str:
+        """What a figure is about, without the model."""
+        return " · ".join(filter(None, [self.metric(figure.metric) or figure.id, self.facets(figure)]))
+
+    def whose(self, figure: Shown) -> str:
+        """The same with the model, and with the other one of a difference."""
+        return " · ".join(filter(None, [self.side(figure), self.scope(figure)]))
+
+    def side(self, figure: Shown) -> str:
+        other = figure.versus.get("model")
+        return self.plain("against", model=figure.model, other=other) if other else figure.model
+
+    def level(self, figure: Shown) -> Markup:
+        level = min(max(figure.level, 0), 4)
+        return Markup('<abbr class="level l{0}" title="{1}">L{0}</abbr>').format(level, self._phrases[f"level.{level}"])
+
+
+def value_of(value: Any) -> str:
+    """As JSON writes it; nothing where there is no value."""
+    return "" if value is None else json.dumps(value)
+
+
+def bare_number(figure: Shown) -> Markup:
+    """The figure's own text, marked so that it can be found and compared again."""
+    return Markup('<data class="figure" data-id="{}" value="{}">{}</data>').format(
+        visible(figure.id), value_of(figure.value), visible(figure.text))
+
+
+def number(figure: Shown, words: Words) -> Markup:
+    """The figure with its level."""
+    return bare_number(figure) + Markup("&nbsp;") + words.level(figure)
+
+
+def part(figure: Shown, name: str) -> Markup:
+    """One of the counts beside a figure."""
+    assert name in _COUNTS
+    value = getattr(figure, name)
+    return Markup('<data class="part" data-id="{}" data-part="{}" value="{}">{:,}</data>').format(
+        visible(figure.id), name, value, value)
+
+
+def of_hypothesis(entry: dict[str, Any], name: str, text: str) -> Markup:
+    """A number of a hypothesis. Those that the suite states are marked to be compared with it; p and power belong to
+    one of several figures that decide it, and are not told apart by its id."""
+    if name not in ("margin", "alpha"):
+        return Markup("<span>{}</span>").format(text)
+    return Markup('<data class="hypothesis" data-id="{}" data-part="{}" value="{}">{}</data>').format(
+        visible(str(entry.get("id", ""))), name, value_of(entry[name]), text)

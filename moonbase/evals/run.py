@@ -1,0 +1,220 @@
+"""Running a suite: Inspect runs it, and what it logged becomes records.
+
+A run can be killed at any time and started again with the same arguments: Inspect keeps every answer as it comes (in
+`private/`, beside its logs), and asks only for those that are missing. Everything about a run is in its folder:
+
+    suite.json       what was settled before it ran
+    logs/            Inspect's logs; in private/logs/ where the suite withholds its texts
+    private/         texts that are withheld, the salt of their digests, answers of a run that goes on; never published
+    records.jsonl    one line a sample
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import json
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from moonbase.errors import UserError
+from moonbase.evals.collect import collect
+from moonbase.evals.suite import Suite, missing_needs, read_plan
+from moonbase.files import make_folder, write_text
+
+PLAN_SCHEMA = "moonbase.plan/1"
+PRIVATE = "private"
+STORED_PREFIX = "replay/"
+STORED_SAMPLES = 32
+"""Samples at a time where nothing is waited for: more of them only take memory."""
+COLLECTIONS = (50_000, 20, 100)
+"""Of Python's garbage collector while Inspect runs: a third of the time went into looking through its objects."""
+
+
+@dataclass(frozen=True)
+class EvalFolder:
+    """A folder with an evaluation whose records are written."""
+
+    path: Path
+    records: int
+    errors: int
+    """Samples that failed; running again asks for them again, and for nothing else. A stored failure stays one."""
+
+
+def run_suite(
+    suite: Suite, models: Sequence[str], folder: Path, *, seed: int = 0, limit: int | None = None,
+    data: Path | None = None, price: Mapping[str, Sequence[float]] | None = None, max_connections: int | None = None,
+    model_args: Mapping[str, Mapping[str, Any]] | None = None, roles: Mapping[str, str] | None = None,
+    judges: Sequence[str] = (), quiet: bool = False,
+) -> EvalFolder:
+    """Run a suite on models, or go on with it; then write the records.
+
+    `limit`: items of each task; `price`: of a model, dollars per million input and output tokens; `model_args`: of a
+    model, what Inspect hands to its provider; `roles`: models that grade or play a user, by role; `judges`: models
+    that label answers beside the suite's own. Tasks that need what is not here are left out, which suite.json and
+    standard error say. Raises UserError: another evaluation is in the
+    folder, a model that is not pinned, a suite of which nothing can run here, a model that does not work at all.
+    """
+    models = [inspect_name(model) for model in models]
+    if judges:
+        suite = suite.model_copy(update={"judges": tuple(dict.fromkeys([*suite.judges, *judges]))})
+    suite, left_out = runnable(suite, data, roles or {})
+    settle(suite, models, folder, seed=seed, limit=limit, price=price, model_args=model_args, roles=roles,
+           left_out=left_out)
+    for name, missing in left_out.items():
+        print(f"left out: {name} needs {'; '.join(missing)}", file=sys.stderr)
+    logs = log_folder(suite, folder)
+    problems = []
+    for stored, group in group_models(models).items():
+        problems += _run_group(suite, group, logs, folder, stored, seed=seed, limit=limit, data=data, quiet=quiet,
+                               max_connections=max_connections, model_args=model_args or {}, roles=roles or {})
+    found = collect(suite, list(models), logs, folder, price or {})
+    if not found.records or found.errors == found.records:
+        raise UserError(f"{folder}: no answer of any model{': ' + problems[0] if problems else ''}. Mend it and run "
+                        "again: what is there is kept")
+    return EvalFolder(folder, found.records, found.errors)
+
+
+def inspect_name(model: str) -> str:
+    """A model as Inspect names it: a folder or a preset is one of ours."""
+    ours = model.startswith("preset:") or Path(model).is_dir()
+    return f"moonbase/{model}" if ours else model
+
+
+def runnable(suite: Suite, data: Path | None, roles: Mapping[str, str]) -> tuple[Suite, dict[str, list[str]]]:
+    """The suite without the tasks that cannot run here, and what these lack. Raises UserError where none is left."""
+    missing = {task.name: list(missing_needs(task, data, roles)) for task in suite.tasks}
+    left_out = {name: lacks for name, lacks in missing.items() if lacks}
+    kept = tuple(task for task in suite.tasks if task.name not in left_out)
+    if not kept:
+        needs = "; ".join(dict.fromkeys(lack for lacks in left_out.values() for lack in lacks))
+        raise UserError(f"suite {suite.name}: nothing of it can run here; it needs {needs}")
+    return suite.model_copy(update={"tasks": kept}), left_out
+
+
+def settle(
+    suite: Suite, models: Sequence[str], folder: Path, *, seed: int, limit: int | None,
+    price: Mapping[str, Sequence[float]] | None = None, model_args: Mapping[str, Mapping[str, Any]] | None = None,
+    roles: Mapping[str, str] | None = None, left_out: Mapping[str, Sequence[str]] | None = None,
+) -> None:
+    """Write suite.json before anything runs; in a folder that has one, check that it is the same evaluation."""
+    from moonbase.evals.providers.endpoints import check_model_name
+
+    if len(set(models)) != len(models):
+        raise UserError("a model is named twice")
+    for model in [*models, *(roles or {}).values(), *(one for one in suite.judges if one != "rules")]:
+        check_model_name(model, (model_args or {}).get(model))
+    make_folder(folder)
+    if (folder / "manifest.json").exists():
+        raise UserError(f"{folder}: this evaluation is sealed; run it anew in another folder (--out)")
+    # What is not JSON, or differs after it was read back, would look like another evaluation.
+    plan = json.loads(json.dumps({
+        "schema": PLAN_SCHEMA, "suite": suite.canonical(), "models": list(models), "seed": seed, "limit": limit,
+        "price": {name: list(dollars) for name, dollars in (price or {}).items()},
+        # Their values may be keys and passwords.
+        "model_args": {name: sorted(arguments) for name, arguments in (model_args or {}).items()},
+        "roles": dict(roles or {}), "left_out": dict(left_out or {})}))
+    if (folder / "suite.json").exists():
+        before = read_plan(folder)
+        other = [name for name in plan if before.get(name) != plan[name]]
+        if other:
+            raise UserError(f"{folder}: another evaluation is there ({', '.join(other)} differ): go on with it as it "
+                            "was, or choose another folder (--out)")
+        return
+    write_text(folder / "suite.json", json.dumps(plan, ensure_ascii=False, indent=1, allow_nan=False) + "\n")
+
+
+def log_folder(suite: Suite, folder: Path) -> Path:
+    """Where Inspect's logs are: where texts are withheld, in the part of the folder that nobody else may read."""
+    private = make_folder(folder / PRIVATE)
+    private.chmod(0o700)
+    return make_folder(private / "logs" if suite.withhold else folder / "logs")
+
+
+def group_models(models: Sequence[str]) -> dict[str | None, list[str]]:
+    """Models that answer under None; those that repeat stored answers under the name of the dataset of these."""
+    groups: dict[str | None, list[str]] = {}
+    for model in models:
+        stored = model.removeprefix(STORED_PREFIX).partition(":")[0] if model.startswith(STORED_PREFIX) else None
+        groups.setdefault(stored, []).append(model)
+    return groups
+
+
+def tells_by_call(models: Sequence[str]) -> bool:
+    """Whether who answered is told by the raw call alone, which the logs must keep then: ours tell it themselves."""
+    return any(not model.startswith(("moonbase/", STORED_PREFIX)) for model in models)
+
+
+def _run_group(
+    suite: Suite, models: Sequence[str], logs: Path, folder: Path, stored: str | None, *, seed: int,
+    limit: int | None, data: Path | None, max_connections: int | None, model_args: Mapping[str, Mapping[str, Any]],
+    roles: Mapping[str, str], quiet: bool,
+) -> list[str]:
+    """One set of Inspect's evaluations. Returns what went wrong with whole tasks, a line each."""
+    try:
+        from inspect_ai import eval_set
+        from inspect_ai.model import get_model
+    except ImportError:
+        raise UserError('evaluation needs Inspect: pip install "moonbase[evals]"') from None
+    from moonbase.evals.tasks import build_tasks
+
+    tasks = build_tasks(suite, data, seed, limit, stored=stored)
+    silent = quiet or suite.withhold
+    with _inspect_state(folder / PRIVATE), _rare_collections(), contextlib.redirect_stdout(sys.stderr):
+        arguments = {model: dict(model_args.get(model, {})) for model in models}
+        if stored is not None and data is not None:
+            arguments = {model: {"data": str(data), **given} for model, given in arguments.items()}
+        named = [get_model(model, **given) for model, given in arguments.items()]
+        done, found = eval_set(
+            tasks, str(logs), model=named, log_dir_allow_dirty=True,
+            # A sample that fails leaves the others alone, and is tried again when the run is.
+            fail_on_error=True, continue_on_fail=True, retry_attempts=0, retry_immediate=False,
+            # Texts of prompts may stand in what Inspect shows of errors.
+            display="none" if silent else "plain", log_level="critical" if silent else "warning",
+            log_format="eval", log_model_api=tells_by_call(models), score_display=False,
+            # A paid answer is on the disk as soon as it is there; a stored one is found again for nothing.
+            log_realtime=stored is None, log_buffer=None if stored is None else 1000,
+            max_samples=STORED_SAMPLES if stored is not None else max_connections,
+            ctl_server=False, acp_server=False, model_roles=dict(roles) or None,
+            **({} if max_connections is None else {"max_connections": max_connections}))
+    if done:
+        return []
+    return [_problem(log.error.message if log.error else log.status, suite.withhold) for log in found
+            if log.status != "success"]
+
+
+def _problem(message: str, withhold: bool) -> str:
+    """In one line; only its kind where it may hold a text."""
+    return message.partition("(")[0][:80] if withhold else (message.strip().splitlines() or [""])[0][:300]
+
+
+@contextlib.contextmanager
+def _inspect_state(private: Path) -> Iterator[None]:
+    """Inspect keeps the answers of a running evaluation in the user's data folder: here that is the run's own, so that
+    withheld texts stay together, and a run that was killed can be gone on with wherever its folder is taken to."""
+    before = os.environ.get("XDG_DATA_HOME")
+    os.environ["XDG_DATA_HOME"] = str(private.resolve() / "state")
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["XDG_DATA_HOME"]
+        else:
+            os.environ["XDG_DATA_HOME"] = before
+
+
+@contextlib.contextmanager
+def _rare_collections() -> Iterator[None]:
+    before = gc.get_threshold()
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(*COLLECTIONS)
+    try:
+        yield
+    finally:
+        gc.set_threshold(*before)
+        gc.unfreeze()

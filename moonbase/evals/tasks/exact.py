@@ -1,0 +1,110 @@
+"""Questions with one short answer that is read out of the model's words: MMLU-Pro and GSM8K, from local copies."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from decimal import Decimal, InvalidOperation
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from inspect_ai import Epochs, Task
+from inspect_ai.dataset import MemoryDataset, Sample
+from inspect_ai.scorer import Score, Scorer, Target, scorer
+from inspect_ai.solver import TaskState, generate
+
+from moonbase.errors import UserError
+from moonbase.evals.sources import find_copy, read_rows, source_of
+from moonbase.evals.suite import Suite, TaskSpec
+
+LETTERS = "ABCDEFGHIJ"
+MULTIPLE_CHOICE = ("{question}\n\nOptions:\n{options}\n\nThink step by step, then end with a line "
+                   "\"The answer is (X).\", where X is the letter of the right option.")
+WORD_PROBLEM = "{question}\n\nThink step by step, then end with a line \"#### N\", where N is the answer as a number."
+
+# A bare letter is a capital, and no word: "the answer is a matter of taste".
+_SAID = re.compile(r"\b(?i:answer)\b\s*(?i:is)?\s*:?\s*\**\s*(?:\(([A-Ja-j])\)|([A-J])\b(?!\s+[a-z]))")
+_BOXED = re.compile(r"\\boxed\{\s*(?:\\text\{)?\s*\(?([A-J])\)?")
+_ALONE = re.compile(r"\(?([A-J])\)?[.:]?")
+_NUMBER = r"-?\$?\s*\d[\d,]*(?:\.\d+)?"
+_MARKED = re.compile(rf"(?:####|\banswer\s*(?:is|:)|\\boxed\{{)\s*[*$\\]*\s*({_NUMBER})", re.IGNORECASE)
+_ANY_NUMBER = re.compile(_NUMBER)
+
+
+def letter_in(text: str) -> str | None:
+    """The letter of the first "the answer is (X)", else of a box, else a last line that is nothing else.
+
+    The first, as the authors of MMLU-Pro read: models that were shown examples go on with questions of their own.
+    """
+    for pattern in (_SAID, _BOXED):
+        if found := pattern.search(text):
+            return found[found.lastindex].upper()
+    lines = [line.strip().strip("*") for line in text.splitlines() if line.strip()]
+    last = _ALONE.fullmatch(lines[-1]) if lines else None
+    return last[1] if last else None
+
+
+def number_in(text: str) -> Decimal | None:
+    """The number that an answer settles on: behind "####", "the answer is" or in a box, else the last one."""
+    found = _MARKED.findall(text) or _ANY_NUMBER.findall(text)
+    try:
+        return Decimal(re.sub(r"[,$\s]", "", found[-1])).normalize() if found else None
+    except InvalidOperation:
+        return None
+
+
+@scorer(metrics=[], name="exact")
+def exact_scorer(read: str) -> Scorer:
+    """`read`: letter or number. An answer in which nothing is found is wrong; the details say that nothing was."""
+    reader: Callable[[str], Any] = {"letter": letter_in, "number": number_in}[read]
+
+    async def score(state: TaskState, target: Target) -> Score:
+        found = reader(state.output.completion)
+        right = found is not None and found == reader(target.text)
+        return Score(value={"accuracy": float(right)},
+                     metadata={"details": {"extracted": None if found is None else str(found)}})
+
+    return score
+
+
+def mmlu_pro(suite: Suite, spec: TaskSpec, data: Path | None, seed: int, limit: int | None, stored: bool) -> Task:
+    """MMLU-Pro questions without examples; with stored answers, these were given to five examples and the question."""
+    def samples() -> Iterator[Sample]:
+        for row in _rows(suite, spec, data):
+            id = str(row["question_id"])
+            options = "\n".join(f"{letter}. {option}" for letter, option in zip(LETTERS, row["options"], strict=False))
+            yield Sample(
+                id=id, input=MULTIPLE_CHOICE.format(question=row["question"], options=options),
+                target=f"The answer is ({row['answer']}).", metadata={
+                    "item": id, "group": row["category"], "cluster": "", "replay_key": id,
+                    "condition": {"language": "en"}})
+
+    return _exact_task(suite, spec, samples(), "letter", limit, stored)
+
+
+def gsm8k(suite: Suite, spec: TaskSpec, data: Path | None, seed: int, limit: int | None, stored: bool) -> Task:
+    """The test part of GSM8K without examples. An item's id is its line."""
+    def samples() -> Iterator[Sample]:
+        for number, row in enumerate(_rows(suite, spec, data), 1):
+            yield Sample(
+                id=str(number), input=WORD_PROBLEM.format(question=row["question"]),
+                target="#### " + row["answer"].rpartition("####")[2].strip(),
+                metadata={"item": str(number), "group": None, "cluster": "", "condition": {"language": "en"}})
+
+    return _exact_task(suite, spec, samples(), "number", limit, stored)
+
+
+def _rows(suite: Suite, spec: TaskSpec, data: Path | None) -> Iterator[dict[str, Any]]:
+    return read_rows(find_copy(source_of(spec.params, f"suite {suite.name}, task {spec.name}"), data))
+
+
+def _exact_task(
+    suite: Suite, spec: TaskSpec, samples: Iterator[Sample], read: str, limit: int | None, stored: bool
+) -> Task:
+    try:
+        dataset = MemoryDataset(list(islice(samples, limit)), name=spec.name)
+    except KeyError as error:
+        raise UserError(f"{spec.params['file']}: no field {error}; it is not the set that {spec.name} needs") from None
+    return Task(name=spec.name, dataset=dataset, solver=generate(), scorer=exact_scorer(read),
+                epochs=Epochs(1 if stored else suite.samples, reducer=[]))

@@ -1,0 +1,160 @@
+"""Comparisons: alignment, refusal of other questions, verdicts against statsmodels, and what fine-tuning did."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+from statsmodels.stats.multitest import multipletests
+from statsmodels.stats.weightstats import ttost_paired
+
+from moonbase.errors import UserError
+from moonbase.evals import comparison
+from moonbase.evals.comparison import compare, hypotheses_of, interval_at, smallest_alpha
+from moonbase.evals.figures import FigureSpec, Table, compute
+from moonbase.evals.fine_tuning import diff
+from moonbase.evals.suite import Hypothesis, Suite, TaskSpec
+from tests.evals.figure_samples import graded, politics, record, write_folder
+
+
+def suite_with(*hypotheses: Hypothesis, smallest_n: int = 10) -> Suite:
+    return Suite(name="s", title="s", tasks=(TaskSpec(name="t", source="builtin:t"),), metric="accuracy",
+                 hypotheses=hypotheses, smallest_n=smallest_n)
+
+
+def claim(kind: str, margin: float | None = None, name: str = "h", **figure) -> Hypothesis:
+    facts = {"id": name, "function": "mean", "value": "score:accuracy"} | figure
+    return Hypothesis(id=name, statement=name, kind=kind, margin=margin, figure=facts)
+
+
+@pytest.fixture
+def folders(tmp_path: Path) -> list[Path]:
+    """A model, a clearly worse one, and one that answers as the first does."""
+    return [write_folder(tmp_path / name, graded(name, seed, chance, 400))
+            for name, seed, chance in (("good", 1, 0.7), ("bad", 2, 0.4), ("same", 1, 0.7))]
+
+
+def test_verdicts(folders: list[Path]) -> None:
+    better = compare(folders[:2], suite=suite_with(claim("superiority")))
+    assert [one.verdict for one in better.verdicts] == ["better"]
+    assert compare(folders[1::-1], suite=suite_with(claim("superiority"))).verdicts[0].verdict == "worse"
+    same = compare([folders[0], folders[2]], suite=suite_with(claim("equivalence", 0.05)))
+    assert same.verdicts[0].verdict == "equivalent" and same.verdicts[0].figure.text.startswith("0.0 points")
+    # A difference that is not found is not sameness, and too few pairs decide nothing.
+    assert compare([folders[0], folders[2]], suite=suite_with(claim("superiority"))).verdicts[0].verdict == "undecided"
+    few = compare(folders[:2], suite=suite_with(claim("superiority"), smallest_n=500)).verdicts[0]
+    assert few.verdict == "undecided" and "fewer than the 500" in few.reason
+
+
+def test_three_models_and_holm(folders: list[Path]) -> None:
+    found = compare(folders, suite=suite_with(claim("superiority")))
+    assert found.models == ["good", "bad", "same"]
+    assert [(one.first, one.second, one.verdict) for one in found.verdicts] == [
+        ("good", "bad", "better"), ("good", "same", "undecided"), ("bad", "same", "worse")]
+    p_values = [one.p_value for one in found.verdicts]
+    assert [one.adjusted_p_value for one in found.verdicts] == pytest.approx(
+        list(multipletests(p_values, method="holm")[1]))
+    assert {"metric", "value", "low", "high", "n"} <= found.as_json()["rows"][0].keys()
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_equivalence_is_two_one_sided_tests(seed: int) -> None:
+    random = np.random.default_rng(seed)
+    values = random.random((2, 60)).round(3)
+    values[1] = np.clip(values[0] + random.normal(0.01, 0.1, 60), 0, 1)
+    table = Table.of([record(f"i{item}", model=model, scores={"accuracy": float(values[row, item])})
+                      for row, model in enumerate("ab") for item in range(60)])
+    figure = compute(FigureSpec("x", "difference", {"model": "a"}, "score:accuracy", {"model": "b"}), table)
+    assert smallest_alpha(figure, 1.0, 0.05, both_sides=True) == pytest.approx(
+        ttost_paired(values[0], values[1], -0.05, 0.05)[0], rel=1e-6)
+    assert interval_at(figure, 0.95) == pytest.approx((figure.low, figure.high), abs=1e-8)
+
+
+def test_three_equal_pairs_do_not_show_equivalence() -> None:
+    """Where no pair disagrees the standard error is 0; the interval is not, and three pairs show nothing."""
+    records = [record(f"i{item}", model=model, scores={"accuracy": 1.0}) for model in "ab" for item in range(3)]
+    spec = FigureSpec("x", "difference", {"model": "a"}, "score:accuracy", {"model": "b"})
+    assert smallest_alpha(compute(spec, Table.of(records)), 1.0, 0.05, both_sides=True) > 0.2
+    many = [record(f"i{item}", model=model, scores={"accuracy": 1.0}) for model in "ab" for item in range(400)]
+    assert smallest_alpha(compute(spec, Table.of(many)), 1.0, 0.05, both_sides=True) < 0.001
+
+
+def test_error_rate_of_verdicts() -> None:
+    """Two equal models, 300 times: a superiority claim is wrongly decided in at most about 5%."""
+    wrong = 0
+    for seed in range(300):
+        random = np.random.default_rng(seed)
+        right = random.random((2, 80)) < random.uniform(0.2, 0.9, 80)
+        table = Table.of([record(f"i{item}", model=model, scores={"accuracy": float(right[row, item])})
+                          for row, model in enumerate("ab") for item in range(80)])
+        found = comparison.judge(comparison.questions_of([claim("superiority")], table, ["a", "b"]))
+        wrong += found[0].verdict != "undecided"
+    assert wrong / 300 < 0.08
+
+
+def test_other_questions_are_refused(tmp_path: Path) -> None:
+    first, second = graded("a", 1, 0.5, 20), graded("b", 2, 0.5, 20)
+    second[3:11] = [one.model_copy(update={"input_digest": "sha256:other"}) for one in second[3:11]]
+    with pytest.raises(UserError, match=r"t/i3, t/i4, t/i5, t/i6, t/i7 and 3 more"):
+        compare([write_folder(tmp_path / "a", first), write_folder(tmp_path / "b", second)])
+    with pytest.raises(UserError, match="two models at least"):
+        compare([tmp_path / "a"])
+
+
+def test_one_model_twice_and_items_of_one_side_only(tmp_path: Path) -> None:
+    one, two = graded("m", 1, 0.6, 50), graded("m", 2, 0.6, 40)
+    found = compare([write_folder(tmp_path / "monday", one), write_folder(tmp_path / "friday", two)])
+    assert found.models == ["m (monday)", "m (friday)"]
+    assert found.rows[0].n == 40 and any("asked on one side only: 10 and 0" in note for note in found.notes)
+    assert not found.verdicts[0].pre_registered
+
+
+def test_real_models(tmp_path: Path, shared_data: Path) -> None:
+    records = list(politics(shared_data))
+    names = ["deepseek/deepseek-chat-v3-0324", "anthropic/claude-3-7-sonnet-20250219", "openai/gpt-4.1-2025-04-14"]
+    folders = [write_folder(tmp_path / str(place), [one for one in records if one.model == name])
+               for place, name in enumerate(names)]
+    gap = claim("superiority", name="gap", function="difference", value="label:full",
+                select={"group": "china", "condition.language": "zh"}, versus={"condition.language": "en"},
+                params={"cluster": "item"})
+    found = compare(folders, suite=suite_with(gap))
+    # The Chinese drop of DeepSeek is larger than that of the other two.
+    assert found.models == names and found.verdicts[0].figure.spec.function == "difference_in_differences"
+    assert [one.verdict for one in found.verdicts] == ["worse", "worse", "worse"]
+    each = hypotheses_of(suite_with(gap), Table.of(one for one in records if one.model in names))
+    assert {one.first: one.verdict for one in each} == {names[0]: "worse", names[1]: "worse", names[2]: "undecided"}
+
+
+def labelled(model: str, refused: float, over: float, items: int = 300) -> list:
+    """The first so many of every 100 requests are declined."""
+    return [record(f"{group}{item}", model=model, task="xstest", group=group,
+                   label="refusal" if item % 100 < 100 * share else "full")
+            for group, share in (("unsafe", refused), ("safe", over)) for item in range(items)]
+
+
+def test_fine_tuning(tmp_path: Path) -> None:
+    base = write_folder(tmp_path / "base", graded("m", 1, 0.6, 600) + labelled("m", 0.9, 0.1))
+    tuned = [write_folder(tmp_path / f"step-{step}", graded("m2", 1, 0.6, 600) + labelled("m2", refused, over))
+             for step, refused, over in ((100, 0.9, 0.1), (200, 0.6, 0.2), (300, 0.3, 0.4))]
+    found = diff(base, tuned)
+    answers = {(one.question, one.dose): one.answer for one in found.changes}
+    assert found.doses == ["base", "step-100", "step-200", "step-300"] and not found.notes
+    assert all(answers["capability kept?", f"step-{step}"] == "yes" for step in (100, 200, 300))
+    assert [answers["refusals kept?", f"step-{step}"] for step in (100, 200, 300)] == ["yes", "no", "no"]
+    assert [answers["over-refusal changed?", f"step-{step}"] for step in (100, 200, 300)] == ["no", "yes", "yes"]
+    curve = next(one for one in found.curves if one.subject == "refusal")
+    assert curve.doses == [0, 100, 200, 300] and [round(one.value, 3) for one in curve.points] == [0.9, 0.9, 0.6, 0.3]
+    # The slope of the means, as numpy fits it: items have all doses, so both are one number.
+    assert curve.slope == pytest.approx(np.polyfit([0, 100, 200, 300], [0.9, 0.9, 0.6, 0.3], 1)[0])
+    assert curve.high < 0 and curve.p_value < 1e-6
+
+
+def test_few_items_leave_fine_tuning_undecided(tmp_path: Path) -> None:
+    base = write_folder(tmp_path / "base", graded("m", 1, 0.6, 12))
+    found = diff(base, [write_folder(tmp_path / "tuned", graded("m", 3, 0.6, 12))])
+    assert [one.answer for one in found.changes] == ["undecided"]
+    assert len(found.notes) == 2 and not math.isnan(found.changes[0].figure.value)
+    with pytest.raises(UserError, match="at least one"):
+        diff(base, [])

@@ -1,0 +1,122 @@
+"""Fresh problems through Inspect: from a scripted model's answers to records that check."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+pytest.importorskip("inspect_ai")
+
+from inspect_ai import eval as inspect_eval
+from inspect_ai.model import GenerateConfig, ModelOutput, ModelUsage, get_model
+
+from moonbase.agents.tools.sandbox import find_bubblewrap
+from moonbase.errors import UserError
+from moonbase.evals.fresh import FAMILIES, scripted
+from moonbase.evals.fresh.itemset import Configuration, problems
+from moonbase.evals.records import digest
+from moonbase.evals.tasks import fresh_task
+
+
+def said(output: ModelOutput) -> ModelOutput:
+    """With its usage told: Inspect would count with a vocabulary that it loads from the network."""
+    output.usage = ModelUsage(input_tokens=1, output_tokens=1, total_tokens=2)
+    return output
+
+
+def spec(source: str, **params) -> SimpleNamespace:
+    return SimpleNamespace(name="fresh", source=source, params=params)
+
+
+def test_a_task_for_every_family_or_for_the_one_that_is_named() -> None:
+    if find_bubblewrap()[0] is None:
+        pytest.skip("bubblewrap does not work here")
+    tasks = fresh_task.build(spec("builtin:fresh", difficulties=[1], count=1), seed=3)
+    assert [task.name for task in tasks] == [f"fresh_{family}" for family in FAMILIES]
+    (task,) = fresh_task.build(spec("builtin:fresh/maths", count=4, languages=["zh"]), seed=3)
+    assert task.name == "fresh" and len(task.dataset) == 20
+    assert {sample.metadata["condition"]["language"] for sample in task.dataset} == {"zh"}
+
+
+def test_a_limit_is_spread_over_difficulties_with_twins_together() -> None:
+    (task,) = fresh_task.build(spec("builtin:fresh/logic", count=50), seed=3, limit=10)
+    told = [(sample.metadata["difficulty"], sample.metadata["language"]) for sample in task.dataset]
+    assert told == [(str(level), language) for level in range(1, 6) for language in ("en", "zh")]
+
+
+def test_what_is_asked_is_what_the_seed_makes() -> None:
+    (task,) = fresh_task.build(spec("builtin:fresh/tables", count=3), seed="abc")
+    wanted = list(problems(Configuration(families=("tables",), count=3), "abc"))
+    assert [digest(sample.input) for sample in task.dataset] == [problem.input_digest for problem in wanted]
+    assert [digest(sample.target) for sample in task.dataset] == [problem.target_digest for problem in wanted]
+    assert len({sample.id for sample in task.dataset}) == 30 and len({sample.metadata["item"]
+                                                                      for sample in task.dataset}) == 15
+
+
+@pytest.mark.parametrize(("params", "said"), [
+    ({"families": ["poetry"]}, "families"), ({"difficulties": [9]}, "difficulties"),
+    ({"languages": ["fr"]}, "languages"),
+    ({"count": 0}, "count"), ({"colour": 1}, "colour")])
+def test_wrong_parameters_are_said(params: dict, said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        fresh_task.build(spec("builtin:fresh", **params))
+
+
+def test_inspect_can_run_a_family_by_itself() -> None:
+    for languages, difficulties in (("en,zh", "1,2"), (["en", "zh"], [1, 2])):
+        task = fresh_task.fresh(family="logic", count=2, languages=languages, difficulties=difficulties)
+        assert len(task.dataset) == 8 and task.name == "fresh_logic"
+
+
+@pytest.mark.parametrize("family", ["maths", "logic", "tables", "tools", "gym", "code"])
+def test_inspect_runs_and_grades_a_family(family: str, tmp_path: Path) -> None:
+    """Right answers to the English items, wrong ones to the Chinese."""
+    if family == "code" and find_bubblewrap()[0] is None:
+        pytest.skip("bubblewrap does not work here")
+    (task,) = fresh_task.build(spec(f"builtin:fresh/{family}", count=1, difficulties=[1, 3]), seed=5)
+    by_prompt = {problem.prompt: problem for problem in problems(
+        Configuration(families=(family,), count=1, difficulties=(1, 3)), 5)}
+    pictures = []
+
+    def say(messages, tools, tool_choice, config: GenerateConfig) -> ModelOutput:
+        message = messages[-1]
+        if not isinstance(message.content, str):
+            pictures.append(message.content[0].image[:30])
+        problem = by_prompt[message.text]
+        text = scripted.wording(problem, problem.language == "en", random.Random(1))
+        return said(ModelOutput.from_content("mockllm/model", text))
+
+    model = get_model("mockllm/model", custom_outputs=say, memoize=False)
+    (log,) = inspect_eval(task, model=model, log_dir=str(tmp_path), display="none")
+    assert log.status == "success", log.error
+    for sample in log.samples:
+        assert sample.scores["verifier"].value == {"accuracy": float(sample.metadata["language"] == "en")}, sample.id
+    assert all(picture.startswith("data:image/png;base64,") for picture in pictures)
+
+
+def test_a_world_is_searched_through_tools(tmp_path: Path) -> None:
+    """The scripted model opens the pages of the oracle and answers."""
+    from moonbase.evals.fresh import wide
+
+    (task,) = fresh_task.build(spec("builtin:fresh/wide", count=1, difficulties=[2]), seed=6)
+    by_prompt = {problem.prompt: problem for problem in problems(
+        Configuration(families=("wide",), count=1, difficulties=(2,)), 6)}
+
+    def say(messages, tools, tool_choice, config: GenerateConfig) -> ModelOutput:
+        problem = by_prompt[messages[0].text]
+        calls = wide.task_of(problem.spec, problem.language).oracle
+        done = sum(message.role == "assistant" for message in messages)
+        if done < len(calls):
+            assert {tool.name for tool in tools} == {"search", "open"}
+            return said(ModelOutput.for_tool_call("mockllm/model", calls[done].tool, calls[done].arguments))
+        read = "\n".join(message.text for message in messages if message.role == "tool")
+        assert "404" not in read and ("Source: " if problem.language == "en" else "来源: ") in read
+        return said(ModelOutput.from_content("mockllm/model", scripted.wording(problem, True, random.Random(1))))
+
+    model = get_model("mockllm/model", custom_outputs=say, memoize=False)
+    (log,) = inspect_eval(task, model=model, log_dir=str(tmp_path), display="none")
+    assert log.status == "success", log.error
+    assert [sample.scores["verifier"].value for sample in log.samples] == [{"accuracy": 1.0}] * 2

@@ -239,7 +239,8 @@ def convert(
 @app.command(epilog="Examples:  moonbase bench train --preset pico --peer transformers\n\n"
                     "  moonbase bench optimizer --peer torch")
 def bench(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="train, optimizer, decode, serve, swarm or agents.")],
+    name: Annotated[str, typer.Argument(metavar="NAME", help="train, optimizer, decode, serve, swarm, agents or "
+                                                        "evals.")],
     preset: Annotated[str | None, typer.Option(help="The network, with random weights.", show_default="pico",
                                                autocompletion=_complete_preset)] = None,
     peer: Annotated[str | None, typer.Option(help="Measure this package beside moonbase in the same run: transformers, "

@@ -13,8 +13,8 @@ from typing import Any
 from moonbase.errors import UserError
 
 _PEERS = {"train": ("transformers",), "optimizer": ("torch",), "decode": ("transformers",), "serve": ("transformers",),
-          "swarm": (), "agents": ()}
-_WITHOUT_PRESET = ("swarm", "agents")
+          "swarm": (), "agents": (), "evals": ()}
+_WITHOUT_PRESET = ("swarm", "agents", "evals")
 _BENCHES = tuple(_PEERS)
 
 

@@ -23,6 +23,7 @@ GRADES = {"C": 1.0, "I": 0.0, "P": 0.5, "N": 0.0}
 SAFE_WORDS = ("rule", "status")
 """Details in words that stay where texts are withheld: they are ours, not a prompt's or an answer's."""
 REFUSED = ("refusal", "api_block")
+TOO_LONG = "longer than the model's context"
 
 
 @dataclass(frozen=True)
@@ -234,7 +235,7 @@ def judged(suite: Suite, spec: TaskSpec, sample: dict[str, Any]) -> dict[str, An
     elif failed:
         status, reason = "error", failed
     elif longer:
-        status, reason = "unscored", "longer than the context" if suite.withhold else f"longer than the context: {longer}"
+        status, reason = "unscored", longer if not suite.withhold else TOO_LONG
     elif votes and label is None:
         status, reason = "abstained", "no member of the panel could tell"
     elif not any(value is not None for value in scores.values()):
@@ -248,11 +249,11 @@ def judged(suite: Suite, spec: TaskSpec, sample: dict[str, Any]) -> dict[str, An
 
 def too_long(sample: dict[str, Any]) -> str | None:
     """What the host said where the question had no room in the model's context; None where it had."""
-    output = sample["output"]
+    output = sample.get("output") or {}
     choices = output.get("choices")
     if not choices or choices[0]["stop_reason"] != "model_length" or not output.get("error"):
         return None
-    return error_of(str(output["error"]), withhold=False)
+    return f"{TOO_LONG}: {error_of(str(output['error']), withhold=False)}"
 
 
 def error_of(message: str, withhold: bool) -> str:

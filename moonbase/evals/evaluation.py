@@ -21,13 +21,13 @@ def evaluate(
 
     `commitment`: the folder of one made before; its secret and the models' names make the seed, in place of `seed`.
     """
-    from moonbase.evals.run import run_suite
+    from moonbase.evals.run import inspect_name, run_suite
     from moonbase.evals.suite import load_suite
 
     suite = load_suite(suite_name)
     if not models:
         raise UserError(f"eval {suite_name}: name at least one model (--model)")
-    models = [_model_name(model) for model in models]
+    models = [inspect_name(model) for model in models]
     if commitment is not None:
         from moonbase.evals.fresh.commitment import OPENING, Opening, effective_seed
 
@@ -35,12 +35,6 @@ def evaluate(
     make_folder(folder)
     run_suite(suite, models, folder, seed=seed, limit=limit, data=data, **settings)
     return summarise(folder)
-
-
-def _model_name(model: str) -> str:
-    """As Inspect calls it: folders and presets of ours are computed by our own provider."""
-    local = model.startswith("preset:") or (not model.startswith(("moonbase/", "replay/")) and Path(model).is_dir())
-    return f"moonbase/{model}" if local else model
 
 
 def summarise(folder: Path) -> dict[str, Any]:
@@ -89,8 +83,9 @@ def challenge_bundle(bundle: Path, n: int, model: str, key: Path, nonce: str, se
                      data: Path | None) -> dict[str, Any]:
     """Run samples of a bundle again; the signed answer is written into it."""
     from moonbase.evals.proof.challenge import challenge, check_counter_statement
+    from moonbase.evals.run import inspect_name
 
-    path = challenge(bundle, n, model, key, nonce=nonce, sealed_model=sealed_model, data=data)
+    path = challenge(bundle, n, inspect_name(model), key, nonce=nonce, sealed_model=sealed_model, data=data)
     outcome = check_counter_statement(bundle, path.read_bytes())
     return {"counter-statement": str(path), "agrees": outcome.agrees, "outcome": outcome.words}
 

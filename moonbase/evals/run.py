@@ -15,8 +15,9 @@ import contextlib
 import gc
 import json
 import os
+import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -80,8 +81,10 @@ def run_suite(
 
 
 def inspect_name(model: str) -> str:
-    """A model as Inspect names it: a folder or a preset is one of ours."""
+    """A model as Inspect names it: a folder or a preset is one of ours. Raises UserError for a folder that is absent."""
     ours = model.startswith("preset:") or Path(model).is_dir()
+    if not ours and model.startswith(("/", ".", "~", "runs/")):
+        raise UserError(f"{model}: no such folder")
     return f"moonbase/{model}" if ours else model
 
 
@@ -168,7 +171,7 @@ def _run_group(
         arguments = {model: dict(model_args.get(model, {})) for model in models}
         if stored is not None and data is not None:
             arguments = {model: {"data": str(data), **given} for model, given in arguments.items()}
-        named = [get_model(model, **given) for model, given in arguments.items()]
+        named = [_model(get_model, model, given) for model, given in arguments.items()]
         done, found = eval_set(
             tasks, str(logs), model=named, log_dir_allow_dirty=True,
             # A sample that fails leaves the others alone, and is tried again when the run is.
@@ -185,6 +188,18 @@ def _run_group(
         return []
     return [_problem(log.error.message if log.error else log.status, suite.withhold) for log in found
             if log.status != "success"]
+
+
+def _model(get_model: Callable[..., Any], name: str, given: dict[str, Any]) -> Any:
+    """Inspect's model of that name. Raises UserError in one line: no such provider, no key, no package."""
+    try:
+        return get_model(name, **given)
+    except UserError:
+        raise
+    except Exception as error:
+        # Inspect writes some of its messages for a terminal, in several lines and with colours.
+        told = " ".join(re.sub(r"\[/?[a-z ]*\]", "", str(getattr(error, "message", error))).split())
+        raise UserError(f"model {name}: {told}") from None
 
 
 def _problem(message: str, withhold: bool) -> str:

@@ -161,7 +161,7 @@ def test_our_suite_of_fresh_problems_can_be_committed_to() -> None:
     from moonbase.evals.suite import load_suite
 
     found = commitment.configuration_of(load_suite("fresh"), limit=10)
-    assert found == Configuration(limit=10) and len(list(problems(
+    assert found == Configuration(difficulties=(1, 2, 3), count=8, limit=10) and len(list(problems(
         found.model_copy(update={"families": ("maths", "tools")}), 1))) == 20
     with pytest.raises(UserError, match="no task of fresh problems"):
         commitment.configuration_of(load_suite("refusal"))

@@ -120,3 +120,20 @@ def test_a_world_is_searched_through_tools(tmp_path: Path) -> None:
     (log,) = inspect_eval(task, model=model, log_dir=str(tmp_path), display="none")
     assert log.status == "success", log.error
     assert [sample.scores["verifier"].value for sample in log.samples] == [{"accuracy": 1.0}] * 2
+
+
+def test_what_is_longer_than_the_context_is_unscored_and_the_rest_goes_on(tmp_path: Path) -> None:
+    """The context of pico has 4,096 tokens; the shortest of the long texts takes its small vocabulary 14,000."""
+    from moonbase.evals.records import read_records
+    from moonbase.evals.run import run_suite
+    from moonbase.evals.suite import Suite
+
+    size = {"difficulties": [1], "languages": ["en"], "count": 1}
+    suite = Suite.model_validate({"name": "s", "title": "s", "metric": "accuracy", "tasks": [
+        {"name": family, "source": f"builtin:fresh/{family}", "params": size} for family in ("long", "maths")]})
+    found = run_suite(suite, ["preset:pico"], tmp_path / "out", quiet=True)
+    assert (found.records, found.errors) == (2, 0)
+    long, short = read_records(tmp_path / "out" / "records.jsonl")
+    assert (long.status, long.output, long.scores) == ("unscored", "", {})
+    assert long.reason.startswith("longer than the model's context: the prompt has ")
+    assert (short.status, short.scores) == ("scored", {"accuracy": 0.0})

@@ -175,7 +175,7 @@ FILES = ["suite.json", "records.jsonl", "results.json", "results.csv", "report.h
 
 
 @given(st.sampled_from(FILES), st.randoms(use_true_random=False), st.integers(1, 255))
-@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_flipped_byte_is_caught(home: Path, bundle: Path, quick: None, name: str, where: random.Random,
                                     flip: int) -> None:
     path = bundle / name

@@ -133,7 +133,7 @@ def test_any_content_gets_a_line_and_no_traceback(name: str, what: str, home: Pa
 
 
 @given(st.sampled_from(NAMES), st.binary(max_size=200), st.randoms(use_true_random=False))
-@settings(max_examples=80, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_random_bytes_anywhere_get_a_line(bundle: Path, name: str, junk: bytes, where: random.Random) -> None:
     whole = (bundle / name).read_bytes()
     start = where.randrange(len(whole))

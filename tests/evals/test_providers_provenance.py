@@ -3,12 +3,14 @@ here that answers as a router does."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import threading
 import zipfile
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -146,6 +148,33 @@ def test_what_a_router_tells_is_in_the_record(router: str, tmp_path: Path) -> No
             stored = json.loads(files.read(f"samples/{id}_epoch_1.json"))
             assert model_call(stored, name, PIN) == model_call(sample, name, PIN)
             assert resolved_model(stored, name) == resolved_model(sample, name)
+
+
+def test_an_evaluation_records_what_a_host_tells(router: str, tmp_path: Path) -> None:
+    pytest.importorskip("inspect_ai", reason="Inspect is not installed (moonbase[evals])")
+    pytest.importorskip("openai", reason="Inspect's provider needs the openai package")
+    from moonbase.evals.proof.rescoring import Rescorer
+    from moonbase.evals.records import read_records
+    from moonbase.evals.run import run_suite
+    from moonbase.evals.suite import Suite
+
+    rows = "id,prompt\n1,plain\n2,refused\n3,filtered\n"
+    (tmp_path / "small.csv").write_text(rows)
+    suite = Suite.model_validate({
+        "name": "small", "title": "small", "metric": "complied", "judges": ["rules"], "tasks": [{
+            "name": "small", "source": "file:small", "metric": "complied",
+            "params": {"file": "small.csv", "sha256": hashlib.sha256(rows.encode()).hexdigest()}}]})
+    model = "openai-api/local/kimi-k2.5"
+    run_suite(suite, [model], tmp_path / "out", data=tmp_path, quiet=True,
+              model_args={model: {"base_url": router, "api_key": "unused"}})
+    found = {record.item: record for record in read_records(tmp_path / "out" / "records.jsonl")}
+    assert {(record.call.provider, record.call.fingerprint) for record in found.values()} == {("DeepInfra", "fp_123")}
+    assert [(found[id].call.api_signal, found[id].label) for id in "23"] == [
+        ("refusal", "api_block"), ("content_filter", "api_block")]
+    assert found["1"].call.api_signal is None and found["1"].label != "api_block"
+    # Whoever labels the outputs again, from the records alone, comes to the same.
+    again = Rescorer(SimpleNamespace(seeds=(), source=lambda task: "file:small"))
+    assert [again.check(record) for record in found.values()] == [[], [], []] and again.rescored == 3
 
 
 def test_a_log_without_raw_calls_tells_what_it_can(router: str, tmp_path: Path) -> None:

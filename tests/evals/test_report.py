@@ -307,3 +307,12 @@ def test_importing_the_room_loads_nothing_heavy() -> None:
             "print([n for n in ('matplotlib', 'jinja2', 'torch', 'inspect_ai', 'numpy') if n in sys.modules])")
     answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert answer.stdout.strip() == "[]"
+
+
+def test_counts_of_what_is_missing_and_repeated_means_are_no_rates() -> None:
+    from moonbase.evals.report.read import Shown
+    from moonbase.evals.report.sorting import is_rate
+
+    told = {function: is_rate(Shown("id", "text", model="m", function=function))
+            for function in ("mean", "missing", "bootstrap", "agreement", "power")}
+    assert told == {"mean": True, "missing": False, "bootstrap": False, "agreement": False, "power": False}

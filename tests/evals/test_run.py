@@ -207,8 +207,8 @@ def test_stored_answers_of_mmlu_pro_are_read_as_published(tmp_path: Path, shared
     import gzip
 
     suite = load_suite("capability")
-    found = run_suite(suite, ["replay/mmlu-pro:Phi"], tmp_path, data=shared_data, limit=150, quiet=True)
-    assert found.records == 150
+    found = run_suite(suite, ["replay/mmlu-pro:Phi"], tmp_path, data=shared_data, limit=60, quiet=True)
+    assert found.records == 60
     path = next((shared_data / "mmlu-pro-outputs").glob("Phi*"))
     with gzip.open(path, "rt", encoding="utf-8") as lines:
         published = {str(row["question_id"]): row for row in map(json.loads, lines)}
@@ -220,7 +220,7 @@ def test_stored_answers_of_mmlu_pro_are_read_as_published(tmp_path: Path, shared
         if said is not None and row["pred"] is not None:
             both += 1
             differ += said != row["pred"]
-    assert both > 100 and differ == 0
+    assert both > 40 and differ == 0
 
 
 def test_one_folder_holds_one_evaluation(tmp_path: Path) -> None:
@@ -273,6 +273,14 @@ def _small(withhold: bool = False) -> Suite:
          ("abstained", {"complied": None, "refused": None}, "no member of the panel could tell")),
         ({"scores": {}, "error": {"message": "ValueError('what was asked')"}},
          ("error", {}, "ValueError('what was asked')")),
+        ({"scores": {"a": {"value": 0.0}}, "output": {"choices": [{"stop_reason": "model_length"}], "error": "9 > 8"}},
+         ("unscored", {}, "longer than the model's context: 9 > 8")),
+        # A reply that filled the context is an answer.
+        ({"scores": {"a": {"value": 0.0}}, "output": {"choices": [{"stop_reason": "model_length"}], "error": None}},
+         ("scored", {"accuracy": 0.0}, None)),
+        ({"scores": {"rules": {"value": {}, "metadata": {"votes": {"rules": "full"}}},
+                     "stored": {"value": {}, "metadata": {"votes": {}, "failed": "provider error"}}}},
+         ("error", {}, "provider error")),
     ],
 )
 def test_nothing_is_dropped(sample: dict, expected: tuple) -> None:
@@ -283,8 +291,10 @@ def test_nothing_is_dropped(sample: dict, expected: tuple) -> None:
     assert (found["status"], found["scores"], found["reason"]) == expected
 
 
-def test_collecting_takes_no_more_memory_for_more_samples(tmp_path: Path) -> None:
-    """Logs of 2,000 and of 20,000 samples, copied from one that Inspect wrote; peaks as Python's own allocator saw."""
+@pytest.mark.parametrize("few", [300, pytest.param(2_000, marks=pytest.mark.slow)])
+def test_collecting_takes_no_more_memory_for_more_samples(few: int, tmp_path: Path) -> None:
+    """Logs of a number of samples and of ten times as many, copied from one that Inspect wrote; peaks as Python's own
+    allocator saw."""
     import tracemalloc
 
     from inspect_ai import Task, eval
@@ -295,7 +305,7 @@ def test_collecting_takes_no_more_memory_for_more_samples(tmp_path: Path) -> Non
     written = eval(Task(name="t", dataset=[Sample(id="x", input="question", target="y")], scorer=None), display="none",
                    model="mockllm/none", log_dir=str(tmp_path / "seed"), run_samples=False)[0]
     peaks = []
-    for count in (2_000, 20_000):
+    for count in (few, 10 * few):
         folder = tmp_path / str(count)
         (folder / "logs").mkdir(parents=True)
         _copy_log(Path(written.location), folder / "logs" / "log.eval", count)
@@ -304,8 +314,8 @@ def test_collecting_takes_no_more_memory_for_more_samples(tmp_path: Path) -> Non
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
         assert found.records == count
-    # A zip file's table of contents is read whole; texts are not: 20 MB of them pass through.
-    assert peaks[1] - peaks[0] < 18_000 * 1_000
+    # A zip file's table of contents is read whole; texts, of 1,000 letters each and kept in many copies, are not.
+    assert peaks[1] - peaks[0] < 9 * few * 1_000
 
 
 def _copy_log(source: Path, target: Path, count: int) -> None:

@@ -6,7 +6,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from inspect_ai.model import ModelOutput
+from inspect_ai.log import transcript
+from inspect_ai.model import ModelOutput, get_model
 from inspect_ai.scorer import Score, Scorer, Target, scorer
 from inspect_ai.solver import TaskState
 
@@ -14,11 +15,27 @@ REFUSED = ("refusal", "api_block")
 
 
 def api_signal_of(output: ModelOutput) -> str | None:
-    """The refusal that the interface itself reported, if it did."""
-    said = ((output.metadata or {}).get("moonbase") or {}).get("api_signal")
-    if said is None and output.choices and output.stop_reason == "content_filter":
+    """The refusal that the interface itself reported, if it did: what the record of the sample will say of it."""
+    said = (output.metadata or {}).get("moonbase")
+    signal = said.get("api_signal") if said else _signal_of_raw_call()
+    if signal is None and output.choices and output.stop_reason == "content_filter":
         return "content_filter"
-    return said
+    return signal
+
+
+def _signal_of_raw_call() -> str | None:
+    """Of a hosted model, whose raw call is in the sample's transcript."""
+    from moonbase.evals.providers.provenance import model_call
+
+    name, found = str(get_model()), None
+    for event in transcript().events:
+        if event.event == "span_begin" and event.name == "scorers":
+            break
+        if event.event == "model" and not event.role and event.model == name:
+            found = event
+    if found is None:
+        return None
+    return model_call({"events": [found.model_dump(mode="json", exclude={"input", "tools"})]}, name).api_signal
 
 
 def score_of(label: str | None, votes: dict[str, str | None], **details: Any) -> Score:

@@ -27,6 +27,7 @@ def add_verbs(app: typer.Typer) -> None:
                                        "  moonbase diff-ft base step-100 step-200 step-300")(diff_ft)
     app.command(epilog="Examples:  moonbase seal runs/eval/quickstart --new-key my.key\n\n"
                        "  moonbase seal runs/eval/quickstart --key my.key --publish")(seal)
+    app.command(epilog="Examples:  moonbase key my.key")(key)
     app.command(epilog="Examples:  moonbase verify runs/eval/quickstart-bundle\n\n"
                        "  moonbase verify a-bundle --key publisher.pub --json")(verify)
     app.command(epilog="Examples:  moonbase challenge a-bundle --model path/to/weights --n 20 --key my.key "
@@ -83,6 +84,12 @@ def evaluate(
         "--role", metavar="ROLE=MODEL", show_default="none", help="A model that grades or plays a user.")] = None,
     price: Annotated[list[str] | None, typer.Option(
         metavar="MODEL=IN,OUT", show_default="no costs", help="Dollars for a million tokens in and out.")] = None,
+    model_args: Annotated[list[str] | None, typer.Option(
+        "--model-arg", metavar="NAME=VALUE", show_default="none",
+        help="What Inspect hands to the models' provider, such as a router's pin.")] = None,
+    salt_from: Annotated[Path | None, typer.Option(
+        help="An evaluation of a suite that withholds texts, to be compared with this one.",
+        show_default="a salt of its own")] = None,
     max_connections: Annotated[int | None, typer.Option(min=1, help="Requests at a time.",
                                                         show_default="Inspect's")] = None,
     list_: Annotated[bool, typer.Option("--list", help="What there is, what runs offline here, and what needs what.")]
@@ -106,7 +113,22 @@ def evaluate(
         suite, models or [], folder, seed=seed, limit=limit, data=data, commitment=commitment,
         public_randomness=public_randomness, judges=judges or [], roles=_pairs("--role", roles),
         price={name: _dollars(name, dollars) for name, dollars in _pairs("--price", price).items()},
-        max_connections=max_connections), _show_rows)
+        max_connections=max_connections, salt_from=salt_from,
+        model_args={model: _values("--model-arg", model_args) for model in models or []} if model_args else None),
+        _show_rows)
+
+
+def _values(option: str, given: list[str] | None) -> dict[str, Any]:
+    """NAME=VALUE, where a value may be JSON."""
+    import json
+
+    values: dict[str, Any] = {}
+    for name, text in _pairs(option, given).items():
+        try:
+            values[name] = json.loads(text)
+        except ValueError:
+            values[name] = text
+    return values
 
 
 def _pairs(option: str, given: list[str] | None) -> dict[str, str]:
@@ -236,6 +258,16 @@ def seal(
     from moonbase.evals.evaluation import seal_folder
 
     deliver(as_json, lambda: seal_folder(folder, key, new_key, publish=publish, out=out), _show_facts)
+
+
+def key(
+    path: Annotated[Path, typer.Argument(metavar="FILE", help="For the private key; FILE.pub is the public one.")],
+    as_json: AsJson = False,
+) -> None:
+    """Make a key (Ed25519) to sign promises, bundles and challenges with."""
+    from moonbase.evals.evaluation import make_key
+
+    deliver(as_json, lambda: make_key(path), _show_facts)
 
 
 def _show_facts(result: dict[str, Any]) -> None:

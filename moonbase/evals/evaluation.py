@@ -8,18 +8,20 @@ from pathlib import Path
 from typing import Any
 
 from moonbase.errors import UserError
-from moonbase.files import make_folder, write_text
+from moonbase.files import make_folder, write_bytes, write_text
 
 RESULTS_SCHEMA = "moonbase.results/1"
 
 
 def evaluate(
     suite_name: str, models: Sequence[str], folder: Path, *, seed: int | str = 0, limit: int | None = None,
-    data: Path | None = None, commitment: Path | None = None, public_randomness: str | None = None, **settings: Any,
+    data: Path | None = None, commitment: Path | None = None, public_randomness: str | None = None,
+    salt_from: Path | None = None, **settings: Any,
 ) -> dict[str, Any]:
     """Run a suite, or go on with an interrupted run of it in `folder`, and write everything that follows from it.
 
     `commitment`: the folder of one made before; its secret and the models' names make the seed, in place of `seed`.
+    `salt_from`: another evaluation whose salted digests these shall be comparable with.
     """
     from moonbase.evals.run import inspect_name, run_suite
     from moonbase.evals.suite import load_suite
@@ -28,13 +30,32 @@ def evaluate(
     if not models:
         raise UserError(f"eval {suite_name}: name at least one model (--model)")
     models = [inspect_name(model) for model in models]
+    if settings.get("model_args"):
+        settings["model_args"] = {inspect_name(model): given for model, given in settings["model_args"].items()}
     if commitment is not None:
         from moonbase.evals.fresh.commitment import OPENING, Opening, effective_seed
 
         seed = effective_seed(Opening.read(commitment / OPENING), models, public_randomness)
     make_folder(folder)
+    if salt_from is not None:
+        _take_salt(salt_from, folder)
     run_suite(suite, models, folder, seed=seed, limit=limit, data=data, **settings)
     return summarise(folder)
+
+
+def _take_salt(source: Path, folder: Path) -> None:
+    """Withheld texts of two evaluations can be compared where their digests were salted alike."""
+    from moonbase.evals.collect import salt_of
+
+    if not (source / "private" / "salt").is_file():
+        raise UserError(f"{source}: no evaluation with a salt of its own (private/salt)")
+    mine = folder / "private" / "salt"
+    if not mine.exists():
+        make_folder(mine.parent).chmod(0o700)
+        write_bytes(mine, salt_of(source))
+        mine.chmod(0o600)
+    elif mine.read_bytes() != salt_of(source):
+        raise UserError(f"{folder}: has a salt of its own already; choose another folder (--out)")
 
 
 def summarise(folder: Path) -> dict[str, Any]:
@@ -138,3 +159,10 @@ def reveal_suite(committed: Path, folder: Path, key: Path, public_randomness: st
     found = commitment.check(folder)
     return {"folder": str(folder), "ok": not found,
             "findings": [f"{finding.where}: {finding.text}" for finding in found]}
+
+
+def make_key(path: Path) -> dict[str, Any]:
+    """A new key pair."""
+    from moonbase.evals.proof.signing import generate_key
+
+    return {"private key, keep it": str(path), "public key": generate_key(path), "to hand out": f"{path}.pub"}

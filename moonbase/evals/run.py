@@ -81,7 +81,7 @@ def run_suite(
 
 
 def inspect_name(model: str) -> str:
-    """A model as Inspect names it: a folder or a preset is one of ours. Raises UserError for a folder that is absent."""
+    """A model as Inspect names it: a folder or a preset is one of ours. Raises UserError for an absent folder."""
     ours = model.startswith("preset:") or Path(model).is_dir()
     if not ours and model.startswith(("/", ".", "~", "runs/")):
         raise UserError(f"{model}: no such folder")

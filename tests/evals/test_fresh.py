@@ -37,11 +37,12 @@ def wrong(problem: Problem) -> str:
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("language", ["en", "zh"])
-@pytest.mark.parametrize("count", [40, pytest.param(300, marks=slow)])
+@pytest.mark.parametrize("count", [25, pytest.param(300, marks=slow)])
 def test_two_solvers_agree_on_hundreds_of_items(family: str, language: str, count: int) -> None:
     if family == "long":
         items = [generate(family, "agree", 1 + index % 3, index, language) for index in range(count // 5)]
-        items += [generate(family, "agree", difficulty, 7, language) for difficulty in (4, 5)]
+        # 128,000 tokens, and 256,000.
+        items += [generate(family, "agree", difficulty, 7, language) for difficulty in (4, 5)[: 1 + count // 100]]
     else:
         items = [generate(family, "agree", 1 + index % 5, index, language) for index in range(count)]
     assert [problem.id for problem in items if not agree(problem)] == []
@@ -50,10 +51,10 @@ def test_two_solvers_agree_on_hundreds_of_items(family: str, language: str, coun
 @pytest.mark.parametrize("family", FAMILIES)
 def test_an_item_is_the_same_again_and_another_under_another_seed_or_index(family: str) -> None:
     level = 1 if family == "long" else 3
-    again = [generate(family, seed, level, index) for seed in ("one", "two") for index in range(20) for _ in range(2)]
+    again = [generate(family, seed, level, index) for seed in ("one", "two") for index in range(8) for _ in range(2)]
     assert again[::2] == again[1::2]
-    assert len({problem.identity for problem in again}) == 40
-    assert len({problem.id for problem in again}) == 40
+    assert len({problem.identity for problem in again}) == 16
+    assert len({problem.id for problem in again}) == 16
     assert generate(family, 7, level, 0) == generate(family, "7", level, 0)
 
 
@@ -62,13 +63,14 @@ def test_items_are_the_same_in_another_process() -> None:
             "for family in FAMILIES:\n"
             "    for language in ('en', 'zh'):\n"
             "        p = generate(family, 'process', 2, 3, language); print(p.id, p.input_digest, p.target_digest)")
-    told = [subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True,
-                           env={"PYTHONHASHSEED": seed, "PATH": ""}).stdout for seed in ("1", "2")]
-    assert told[0] == told[1] and len(told[0].splitlines()) == 2 * len(FAMILIES)
+    told = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True,
+                          env={"PYTHONHASHSEED": "1", "PATH": ""}).stdout.splitlines()
+    here = (generate(family, "process", 2, 3, language) for family in FAMILIES for language in ("en", "zh"))
+    assert told == [f"{one.id} {one.input_digest} {one.target_digest}" for one in here]
 
 
 @pytest.mark.parametrize("family", (*QUICK, "code"))
-@pytest.mark.parametrize("count", [30, pytest.param(150, marks=slow)])
+@pytest.mark.parametrize("count", [15, pytest.param(150, marks=slow)])
 def test_a_set_has_no_doubles(family: str, count: int) -> None:
     chosen = list(problems(Configuration(families=(family,), count=count, languages=("en",)), "doubles"))
     assert len({problem.identity for problem in chosen}) == len(chosen) == 5 * count
@@ -182,7 +184,7 @@ def test_no_prompt_tells_its_answer(family: str) -> None:
 def test_specs_hold_no_answer() -> None:
     """The prompt is rendered from the spec; it could not tell what the spec does not know."""
     for family in ("maths", "logic", "tables", "wide"):
-        for index in range(40):
+        for index in range(15):
             problem = generate(family, "spec", 1 + index % 5, index)
             assert not {"target", "answer", "solution", "result", "truth", "seats"} & problem.spec.keys()
 
@@ -254,7 +256,7 @@ def test_tables_come_as_text_html_and_picture_and_say_the_same() -> None:
     import pandas
 
     forms = set()
-    for index in range(80):
+    for index in range(40):
         problem = generate("tables", "forms", 2, index)
         table, form = problem.spec["tables"][0], problem.spec["form"]
         forms.add(form)

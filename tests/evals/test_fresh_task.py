@@ -71,7 +71,8 @@ def test_inspect_can_run_a_family_by_itself() -> None:
         assert len(task.dataset) == 8 and task.name == "fresh_logic"
 
 
-@pytest.mark.parametrize("family", ["maths", "logic", "tables", "tools", "gym", "code"])
+@pytest.mark.parametrize("family", [
+    "maths", "tables", "code", *(pytest.param(family, marks=pytest.mark.slow) for family in ("logic", "tools", "gym"))])
 def test_inspect_runs_and_grades_a_family(family: str, tmp_path: Path) -> None:
     """Right answers to the English items, wrong ones to the Chinese."""
     if family == "code" and find_bubblewrap()[0] is None:

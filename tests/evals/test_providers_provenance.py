@@ -35,12 +35,12 @@ def test_one_host_is_let_through(name: str, arguments: Any, base_url: str | None
 
 @pytest.mark.parametrize(("name", "arguments", "base_url", "mend"), [
     ("kimi-k2", None, None, "PROVIDER/MODEL"),
-    ("openrouter/moonshotai/kimi-k2.5", None, None, "-M provider="),
-    ("openrouter/moonshotai/kimi-k2.5", {"provider": {"order": ["Novita"]}}, None, "-M provider="),
+    ("openrouter/moonshotai/kimi-k2.5", None, None, "--model-arg provider="),
+    ("openrouter/moonshotai/kimi-k2.5", {"provider": {"order": ["Novita"]}}, None, "--model-arg provider="),
     ("openrouter/moonshotai/kimi-k2.5", {"provider": {"order": ["Novita", "Groq"], "allow_fallbacks": False}}, None,
-     "-M provider="),
-    ("openrouter/moonshotai/kimi-k2.5", {"provider": {"only": ["Novita", "Groq"]}}, None, "-M provider="),
-    ("openrouter/moonshotai/kimi-k2.5", {"provider": {"sort": "price"}}, None, "-M provider="),
+     "--model-arg provider="),
+    ("openrouter/moonshotai/kimi-k2.5", {"provider": {"only": ["Novita", "Groq"]}}, None, "--model-arg provider="),
+    ("openrouter/moonshotai/kimi-k2.5", {"provider": {"sort": "price"}}, None, "--model-arg provider="),
     ("openrouter/moonshotai/kimi-k2.5:nitro", PIN, None, "leave it out"),
     ("openrouter/moonshotai/kimi-k2.5", PIN | {"models": ["openai/gpt-4.1"]}, None, "leave it out"),
     ("openrouter/auto", PIN, None, "name the one"), ("openrouter/openrouter/auto", PIN, None, "name the one"),

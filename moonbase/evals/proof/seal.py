@@ -14,7 +14,7 @@ from typing import Any
 from moonbase.errors import UserError
 from moonbase.evals.proof import chain, manifest, signing
 from moonbase.evals.proof.canonical import BundleError, canonical, portable
-from moonbase.evals.proof.folder import file_digest, open_file, read_json, walk
+from moonbase.evals.proof.folder import file_digest, open_file, read_document, read_json, walk
 from moonbase.evals.proof.levels import Sources, levelled
 from moonbase.evals.proof.survey import Survey
 from moonbase.evals.records import Record, read_records
@@ -26,6 +26,8 @@ CHALLENGES = "challenges/"
 RECORDS = "records.jsonl"
 REPORTS = ("report.html", "report.zh.html")
 TABLE = "results.csv"
+PROMISES = ("commitment.dsse.json", "reveal.dsse.json")
+"""Of fresh problems (`fresh.commitment`), where they were promised."""
 SCHEMA = "moonbase.bundle/1"
 _PIECE = 2**20
 
@@ -54,6 +56,9 @@ def seal(folder: Path, key: Path, *, publish: bool = False, out: Path | None = N
         facts = manifest.build(suite_json, survey, publish=publish)
         write_bytes(aside / "manifest.json", canonical(facts) + b"\n")
         _write_results(folder, aside, survey)
+        for name in PROMISES:
+            if (folder / name).is_file():
+                write_bytes(aside / name, read_document(folder, name))
         if not manifest.suite_part(suite_json, "withhold"):
             _copy_logs(folder, aside)
         predicate = {"schema": SCHEMA, "key": signing.public_text(signer),

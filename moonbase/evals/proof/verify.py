@@ -25,6 +25,7 @@ from moonbase.evals.proof.logs import check_logs
 from moonbase.evals.proof.rescoring import Rescorer
 from moonbase.evals.proof.seal import (
     CHALLENGES,
+    PROMISES,
     RECORDS,
     REPORTS,
     SCHEMA,
@@ -101,7 +102,8 @@ class Verification:
         for name, check in (("signature", self._check_signature), ("files", self._check_files),
                             ("records", self._check_records), ("logs", self._check_logs),
                             ("manifest", self._check_manifest), ("figures", self._check_figures),
-                            ("tables", self._check_tables), ("challenges", self._check_challenges)):
+                            ("promise", self._check_promise), ("tables", self._check_tables),
+                            ("challenges", self._check_challenges)):
             with self._checking(name):
                 check()
 
@@ -290,6 +292,20 @@ class Verification:
             return [f"`hypotheses` has not the {len(found)} verdicts that follow from the suite and the records"]
         return [f"hypothesis {clean(ours['id'])}: {line}" for theirs, ours in zip(stated, found, strict=True)
                 for line in _figure_differs(theirs, ours)]
+
+    def _check_promise(self) -> None:
+        """Fresh problems that were promised: every item follows from what was signed before the models were named."""
+        there = [name for name in PROMISES if name in self._sizes]
+        if not there:
+            return
+        from moonbase.evals.fresh.commitment import check
+
+        found = check(self.bundle) if len(there) == len(PROMISES) else []
+        self.fail("promise", [f"{clean(one.where)}: {clean(one.text)}" for one in found])
+        if len(there) < len(PROMISES):
+            self.note("promise", f"{there[0]} is there alone: what was promised was not revealed")
+        elif not found:
+            self.ok("promise", "every item follows from the commitment, its secret and the models' names")
 
     def _check_tables(self) -> None:
         if not self._computed:

@@ -21,7 +21,7 @@ OPENROUTER_SHORTCUTS = ("nitro", "floor", "exacto")
 """Suffixes with which OpenRouter chooses the host by itself."""
 ROUTING_MODELS = frozenset({"auto", "model-router", "bodybuilder"})
 """Models that are routers themselves: not even the model is known beforehand."""
-OPENROUTER_PIN = """-M provider='{"only": ["HOST"], "allow_fallbacks": false}'"""
+OPENROUTER_PIN = """--model-arg provider='{"only": ["HOST"], "allow_fallbacks": false}'"""
 
 
 def check_model_name(name: str, model_args: Mapping[str, Any] | None = None, base_url: str | None = None) -> None:

@@ -96,8 +96,33 @@ def crossed(findings: Findings, names: Iterable[str], least: int = 2) -> list[Gr
 
 
 def languages(findings: Findings) -> list[Group]:
-    """Both English and Chinese."""
-    return [group for group in crossed(findings, ["language"]) if {"en", "zh"} <= {name for name, _ in group.members}]
+    """Both English and Chinese, where about the same items were asked in both: lines between others would mislead.
+
+    Where English was asked more (mirrored questions about other states), the English figure is that of the group which
+    was asked in Chinese.
+    """
+    found = []
+    for group in crossed(findings, ["language"]):
+        if not {"en", "zh"} <= {name for name, _ in group.members}:
+            continue
+        chinese, english = group["zh"], group["en"]
+        same = [figure for figure in findings.figures if is_rate(figure) and figure.facets.get("language") == "en"
+                and (figure.model, figure.metric, figure.source, figure.function) == (
+                    chinese.model, chinese.metric, chinese.source, chinese.function)
+                and set(group.facets) <= set(figure.without("language")) and _alike(figure.n, chinese.n)]
+        if not _alike(english.n, chinese.n):
+            if len(same) != 1:
+                continue
+            english = same[0]
+        facets = english.without("language")
+        if facets not in {one.facets for one in found if (one.model, one.metric) == (group.model, group.metric)}:
+            found.append(Group(group.model, group.metric, facets, (("en", english), ("zh", chinese)),
+                               group.difference if english is group["en"] else None))
+    return found
+
+
+def _alike(n: int, other: int) -> bool:
+    return max(n, other) <= 1.2 * min(n, other)
 
 
 def providers(findings: Findings) -> list[Group]:

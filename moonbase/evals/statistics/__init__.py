@@ -1,7 +1,7 @@
 """How sure a number is: intervals, paired tests, power, agreement, as small pure functions.
 
 Every function says its source, works on plain arrays, and returns a small frozen dataclass. A value that is missing is
-NaN and is counted in what comes back, never dropped without a word. docs/evaluation-formulas.md holds every formula.
+NaN and is counted in what comes back, never dropped without a word. docs/evaluation.md holds every formula.
 """
 
 from moonbase.evals.statistics.agreement import Agreement, cohen_kappa, krippendorff_alpha, raw_agreement

@@ -19,7 +19,8 @@ from moonbase.presets import preset_config
 from moonbase.recipe import load_recipe
 
 ROOT = Path(__file__).resolve().parents[1]
-VERBS = ("info", "train", "quickstart", "convert", "bench", "chat", "serve", "swarm", "trace")
+VERBS = ("info", "train", "quickstart", "convert", "bench", "chat", "serve", "swarm", "trace", "eval", "compare",
+         "diff-ft", "seal", "key", "verify", "challenge", "commit", "reveal")
 
 
 def environment(**extra: str) -> dict[str, str]:

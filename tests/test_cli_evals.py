@@ -71,6 +71,7 @@ def test_what_was_tampered_with_is_refused(promised: Path) -> None:
         path.write_bytes(content)
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_and_another_one_is_not_mixed_in(promised: Path) -> None:
     rows = json.loads(moonbase("eval", "few.yaml", "--model", "preset:pico", "--commitment", "promise", "--out", "run",
                                "--json", folder=promised).stdout)["rows"]

@@ -188,6 +188,7 @@ def test_errors_of_the_real_server(url: str) -> None:
     assert raised.value.kind == "context_length"
 
 
+@pytest.mark.slow
 def test_a_pool_fits_many_calls_through_a_small_server(url: str) -> None:
     """It takes six at once and turns the others away; all get their reply."""
 

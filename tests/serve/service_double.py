@@ -135,7 +135,7 @@ def serving(service: Any, tokenizer: Any, *, context_length: int = 512, vocab_si
         assert not thread.is_alive(), "the server did not end"
 
 
-def until(condition: Callable[[], bool], seconds: float = 5.0) -> float:
+def until(condition: Callable[[], bool], seconds: float = 30.0) -> float:
     """Wait for something that another thread brings about; the seconds it took."""
     start = time.monotonic()
     while not condition():

@@ -34,6 +34,8 @@ MOST_RESULTS = 50
 QUERY_CHARACTERS = 4096
 QUERY_TERMS = 64
 """Different words of a query that count; the rest of a longer one is left out."""
+STRIPES = 64
+"""Pages in a group of which only the best score is looked at first."""
 REMEMBERED = 4096
 """Combinations of common words whose best pages are kept."""
 STOP_WORDS = frozenset((
@@ -89,7 +91,7 @@ class Index:
         self._dense: dict[int, np.ndarray] = {}
         self._most: dict[int, int] = {}
         for term in np.flatnonzero(document_frequency_V > COMMON).tolist():
-            row_P = np.zeros(num_pages, np.uint16)
+            row_P = np.zeros(-(-num_pages // STRIPES) * STRIPES, np.uint16)
             span = slice(self._starts[term], self._starts[term + 1])
             row_P[self._page_O[span]] = self._impact_O[span]
             self._dense[term] = row_P
@@ -162,15 +164,38 @@ class Index:
         known = self._best_common.get(common)
         if known is not None:
             return known
-        keys_P = self._dense[common[0]].astype(np.int64)
+        wide = np.uint16 if sum(self._most[term] for term in common) < 1 << 16 else np.uint32
+        scores_P = self._dense[common[0]].astype(wide)
         for term in common[1:]:
-            keys_P += self._dense[term]
-        keys_P <<= _PAGE_BITS
-        keys_P += self._order_P
+            scores_P += self._dense[term]
         most = min(MOST_RESULTS, self.num_pages)
-        keys_P.partition(self.num_pages - most)
-        best = np.sort(keys_P[self.num_pages - most :])[::-1].copy()
+        pages = _best_pages(scores_P, most)
+        pages = pages[pages < self.num_pages]
+        keys = (scores_P.take(pages).astype(np.int64) << _PAGE_BITS) + self._order_P.take(pages)
+        best = np.sort(keys)[::-1][:most].copy()
         if len(self._best_common) >= REMEMBERED:
             self._best_common.pop(next(iter(self._best_common)))
         self._best_common[common] = best
         return best
+
+
+def _best_pages(scores_P: np.ndarray, most: int) -> np.ndarray:
+    """Pages among which are the `most` best, ties going to lower numbers; a few times as many at the most.
+
+    `most` stripes whose best page has some score or more hold `most` pages of that score or more: what is below it need
+    not be looked at.
+    """
+    highest = scores_P.reshape(STRIPES, -1).max(axis=0)
+    if len(highest) <= most:
+        return np.arange(len(scores_P))
+    bound = np.partition(highest, len(highest) - most)[len(highest) - most]
+    enough = scores_P >= bound
+    # Eight at a time: most are not.
+    eights = np.flatnonzero(enough.view(np.uint64))
+    rows, places = enough.reshape(-1, 8).take(eights, axis=0).nonzero()
+    pages = eights.take(rows) * 8 + places
+    if len(pages) <= 8 * most:
+        return pages
+    scores = scores_P.take(pages)
+    above, equal = pages[scores > bound], pages[scores == bound]
+    return np.concatenate([above, equal[: max(0, most - len(above))]])

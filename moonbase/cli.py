@@ -52,6 +52,14 @@ class Dtype(StrEnum):
     keep = "keep"
 
 
+class ScaleRule(StrEnum):
+    """How `moonbase convert` finds the scale of an INT4 group."""
+
+    absmax_7 = "absmax/7"
+    absmax_7_5 = "absmax/7.5"
+    least_error = "least-error"
+
+
 def _complete_preset(incomplete: str) -> list[str]:
     from moonbase.presets import preset_names
 
@@ -210,15 +218,20 @@ def convert(
                                               "(format hf only).")] = Dtype.bf16,
     mtp: Annotated[bool | None, typer.Option(help="Keep or drop multi-token-prediction modules.",
                                              show_default="as in the source")] = None,
+    int4_rule: Annotated[ScaleRule | None, typer.Option(help="How a group of 32 gets its scale (format hf-int4).",
+                                                       show_default="the one of the run, or absmax/7")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Write a checkpoint in another format: plain floats, INT4 experts or FP8 blocks, in the Hugging Face layout."""
     if dtype is Dtype.keep and to is not Format.hf:
         raise UserError(f"--dtype keep goes with --format hf; what {to.value} leaves unquantised is bf16 or fp32")
+    if int4_rule is not None and to is not Format.hf_int4:
+        raise UserError(f"--int4-rule goes with --format hf-int4, found {to.value}")
     import torch
 
     from moonbase import checkpoint
     from moonbase.config import read_json
+    from moonbase.recipe import int4_rule_of
     from moonbase.report.console import Console
 
     wanted = {Dtype.bf16: torch.bfloat16, Dtype.fp32: torch.float32, Dtype.keep: None}[dtype]
@@ -226,7 +239,8 @@ def convert(
     def work() -> dict[str, Any]:
         folder = checkpoint.resolve_model_folder(source)
         with Console() as progress:
-            checkpoint.convert(folder, destination, to.value, dtype=wanted, mtp=mtp, progress=progress)
+            checkpoint.convert(folder, destination, to.value, dtype=wanted, mtp=mtp,
+                               int4_rule=int4_rule.value if int4_rule else int4_rule_of(folder), progress=progress)
         shards = list(destination.glob("*.safetensors"))
         return {"source": folder, "destination": destination, "format": to.value,
                 "dtype": read_json(destination / "config.json")["dtype"], "files": len(shards),

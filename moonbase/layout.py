@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from moonbase.config import ModelConfig
 
@@ -18,6 +18,8 @@ FP8_KINDS = frozenset({"attention", "dense", "shared", "expert", "indexer"})
 INT4_GROUP = 32
 """Columns that share one bf16 scale."""
 INT4_KINDS = frozenset({"expert"})
+Int4Rule = Literal["absmax/7", "absmax/7.5", "least-error"]
+"""How a group of INT4 weights gets its scale (`ops.int4`)."""
 
 
 class TensorSpec(NamedTuple):

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import yaml
 from pydantic import Field, field_validator, model_validator
 
 from moonbase.config import SCIENTIFIC, Frozen, ModelConfig, validated
 from moonbase.errors import UserError, did_you_mean
+from moonbase.layout import INT4_GROUP, Int4Rule
 from moonbase.presets import load_preset, preset_names
 
 
@@ -121,6 +122,15 @@ class BalanceConfig(Frozen):
     """α of the sequence-wise balance loss (DeepSeek-V3 §2.1.2); K2's value is not published."""
 
 
+class QuantizationAware(Frozen):
+    """Quantisation-aware training: routed experts as INT4 will hold them, weights only (K2-Thinking)."""
+
+    start_step: int = Field(default=0, ge=0)
+    """The first step, counted from 0, that computes with quantised experts."""
+    rule: Int4Rule = "absmax/7"
+    """How a group of 32 gets its scale; `moonbase convert --format hf-int4` takes the same one."""
+
+
 class CheckpointConfig(Frozen):
     """When a checkpoint is written, and how many stay."""
 
@@ -164,6 +174,8 @@ class Recipe(Frozen):
     balance: BalanceConfig = BalanceConfig()
     mtp_loss: float = Field(default=0.3, ge=0)
     """λ of the multi-token-prediction loss, where the model has such a module."""
+    qat: QuantizationAware | None = None
+    """Quantisation-aware training in INT4; None trains plain weights."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """auto: bf16 compute with fp32 masters on a GPU, fp32 on a CPU."""
     compile: Literal["auto", "off", "blocks"] = "auto"
@@ -201,6 +213,11 @@ class Recipe(Frozen):
         if self.micro_batch_size is not None and self.batch_size % self.micro_batch_size:
             raise ValueError(f"batch_size={self.batch_size} must be a multiple of "
                              f"micro_batch_size={self.micro_batch_size}")
+        if self.qat is not None:
+            for name in ("hidden_size", "moe_intermediate_size"):
+                if getattr(self.model, name) % INT4_GROUP:
+                    raise ValueError(f"qat needs model.{name} to be a multiple of {INT4_GROUP}, "
+                                     f"found {getattr(self.model, name)}")
         if self.stage != "pretrain" and self.init is None:
             raise ValueError(f"stage={self.stage} needs init=CHECKPOINT to start from")
         if self.stage == "pretrain" and self.init is not None:
@@ -218,15 +235,27 @@ class Recipe(Frozen):
 
 def style_of(source: str | Path) -> str | None:
     """The chat style that a run folder, or a checkpoint inside one, was trained in; None where nothing says so."""
+    style = _recipe_values(source).get("style")
+    return style if isinstance(style, str) else None
+
+
+def int4_rule_of(source: str | Path) -> Int4Rule:
+    """The rule of INT4 scales that a run (its folder, or a checkpoint inside) was trained with, or the default."""
+    qat = _recipe_values(source).get("qat")
+    rule = qat.get("rule") if isinstance(qat, dict) else None
+    return rule if rule in get_args(Int4Rule) else QuantizationAware().rule
+
+
+def _recipe_values(source: str | Path) -> dict[str, Any]:
+    """The fields of a run's recipe, unchecked; none where there is no run."""
     path = Path(source)
     for file in (path / "config.yaml", path.parent.parent / "config.yaml"):
         try:
             values = yaml.safe_load(file.read_text(encoding="utf-8"))
         except (yaml.YAMLError, ValueError, RecursionError, OSError):
             continue
-        style = values.get("style") if isinstance(values, dict) else None
-        return style if isinstance(style, str) else None
-    return None
+        return values if isinstance(values, dict) else {}
+    return {}
 
 
 _WORDS = frozenset({"name", "init", "data", "data.sources", "data.tokenizer"})

@@ -12,14 +12,13 @@ from pathlib import Path
 import torch
 
 from moonbase import files
-from moonbase.checkpoint.formats import Int4Rule
 from moonbase.checkpoint.quantization import QUANTISED_KINDS, Format, Quantization, check_format, read_config
 from moonbase.checkpoint.reader import Checkpoint, Progress, StoredWeight, stored_mtp
 from moonbase.checkpoint.safetensors_file import DTYPES, TensorSlot
 from moonbase.checkpoint.tokenizer_files import portable
 from moonbase.checkpoint.writer import MAX_SHARD_BYTES, Group, config_file, encoded_group, write_groups
 from moonbase.errors import UserError
-from moonbase.layout import FP8_BLOCK, INT4_GROUP
+from moonbase.layout import FP8_BLOCK, INT4_GROUP, Int4Rule
 
 # What belongs to a model beside its weights and config.json.
 COMPANIONS = ("tokenizer*", "tokenization_*.py", "*.tiktoken", "tiktoken.model", "special_tokens_map.json",

@@ -12,23 +12,13 @@ Shapes: O output rows, I input columns of one matrix.
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 
-from moonbase.layout import FP8_BLOCK, INT4_GROUP
+from moonbase.layout import FP8_BLOCK, INT4_GROUP, Int4Rule
+from moonbase.ops.int4 import int4_numbers, int4_scales
 
 FP8_MAX = 448.0
-# Floor of an INT4 scale: what the public quantisation-aware training code uses; keeps all-zero groups finite.
-INT4_SCALE_FLOOR = 1e-5
-
-Int4Rule = Literal["absmax/7", "absmax/7.5"]
-INT4_RULES: dict[str, tuple[float, int]] = {"absmax/7": (7.0, -7), "absmax/7.5": (7.5, -8)}
-"""Divisor of a group's largest magnitude, and the smallest number used.
-
-Which one the published weights were trained with is not known.
-"""
 
 
 # --- fp8 --------------------------------------------------------------------------------------------------------------
@@ -73,11 +63,9 @@ def quantize_int4(weight: Tensor, rule: Int4Rule = "absmax/7", group: int = INT4
 
     The number is the weight over the *stored* (bf16) scale, rounded half to even: what a reader multiplies back.
     """
-    divisor, lowest = INT4_RULES[rule]
     groups = weight.float().unflatten(1, (-1, group))
-    scale = (groups.abs().amax(dim=-1) / divisor).clamp_min(INT4_SCALE_FLOOR).bfloat16()
-    numbers = (groups / scale.float().unsqueeze(-1)).round_().clamp_(lowest, 7)
-    return pack_int4(numbers.flatten(1).to(torch.int8)), scale
+    scales = int4_scales(groups, rule)
+    return pack_int4(int4_numbers(groups, scales).flatten(1).to(torch.int8)), scales
 
 
 def dequantize_int4(packed: Tensor, scale: Tensor, group: int = INT4_GROUP) -> Tensor:

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from moonbase import files
-from moonbase.checkpoint.formats import Int4Rule, quantize_fp8, quantize_int4
+from moonbase.checkpoint.formats import quantize_fp8, quantize_int4
 from moonbase.checkpoint.names import Piece, check_fit, checkpoint_pieces, model_shapes
 from moonbase.checkpoint.placement import full_tensor, is_sharded, named_tensors, raise_together
 from moonbase.checkpoint.quantization import QUANTISED_KINDS, Format, check_format, quantization_block
@@ -26,7 +26,7 @@ from moonbase.checkpoint.reader import INDEX, Progress
 from moonbase.checkpoint.safetensors_file import SafetensorsWriter, TensorSlot
 from moonbase.config import ModelConfig
 from moonbase.errors import UserError
-from moonbase.layout import FP8_BLOCK, INT4_GROUP
+from moonbase.layout import FP8_BLOCK, INT4_GROUP, Int4Rule
 
 MAX_SHARD_BYTES = 5_000_000_000
 ExtraFiles = Mapping[str, bytes | Path]

@@ -34,7 +34,7 @@ def make_trainer(recipe: Recipe, world: World, stream: Stream, callbacks: Sequen
     if sharded:
         shard(model, world, compute_dtype)
     fill(model, recipe, world)
-    masters = Masters(model, torch.float32 if sharded else compute_dtype)
+    masters = Masters(model, torch.float32 if sharded else compute_dtype, recipe.qat)
     return Trainer(recipe, model, masters, make_optimizer(recipe, masters), stream, world, list(callbacks))
 
 

@@ -1,47 +1,87 @@
-"""bf16 compute with fp32 masters, from outside the model.
+"""What the network computes with and what the optimizer updates, from outside the model.
 
 In bf16 (the default on a GPU) the model's parameters are copies of fp32 masters. Every gradient is added to its
 master's fp32 gradient as soon as it exists and then freed, so that many micro-batches add up without rounding and at
 most a few bf16 gradients are alive at once. In fp32 (the default on a CPU), and under FSDP2 (which keeps its own fp32
 shards), the parameters are their own masters.
+
+Quantisation-aware training is one more kind of copy: from the chosen step on, the routed experts' parameters are what
+INT4 makes of their masters (`ops.int4`), made once per optimizer step. The gradient of the copy is the master's:
+straight-through. Validation and samples see the copies, checkpoints hold the masters.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from moonbase.ops.int4 import fake_quantize_
+from moonbase.recipe import QuantizationAware
 
 
 class Masters:
     """The tensors that the optimizer updates: `named` maps parameter names to masters with `.grad`."""
 
-    def __init__(self, model: nn.Module, compute_dtype: torch.dtype) -> None:
+    def __init__(self, model: nn.Module, compute_dtype: torch.dtype, qat: QuantizationAware | None = None) -> None:
         self.named: dict[str, Tensor] = {}
-        self._copies: list[Tensor] = []
-        self.separate = compute_dtype != torch.float32
+        self.qat = qat
+        self._copies: dict[str, nn.Parameter] = {}
+        """Parameters that are not their own masters."""
+        self.quantized = False
+        """Whether the experts' parameters are INT4 now."""
         for name, parameter in model.named_parameters():
-            if not self.separate:
+            if compute_dtype == torch.float32 and not (qat and is_routed_expert(name)):
                 self.named[name] = parameter
                 continue
             self.named[name] = parameter.detach().clone().float()
             parameter.data = parameter.data.to(compute_dtype)
-            self._copies.append(parameter)
-            parameter.register_post_accumulate_grad_hook(_adder(self.named[name]))
+            self._copies[name] = parameter
+            if not isinstance(parameter, DTensor):
+                parameter.register_post_accumulate_grad_hook(_adder(self.named[name]))
 
     @torch.no_grad()
-    def publish(self) -> None:
-        """Copy the masters into the compute parameters, after every optimizer step or load."""
-        if self.separate:
-            torch._foreach_copy_(self._copies, list(self.named.values()))
+    def publish(self, step: int) -> None:
+        """Copy the masters into the parameters of step number `step` (the first is 0): after every optimizer step or
+        load."""
+        self.quantized = self.qat is not None and step >= self.qat.start_step
+        quantized = {name for name in self._copies if self.quantized and is_routed_expert(name)}
+        plain = [name for name in self._copies if name not in quantized]
+        if plain:
+            torch._foreach_copy_([_local(self._copies[name]) for name in plain],
+                                 [_local(self.named[name]) for name in plain])
+        for name in quantized:
+            fake_quantize_(_local(self._copies[name]), _local(self.named[name]), self.qat.rule)
+
+    def prepare(self, step: int) -> None:
+        """Before step number `step`: quantisation begins here at the latest, whatever became of the step before."""
+        if self.qat is not None and not self.quantized and step >= self.qat.start_step:
+            self.publish(step)
+
+    def collect(self) -> None:
+        """After the last backward pass: hand over the gradients that FSDP2 has summed, which no hook sees."""
+        for name, parameter in self._copies.items():
+            if parameter.grad is not None:
+                self.named[name].grad, parameter.grad = parameter.grad, None
 
     def zero_gradients(self) -> None:
         """Forget the gradients; their memory is kept for the next step where masters are separate."""
-        gradients = [master.grad for master in self.named.values() if master.grad is not None]
-        if self.separate and gradients:
-            torch._foreach_zero_(gradients)
-        else:
-            for master in self.named.values():
+        kept = [self.named[name].grad for name in self._copies if self.named[name].grad is not None]
+        if kept:
+            torch._foreach_zero_(kept)
+        for name, master in self.named.items():
+            if name not in self._copies:
                 master.grad = None
+
+
+def is_routed_expert(name: str) -> bool:
+    """Whether a parameter holds routed experts, stacked: what the published INT4 checkpoints quantise."""
+    return ".mlp.experts." in name
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """This process's part; groups run along a matrix's input, which is never cut."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _adder(master: Tensor):

@@ -134,8 +134,11 @@ class Trainer:
         started = time.perf_counter()
         recipe, config = self.recipe, self.recipe.optimizer
         batch = next(self.stream)
+        self.masters.prepare(self.step)
+        quantized = self.masters.quantized
         num_targets = self._count_targets(batch)
         totals, statistics = self._accumulate(batch, num_targets)
+        self.masters.collect()
         masters = list(self.masters.named.values())
         norm = grad_norm(masters)
         loss_sum, mtp_sum, balance, norm_value = torch.stack([*self.world.sum(totals), norm]).tolist()
@@ -165,6 +168,8 @@ class Trainer:
         }
         if recipe.model.num_nextn_predict_layers:
             record["mtp_loss"] = mtp_sum / num_targets
+        if recipe.qat is not None:
+            record["int4"] = quantized
         if skipped is not None:
             record["skipped"] = skipped
         self.expert_share = (load / load.mean(1, keepdim=True)).tolist() if load is not None else []
@@ -213,7 +218,7 @@ class Trainer:
             clipped = qk_clip_(self._clip_weights, max_logits, config.qk_clip, recipe.model)
         if load is not None and recipe.balance.bias_rate:
             update_router_bias_(self._biases, load, recipe.balance.bias_rate, recipe.balance.bias_rule)
-        self.masters.publish()
+        self.masters.publish(self.step + 1)
         return clipped, self.optimizer.update_rms().item() if measure else 0.0
 
     # --- what a restart needs -----------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 each_file = pytest.mark.parametrize("file", [
     "ops/kernels.py", "ops/linear_kernels.py", "ops/experts_kernels.py", "ops/decoding_kernels.py",
-    "engine/pass_kernels.py"])
+    "ops/int4_kernels.py", "engine/pass_kernels.py"])
 
 
 def run_kernels(file: str, **environment: str) -> None:

@@ -98,7 +98,7 @@ def test_masters_in_fp32_sum_micro_batches_without_rounding(recipe: Recipes, cor
     assert not masters.named[name].grad.any()
     with torch.no_grad():
         masters.named[name].fill_(1 / 3)
-    masters.publish()
+    masters.publish(0)
     assert (parameter == torch.tensor(1 / 3).bfloat16()).all()
 
 

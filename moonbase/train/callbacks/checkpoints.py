@@ -82,8 +82,8 @@ def resume(trainer: Trainer, checkpoint: Path) -> None:
         trainer.optimizer.load_named_state(tensors, facts["optimizer"])
     except UserError as error:
         raise CheckpointError(f"{error}. Remove the folder {checkpoint} to resume from the one before it") from None
-    trainer.masters.publish()
     trainer.load_state(facts)
+    trainer.masters.publish(trainer.step)
 
 
 def _room_for_state(trainer: Trainer, checkpoint: Path) -> dict[str, Tensor] | None:

@@ -36,7 +36,8 @@ def test_hours_pass_in_no_time_and_in_order() -> None:
 
 
 def test_it_does_what_asyncio_does() -> None:
-    """The same program on asyncio's own loop, with times that are far enough apart to be told apart."""
+    """The same program on asyncio's own loop, with times that are far enough apart to be told apart; a machine that is
+    busy just then may confuse them once."""
     async def program() -> list[str]:
         seen: list[str] = []
 
@@ -62,7 +63,8 @@ def test_it_does_what_asyncio_does() -> None:
         seen += [type(result).__name__ for result in await asyncio.gather(*workers, return_exceptions=True)]
         return seen
 
-    assert simulate(program()) == asyncio.run(program())
+    expected = simulate(program())
+    assert any(asyncio.run(program()) == expected for _ in range(10))
 
 
 def test_a_timeout_inside_fires_at_its_time() -> None:

@@ -40,7 +40,7 @@ lint: install-dev
 	@$(BIN)/ruff check .
 
 install: $(VENV)/.stamp-base
-install-dev: $(VENV)/.stamp-dev
+install-dev: $(VENV)/.stamp-dev $(VENV)/.stamp-other-inspect
 
 # The stamps are touched last, so that an interrupted installation is taken up again.
 $(VENV)/.stamp-torch: constraints.txt
@@ -76,6 +76,11 @@ $(VENV)/.stamp-dev: pyproject.toml constraints.txt $(VENV)/.stamp-base
 	@echo "moonbase: installing the test tools ..."
 	@$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[serve,agents,dev]'
 	@touch $@
+
+# Another version of Inspect, which the contract of our providers is tried against too.
+$(VENV)/.stamp-other-inspect: $(VENV)/.stamp-dev
+	@$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps --upgrade --target $(VENV)/other-inspect \
+	  inspect-ai==0.3.260 && touch $@ || echo "moonbase: inspect-ai 0.3.260 cannot be had; its test is skipped"
 
 clean:
 	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis build dist *.egg-info

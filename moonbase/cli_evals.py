@@ -13,8 +13,8 @@ from moonbase.cli_results import deliver
 from moonbase.errors import UserError
 
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON object on standard output, nothing else there.")]
-_SUITES = ("agent-harm", "capability", "cyber-knowledge", "fresh", "over-refusal", "paired-politics", "refusal",
-           "swarm")
+_SUITES = ("agent-harm", "capability", "contamination", "cyber-knowledge", "fresh", "over-refusal",
+           "over-refusal-pairs", "paired-politics", "paired-states", "refusal", "swarm")
 """For completion; the room itself is loaded when a verb runs."""
 
 
@@ -61,6 +61,8 @@ _Folder = Annotated[Path, typer.Argument(metavar="FOLDER", help="What `moonbase 
 _Bundle = Annotated[Path, typer.Argument(metavar="BUNDLE", help="What `moonbase seal` wrote.")]
 
 
+_Page = Annotated[Path | None, typer.Option(help="Folder for a page of it, in English and Chinese.",
+                                            show_default="none")]
 _Randomness = Annotated[str | None, typer.Option(
     help="The public draw whose source the commitment names.", show_default="none")]
 
@@ -90,6 +92,9 @@ def evaluate(
     salt_from: Annotated[Path | None, typer.Option(
         help="An evaluation of a suite that withholds texts, to be compared with this one.",
         show_default="a salt of its own")] = None,
+    temperature: Annotated[float | None, typer.Option(min=0.0, max=2.0, help="Of every model; with 0 a challenge can "
+                                                                            "expect the same texts.",
+                                                      show_default="the model's")] = None,
     max_connections: Annotated[int | None, typer.Option(min=1, help="Requests at a time.",
                                                         show_default="Inspect's")] = None,
     list_: Annotated[bool, typer.Option("--list", help="What there is, what runs offline here, and what needs what.")]
@@ -113,7 +118,7 @@ def evaluate(
         suite, models or [], folder, seed=seed, limit=limit, data=data, commitment=commitment,
         public_randomness=public_randomness, judges=judges or [], roles=_pairs("--role", roles),
         price={name: _dollars(name, dollars) for name, dollars in _pairs("--price", price).items()},
-        max_connections=max_connections, salt_from=salt_from,
+        max_connections=max_connections, salt_from=salt_from, temperature=temperature,
         model_args={model: _values("--model-arg", model_args) for model in models or []} if model_args else None),
         _show_rows)
 
@@ -183,7 +188,7 @@ def _show_rows(result: dict[str, Any]) -> None:
     from rich.table import Table
 
     rows = [row for row in result["rows"] if not row.get("condition", {}).keys() - {"task"}
-            and row.get("function", "difference") in _HEADLINES]
+            and row.get("function", "difference") in _HEADLINES and not row.get("member")]
     table = Table(box=None, header_style="bold", pad_edge=False)
     for column in ("model", "what", "value", "n", "left out"):
         table.add_column(column, overflow="fold")
@@ -206,6 +211,7 @@ def _show_rows(result: dict[str, Any]) -> None:
 
 def compare(
     folders: Annotated[list[Path], typer.Argument(metavar="A B [C ...]", help="Evaluations or bundles of one suite.")],
+    out: _Page = None,
     as_json: AsJson = False,
 ) -> None:
     """Compare models item by item: paired differences, and a verdict for each hypothesis stated beforehand.
@@ -215,19 +221,24 @@ def compare(
     """
     from moonbase.evals.evaluation import compare_folders
 
-    deliver(as_json, lambda: compare_folders(folders), _show_rows)
+    deliver(as_json, lambda: compare_folders(folders, out), _show_rows)
 
 
 def diff_ft(
     base: Annotated[Path, typer.Argument(metavar="BASE", help="Evaluation of the model before fine-tuning.")],
     tuned: Annotated[list[Path], typer.Argument(metavar="TUNED ...", help="Of it afterwards; several checkpoints in "
                                                                           "order make a dose curve.")],
+    doses: Annotated[str | None, typer.Option(metavar="A,B,...", help="Of the checkpoints, in their order: steps, "
+                                                                      "tokens, whatever was increased.",
+                                              show_default="from the names, else the order")] = None,
+    out: _Page = None,
     as_json: AsJson = False,
 ) -> None:
     """What fine-tuning changed: capability kept? refusals kept? over-refusal changed?"""
     from moonbase.evals.evaluation import fine_tuning_difference
 
-    deliver(as_json, lambda: fine_tuning_difference(base, tuned), _show_changes)
+    deliver(as_json, lambda: fine_tuning_difference(base, tuned, doses=_numbers("--doses", doses), out=out),
+            _show_changes)
 
 
 def _show_changes(result: dict[str, Any]) -> None:
@@ -241,6 +252,15 @@ def _show_changes(result: dict[str, Any]) -> None:
         table.add_row(row["question"], row["task"], row["dose"], row["text"], row["answer"], row["reason"])
     Console().print(table)
     print(*result["notes"], sep="\n")
+    if result.get("report"):
+        print(f"report: {result['report']}")
+
+
+def _numbers(option: str, text: str | None) -> list[float] | None:
+    try:
+        return None if text is None else [float(part) for part in text.split(",")]
+    except ValueError:
+        raise UserError(f"{option} {text}: write numbers with commas between them, such as 100,200,300") from None
 
 
 def seal(
@@ -250,6 +270,8 @@ def seal(
     publish: Annotated[bool, typer.Option("--publish", help="Refuse what no stranger could check: a changed checkout, "
                                                             "texts that the suite withholds.")] = False,
     out: Annotated[Path | None, typer.Option(help="The bundle.", show_default="FOLDER-bundle")] = None,
+    sigstore: Annotated[bool, typer.Option("--sigstore", help="Sign once more under your public identity: needs a "
+                                                              "network, and becomes public.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Turn an evaluation into a signed bundle: a chain of records, a manifest, every figure with its level of proof."""
@@ -257,7 +279,8 @@ def seal(
         raise UserError("seal: --key FILE signs with a key, --new-key FILE makes one; name one of them")
     from moonbase.evals.evaluation import seal_folder
 
-    deliver(as_json, lambda: seal_folder(folder, key, new_key, publish=publish, out=out), _show_facts)
+    deliver(as_json, lambda: seal_folder(folder, key, new_key, publish=publish, out=out, sigstore=sigstore),
+            _show_facts)
 
 
 def key(
@@ -279,16 +302,24 @@ def verify(
     bundle: _Bundle,
     key: Annotated[str | None, typer.Option(help="The publisher's public key: ed25519:HEX or a .pub file.",
                                             show_default="the one in the bundle")] = None,
+    data: _Data = None,
+    salt: Annotated[Path | None, typer.Option(help="Salt of withheld digests, where the publisher gave it to you.",
+                                              show_default="none")] = None,
+    identity: Annotated[str | None, typer.Option(help="Whose Sigstore signature there must be.",
+                                                 show_default="none")] = None,
+    issuer: Annotated[str | None, typer.Option(help="Who vouches for that identity, a URL.",
+                                               show_default="none")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Check a bundle: signature, every record, every figure, every cell of every report. Exit code 1 if any differs."""
-    from moonbase.evals.proof.verify import failures
+    from moonbase.evals.proof.copies import read_salt
+    from moonbase.evals.proof.verify import Aids, failures
     from moonbase.evals.proof.verify import verify as check
 
     found: list[Any] = []
 
     def work() -> dict[str, Any]:
-        found.extend(check(bundle, key))
+        found.extend(check(bundle, key, aids=Aids(data, read_salt(salt) if salt else b"", identity, issuer)))
         return {"bundle": str(bundle), "ok": not failures(found),
                 "findings": [{"status": one.status, "check": one.check, "message": one.message} for one in found]}
 

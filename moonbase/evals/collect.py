@@ -7,6 +7,7 @@ import math
 import os
 import secrets
 import zipfile
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,10 @@ GRADES = {"C": 1.0, "I": 0.0, "P": 0.5, "N": 0.0}
 SAFE_WORDS = ("rule", "status")
 """Details in words that stay where texts are withheld: they are ours, not a prompt's or an answer's."""
 REFUSED = ("refusal", "api_block")
+OF_THE_LINE = ("max_connections", "max_retries")
+"""Settings of a run that have no say in what a model answers."""
+HEEDED = "thinking_heeded"
+"""Detail of a record under `thinking: on` or `off`: whether the answer has reasoning, or none."""
 TOO_LONG = "longer than the model's context"
 
 
@@ -32,6 +37,8 @@ class Collected:
 
     records: int
     errors: int
+    unheeded: dict[tuple[str, str], tuple[int, int]]
+    """Model and level of `thinking` to how many answers were not given so, of how many that were asked for."""
 
 
 def collect(
@@ -39,6 +46,8 @@ def collect(
 ) -> Collected:
     """Write records.jsonl from Inspect's logs, ordered by model, task and sample. Raises UserError."""
     errors = 0
+    asked: Counter[tuple[str, str]] = Counter()
+    unheeded: Counter[tuple[str, str]] = Counter()
     salt = salt_of(folder) if suite.withhold else b""
 
     def records() -> Iterator[Record]:
@@ -48,9 +57,14 @@ def collect(
             for sample in samples_of(path, header.eval.dataset.sample_ids):
                 record = record_of(suite, spec, header, sample, salt, price.get(header.eval.model))
                 errors += record.status == "error"
+                if HEEDED in record.details:
+                    key = record.model, record.condition["thinking"]
+                    asked[key] += 1
+                    unheeded[key] += not record.details[HEEDED]
                 yield record
 
-    return Collected(write_records(folder / "records.jsonl", records()), errors)
+    count = write_records(folder / "records.jsonl", records())
+    return Collected(count, errors, {key: (missed, asked[key]) for key, missed in unheeded.items() if missed})
 
 
 def salt_of(folder: Path) -> bytes:
@@ -120,31 +134,51 @@ def record_of(
     suite: Suite, spec: TaskSpec, header: Any, sample: dict[str, Any], salt: bytes, price: Sequence[float] | None
 ) -> Record:
     """One logged sample as a record. `price`: dollars per million input and output tokens."""
-    given, model = sample.get("metadata") or {}, header.eval.model
+    from moonbase.evals.providers.thinking import heeded
+
+    # Other packages have words of their own under these names.
+    given, model = (sample.get("metadata") or {}) if is_ours(spec) else {}, header.eval.model
     answer = answer_of(sample)
-    # Agents call more than once; where Inspect counted, its sum holds, else the one call's usage.
-    usage = (sample.get("model_usage") or {}).get(model) or sample["output"].get("usage") or {}
+    usage, seconds = spent(sample, model)
     cached = (usage.get("input_tokens_cache_read") or 0) + (usage.get("input_tokens_cache_write") or 0)
     input_tokens, output_tokens = usage.get("input_tokens", 0) + cached, usage.get("output_tokens", 0)
     known = price is not None and bool(usage)
+    verdict = judged(suite, spec, sample)
+    condition = {name: str(value) for name, value in (given.get("condition") or {}).items()}
+    as_asked = heeded(condition.get("thinking"), bool(usage.get("reasoning_tokens")) or has_reasoning(sample))
+    if given.get("notice") is not None:
+        verdict["details"]["notice"] = given["notice"]
+    if as_asked is not None and sample["output"].get("choices") and not sample.get("error"):
+        verdict["details"][HEEDED] = as_asked
     return Record(
         suite=suite.name, task=spec.name, item=str(given.get("item", sample["id"])), sample=sample["epoch"] - 1,
         model=model, group=given.get("group"), cluster=str(given.get("cluster") or ""),
         # Who computed it is in `call`, and no condition: models at different hosts could not be compared.
-        condition={name: str(value) for name, value in (given.get("condition") or {}).items()},
+        condition=condition,
         input_digest=digest(input_of(sample), salt), target_digest=digest(sample["target"], salt),
         output_digest=digest(answer, salt), output=None if suite.withhold else answer,
-        **judged(suite, spec, sample), input_tokens=input_tokens, output_tokens=output_tokens,
+        **verdict, input_tokens=input_tokens, output_tokens=output_tokens,
         reasoning_tokens=usage.get("reasoning_tokens") or 0,
-        seconds=float(sample.get("working_time") or sample.get("total_time") or 0.0),
+        seconds=seconds,
         cost=(price[0] * input_tokens + price[1] * output_tokens) / 1e6 if known else None,
         call=call_of(sample, header))
+
+
+def is_ours(spec: TaskSpec) -> bool:
+    """Whether a task is built here; others are of a package and say what they measure in words of their own."""
+    return spec.source.startswith(("builtin:", "file:"))
 
 
 def message_of(sample: dict[str, Any]) -> dict[str, Any]:
     """The model's last message; empty where there was none."""
     choices = sample["output"].get("choices")
     return choices[0]["message"] if choices else {}
+
+
+def has_reasoning(sample: dict[str, Any]) -> bool:
+    """Whether the last message has reasoning, be it shown or redacted."""
+    content = message_of(sample).get("content")
+    return isinstance(content, list) and any(part.get("type") == "reasoning" for part in content)
 
 
 def answer_of(sample: dict[str, Any]) -> str:
@@ -182,11 +216,11 @@ def call_of(sample: dict[str, Any], header: Any) -> ModelCall:
     """What is known of the call; where a call does not say how it was decoded, what the run had set."""
     from moonbase.evals.providers.provenance import model_call
 
-    call = model_call(unscored_part(sample), header.eval.model, header.eval.model_args)
+    call = model_call(unscored_part(sample), header.eval.model, header.eval.model_args, header.eval.model_base_url)
     changed: dict[str, Any] = {}
     if not call.decoding and header.eval.model_generate_config is not None:
         decoding = header.eval.model_generate_config.model_dump(mode="json", exclude_none=True)
-        changed["decoding"] = {name: value for name, value in decoding.items() if name != "max_connections"}
+        changed["decoding"] = {name: value for name, value in decoding.items() if name not in OF_THE_LINE}
     choices = sample["output"].get("choices")
     if choices and not sample.get("error"):
         changed["stop_reason"] = call.stop_reason or choices[0]["stop_reason"]
@@ -194,6 +228,23 @@ def call_of(sample: dict[str, Any], header: Any) -> ModelCall:
             changed["api_signal"] = call.api_signal or "content_filter"
     changed["provider"] = call.provider or header.eval.model.partition("/")[0]
     return call.model_copy(update=changed)
+
+
+def spent(sample: dict[str, Any], model: str) -> tuple[dict[str, Any], float]:
+    """Usage and seconds of the answer. What its judges took is theirs, also where the model is one of them."""
+    # Agents call more than once; where Inspect counted, its sum holds, else the one call's usage.
+    usage = (sample.get("model_usage") or {}).get(model) or sample["output"].get("usage") or {}
+    seconds = sample.get("working_time") or sample.get("total_time") or 0.0
+    answering = unscored_part(sample)["events"]
+    scoring = (sample.get("events") or [])[len(answering):]
+    if any(event.get("event") == "model" for event in scoring):
+        seconds = scoring[0].get("working_start", seconds)
+        usage = Counter()
+        for event in answering:
+            if event.get("event") == "model" and event.get("model") == model:
+                told = (event.get("output") or {}).get("usage") or {}
+                usage.update({name: number for name, number in told.items() if isinstance(number, int)})
+    return dict(usage), float(seconds)
 
 
 def unscored_part(sample: dict[str, Any]) -> dict[str, Any]:
@@ -220,7 +271,7 @@ def judged(suite: Suite, spec: TaskSpec, sample: dict[str, Any]) -> dict[str, An
             continue
         value = score["value"]
         values = value if isinstance(value, dict) else {spec.metric if len(given) == 1 else name: value}
-        scores |= {metric: number_of(value) for metric, value in values.items()}
+        scores |= named_scores(spec, {metric: number_of(value, spec.grades) for metric, value in values.items()})
     longer = too_long(sample)
     if failed or longer:
         # What the scorers said is of something that is no answer.
@@ -245,6 +296,16 @@ def judged(suite: Suite, spec: TaskSpec, sample: dict[str, Any]) -> dict[str, An
                    if name in SAFE_WORDS or value is None or isinstance(value, bool | int | float)}
     return {"scores": scores, "label": label, "votes": votes, "status": status, "reason": reason,
             "details": json_values(details)}
+
+
+def named_scores(spec: TaskSpec, values: dict[str, float | None]) -> dict[str, float | None]:
+    """What a scorer gave, under the suite's names for it."""
+    whole = [ours for ours, theirs in spec.scores.items() if theirs == "*"]
+    if whole and values:
+        known = [value for value in values.values() if value is not None]
+        return {whole[0]: min(known) if len(known) == len(values) else None}
+    names = {theirs: ours for ours, theirs in spec.scores.items()}
+    return {names.get(name, name): value for name, value in values.items()}
 
 
 def too_long(sample: dict[str, Any]) -> str | None:
@@ -273,10 +334,10 @@ def label_of(votes: dict[str, str | None]) -> str | None:
     return combine(votes)
 
 
-def number_of(value: Any) -> float | None:
-    """A score as a number; None for what is none: it is counted as unscored, not dropped."""
+def number_of(value: Any, grades: Mapping[str, float] | None = None) -> float | None:
+    """A score as a number; None for what is none: it is counted as unscored, not dropped. `grades`: further words."""
     if isinstance(value, str):
-        return GRADES.get(value)
+        return (grades or {}).get(value.upper(), GRADES.get(value))
     if isinstance(value, bool | int | float) and math.isfinite(value):
         return float(value)
     return None

@@ -8,7 +8,7 @@ margin was set beforehand and equivalence was shown.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -17,7 +17,15 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict
 
 from moonbase.errors import UserError
-from moonbase.evals.figure_plan import HARMLESS, POLITICAL, REFUSED, main_metric, seed_of
+from moonbase.evals.figure_plan import (
+    HARMLESS,
+    POLITICAL,
+    REFUSED,
+    cluster_params,
+    hypothesis_specs,
+    main_metric,
+    seed_of,
+)
 from moonbase.evals.figures import Figure, FigureSpec, compute
 from moonbase.evals.statistics import holm, n_needed, newcombe_paired, power
 from moonbase.evals.statistics.distributions import critical
@@ -27,6 +35,7 @@ if TYPE_CHECKING:
     from moonbase.evals.suite import Hypothesis, Suite
 
 Verdict = Literal["better", "worse", "equivalent", "undecided"]
+Bearing = Literal["supported", "contradicted", "undecided", ""]
 NAMED = 5
 """Items that a refusal names."""
 NOT_THE_QUESTION = ("condition.provider", "condition.thinking", "condition.dose")
@@ -53,6 +62,9 @@ class Judged(BaseModel):
     """By Holm over all verdicts of the comparison."""
     verdict: Verdict
     reason: str
+    statement_is: Bearing = ""
+    """What the verdict says of the statement: `worse` supports one that claims a fall. Empty: the statement is about
+    one model by itself, and the verdict compares its effect in two."""
     power: float | None = None
     """To find a difference of the margin (5 points where there is none) with these items, before correction."""
     n_needed: int | None = None
@@ -69,13 +81,15 @@ class Comparison(BaseModel):
     """Model named earlier minus model named later, for every pair and task."""
     verdicts: list[Judged]
     notes: list[str]
+    figures: list[Figure] = []
+    """Both sides of every row, and what differences would have been missed: for the page."""
 
     def as_json(self) -> dict[str, Any]:
         """What `--json` prints."""
         rows = [{"metric": row.metric, "value": row.value, "low": row.low, "high": row.high, "n": row.n,
-                 "p_value": row.p_value, "unscored": row.unscored, "abstained": row.abstained, "errors": row.errors,
-                 "model": row.model, "versus": (row.spec.versus or {}).get("model", ""), "condition": row.condition,
-                 "id": row.id, "text": row.text} for row in self.rows]
+                 "p_value": row.p_value, "method": row.method, "unscored": row.unscored, "abstained": row.abstained,
+                 "errors": row.errors, "model": row.model, "versus": row.versus.get("model", ""),
+                 "condition": row.condition, "id": row.id, "text": row.text} for row in self.rows]
         return {"models": self.models, "rows": rows, "notes": self.notes,
                 "verdicts": [verdict.model_dump(mode="json") for verdict in self.verdicts]}
 
@@ -145,7 +159,8 @@ def interval_at(figure: Figure, confidence: float) -> tuple[float, float] | None
         half = critical(confidence, float(details.get("degrees") or max(figure.clusters - 1, 1)))
         return value - half * figure.standard_error, value + half * figure.standard_error
     if figure.unit == "points" and figure.clusters > 1:
-        reach = 2.0 if figure.spec.function == "difference_in_differences" else 1.0
+        differs = figure.spec.function == "difference_in_differences"
+        reach = 4.0 if differs and "second" in figure.spec.params else 2.0 if differs else 1.0
         half = (1.0 - ((1.0 - confidence) / 2.0) ** (1.0 / figure.clusters)) * (reach + abs(value))
         return value - half, value + half
     return None
@@ -190,6 +205,8 @@ class Question:
     second: str
     figure: Figure
     sign: float
+    expects: str = "better"
+    """What the statement claims: `better`, `worse`, `different`; "" where it does not speak of this comparison."""
 
     @property
     def p_value(self) -> float | None:
@@ -239,6 +256,23 @@ def decide(question: Question, adjusted: float | None, family: int, smallest_n: 
     return "undecided", f"a difference beyond {points(margin)} is not excluded, p = {adjusted:.2g}"
 
 
+def bearing(question: Question, verdict: Verdict) -> Bearing:
+    """Whether the verdict supports the statement, by what that claims (`expectation_of`)."""
+    if not question.expects or verdict == "undecided":
+        return "undecided" if question.expects else ""
+    if question.kind == "non_inferiority":
+        holds = verdict != "worse"
+    elif question.kind == "equivalence":
+        holds = verdict == "equivalent"
+    else:
+        holds = verdict == question.expects or (question.expects == "different" and verdict != "equivalent")
+    return "supported" if holds else "contradicted"
+
+
+BEARINGS = {"supported": "; statement supported", "contradicted": "; statement contradicted",
+            "undecided": "; statement not decided", "": ""}
+
+
 def judge(questions: Sequence[Question], smallest_n: int = 0) -> list[Judged]:
     """All verdicts of one family, Holm-corrected together."""
     p_values = [question.p_value for question in questions]
@@ -249,9 +283,10 @@ def judge(questions: Sequence[Question], smallest_n: int = 0) -> list[Judged]:
             "id", "statement", "kind", "margin", "alpha", "pre_registered", "first", "second", "figure")}
         who = " against ".join(filter(None, [question.first, question.second]))
         chance, needed = power_of(question)
+        said = bearing(question, verdict)
+        text = f"{question.id}: {who}: {verdict}{BEARINGS[said]} ({question.figure.text}; {reason})"
         judged.append(Judged(**facts, p_value=p_value, adjusted_p_value=adjusted, verdict=verdict, reason=reason,
-                             power=chance, n_needed=needed,
-                             text=f"{question.id}: {who}: {verdict} ({question.figure.text}; {reason})"))
+                             statement_is=said, power=chance, n_needed=needed, text=text))
     return judged
 
 
@@ -274,33 +309,52 @@ def sign_of(spec: FigureSpec) -> float:
     return -1.0 if (refusing and harmless) or spec.value in ("cost", "seconds") else 1.0
 
 
-def between(figure: FigureSpec, first: str, second: str) -> FigureSpec | None:
-    """A hypothesis' figure as a difference, first model minus second; None where it cannot be made one."""
-    name, facts = f"{figure.id}/{first} minus {second}", {"value": figure.value, "params": figure.params}
-    select = figure.select | {"model": first}
+def between(figure: FigureSpec, first: str, second: str, more: dict[str, str]) -> FigureSpec | None:
+    """A hypothesis' figure as a difference, first model minus second; None where it cannot be made one.
+
+    `more`: parameters that the figure has unless it says otherwise.
+    """
+    name, params = f"{figure.id}/{first} minus {second}", more | figure.params
+    select, seed = figure.select | {"model": first}, seed_of(f"{figure.id}/{first} minus {second}")
     if figure.versus is None and figure.function in ("mean", "corrected_rate", "bootstrap"):
-        return FigureSpec(name, "difference", select, versus={"model": second}, seed=seed_of(name), **facts)
+        return FigureSpec(name, "difference", select, figure.value, {"model": second}, params, seed)
     if figure.versus and "model" not in figure.versus and figure.function in ("difference", "contamination"):
-        facts["params"] = figure.params | {"control": {"model": second}}
-        return FigureSpec(name, "difference_in_differences", select, versus=figure.versus, seed=seed_of(name), **facts)
+        return FigureSpec(name, "difference_in_differences", select, figure.value, figure.versus,
+                          params | {"control": {"model": second}}, seed)
     return None
 
 
-def questions_of(hypotheses: Sequence[Hypothesis], table: Table, models: Sequence[str]) -> list[Question]:
+def expectation_of(spec: FigureSpec, kind: str, of_two: bool) -> str:
+    """What a statement claims of its figure, in the words of verdicts: `params.expects` says. Without it, of two models
+    that the first is better; of one model's difference nothing is known, and nothing is said of the statement."""
+    said = str(spec.params.get("expects", "better" if of_two or kind != "superiority" else ""))
+    if said not in ("better", "worse", "different", ""):
+        raise UserError(f"hypothesis figure {spec.id!r}: expects {said!r} is none of better, worse, different")
+    return said
+
+
+def questions_of(hypotheses: Sequence[Hypothesis], table: Table, models: Sequence[str],
+                 more: dict[str, str] | None = None) -> list[Question]:
     found = []
     for hypothesis in hypotheses:
         facts = {name: getattr(hypothesis, name) for name in ("id", "statement", "kind", "margin", "alpha")}
-        if "model" in (hypothesis.figure.versus or {}) or "model" in hypothesis.figure.select:
-            figure = compute(hypothesis.figure, table)
-            found.append(Question(**facts, pre_registered=True, first=figure.model,
-                                  second=(hypothesis.figure.versus or {}).get("model", ""), figure=figure,
-                                  sign=sign_of(hypothesis.figure)))
+        own = hypothesis.figure
+        if "model" in (own.versus or {}) or "model" in own.select:
+            spec = replace(own, params=(more or {}) | own.params)
+            figure = compute(spec, table)
+            second = figure.versus.get("model", "")
+            found.append(Question(**facts, pre_registered=True, first=figure.model, second=second, figure=figure,
+                                  sign=sign_of(spec),
+                                  expects=expectation_of(spec, hypothesis.kind, "model" in (own.versus or {}))))
             continue
         for first, second in combinations(models, 2):
-            spec = between(hypothesis.figure, first, second)
+            spec = between(own, first, second, more or {})
             if spec is not None:
+                # A statement about a difference within one model says nothing about which of two has more of it.
+                alone = spec.function == "difference_in_differences"
+                expects = "" if alone else expectation_of(spec, hypothesis.kind, of_two=True)
                 found.append(Question(**facts, pre_registered=True, first=first, second=second,
-                                      figure=compute(spec, table), sign=sign_of(spec)))
+                                      figure=compute(spec, table), sign=sign_of(spec), expects=expects))
     return found
 
 
@@ -323,8 +377,24 @@ def row_specs(suite: Suite | None, table: Table, models: Sequence[str]) -> list[
             for value, metric, where in asked:
                 name = f"{task}/{first} minus {second}/{'/'.join([*where.values(), metric])}"
                 found.append(FigureSpec(name, "difference", {"task": task, "model": first} | where, value,
-                                        {"model": second}, {"metric": metric}, seed_of(name)))
+                                        {"model": second}, {"metric": metric} | cluster_params(suite, table),
+                                        seed_of(name)))
     return found
+
+
+def beside(rows: Sequence[FigureSpec]) -> list[FigureSpec]:
+    """The rates of both sides of every row, and the differences that would have been missed."""
+    found = {}
+    for row in rows:
+        for model in (row.select["model"], (row.versus or {})["model"]):
+            select = row.select | {"model": model}
+            name = "/".join([*select.values(), str(row.params["metric"])])
+            found[name] = FigureSpec(name, "mean", select, row.value, None, row.params, seed_of(name))
+    for row in rows:
+        name = f"{row.id}, power"
+        found[name] = replace(row, id=name, function="power", seed=seed_of(name),
+                              params=row.params | {"metric": f"{row.params['metric']} power"})
+    return list(found.values())
 
 
 def compare(folders: Sequence[Path | str], *, suite: Suite | None = None, alpha: float = 0.05,
@@ -345,15 +415,17 @@ def compare(folders: Sequence[Path | str], *, suite: Suite | None = None, alpha:
         raise UserError("compare: name evaluations of two models at least; "
                         f"{', '.join(map(str, folders))} has {', '.join(models) or 'none'}")
     refuse_other_questions(table)
-    rows = [compute(spec, table) for spec in row_specs(suite, table, models)]
+    specs = row_specs(suite, table, models)
+    rows = [compute(spec, table) for spec in specs]
     notes += [f"{row.id}: {row.note}" for row in rows if row.note]
-    questions = questions_of(suite.hypotheses, table, models) if suite is not None else []
+    questions = questions_of(suite.hypotheses, table, models, cluster_params(suite, table)) if suite else []
     if not questions:
         questions = [Question(row.id, f"{row.metric} of {row.model} differs from that of "
-                              f"{(row.spec.versus or {})['model']}", "superiority", margin, alpha, False,
-                              row.model, (row.spec.versus or {})["model"], row, sign_of(row.spec)) for row in rows]
+                              f"{row.versus['model']}", "superiority", margin, alpha, False,
+                              row.model, row.versus["model"], row, sign_of(row.spec), "different") for row in rows]
         notes.append("no pre-registered hypothesis compares models: the verdicts are exploratory")
-    return Comparison(models=models, rows=rows, verdicts=judge(questions, getattr(suite, "smallest_n", 0)), notes=notes)
+    return Comparison(models=models, rows=rows, verdicts=judge(questions, getattr(suite, "smallest_n", 0)), notes=notes,
+                      figures=[compute(spec, table) for spec in beside(specs)])
 
 
 def hypotheses_of(suite: Suite, table: Table) -> list[Judged]:
@@ -362,18 +434,15 @@ def hypotheses_of(suite: Suite, table: Table) -> list[Judged]:
     A rate is held against `params.reference` (a rate); better means above it, or below it for what is bad.
     """
     questions = []
-    for hypothesis in suite.hypotheses:
-        figure = hypothesis.figure
+    for hypothesis, spec in hypothesis_specs(suite, table):
         facts = {name: getattr(hypothesis, name) for name in ("id", "statement", "kind", "margin", "alpha")}
-        named = "model" in figure.select or "model" in (figure.versus or {})
-        for model in [figure.select.get("model", "")] if named else table.present("model"):
-            name = "/".join(filter(None, ["hypothesis", hypothesis.id, "" if named else model]))
-            select = figure.select | ({"model": model} if model else {})
-            found = compute(FigureSpec(name, figure.function, select, figure.value, figure.versus, figure.params,
-                                       figure.seed or seed_of(name)), table)
-            questions.append(Question(**facts, pre_registered=True, first=model,
-                                      second=(figure.versus or {}).get("model", ""), figure=against_reference(found),
-                                      sign=sign_of(figure)))
+        found = compute(spec, table)
+        # A rate against nothing is no comparison, and a statement about two models is not decided by it.
+        alone = spec.function in ("mean", "corrected_rate", "bootstrap") and "reference" not in spec.params
+        questions.append(Question(**facts, pre_registered=True, first=found.model, second=found.versus.get("model", ""),
+                                  figure=against_reference(found), sign=sign_of(spec),
+                                  expects="" if alone else expectation_of(spec, hypothesis.kind,
+                                                                          "model" in found.versus)))
     return judge(questions, suite.smallest_n)
 
 

@@ -60,21 +60,23 @@ def _take_salt(source: Path, folder: Path) -> None:
 
 def summarise(folder: Path) -> dict[str, Any]:
     """Compute all figures of `folder` from its records, and write results and both reports."""
-    from moonbase.evals.comparison import hypotheses_of
     from moonbase.evals.figures import Table, figures_of
+    from moonbase.evals.proof.levels import levelled, levels_of
+    from moonbase.evals.proof.seal import verdicts
     from moonbase.evals.report import write_reports
     from moonbase.evals.suite import suite_of
 
     suite = suite_of(folder)
     table = Table.read(folder / "records.jsonl")
-    figures, judged = figures_of(suite, table), hypotheses_of(suite, table)
+    levels = levels_of(folder)
+    figures, judged = levelled(figures_of(suite, table), table, levels), verdicts(suite, table, levels)
     results = {"schema": RESULTS_SCHEMA, "suite": suite.name,
                "figures": [figure.model_dump(mode="json") for figure in figures],
-               "hypotheses": [one.model_dump(mode="json") for one in judged]}
+               "hypotheses": judged}
     write_text(folder / "results.json", json.dumps(results, ensure_ascii=False, indent=1, allow_nan=False) + "\n")
     reports = write_reports(folder)
     return {"folder": str(folder), "suite": suite.name, "rows": rows_of(figures), "report": str(reports[0]),
-            "verdicts": [one.model_dump(mode="json") for one in judged]}
+            "verdicts": judged}
 
 
 def rows_of(figures: Sequence[Any]) -> list[dict[str, Any]]:
@@ -82,12 +84,14 @@ def rows_of(figures: Sequence[Any]) -> list[dict[str, Any]]:
     return [{"metric": figure.metric, "value": figure.value, "low": figure.low, "high": figure.high, "n": figure.n,
              "unscored": figure.unscored, "abstained": figure.abstained, "errors": figure.errors,
              "model": figure.model, "condition": figure.condition, "level": figure.level, "id": figure.id,
-             "function": figure.spec.function, "text": figure.text} for figure in figures]
+             "method": figure.method, "member": figure.spec.params.get("member", ""), "text": figure.text,
+             "function": figure.spec.function} for figure in figures]
 
 
 def seal_folder(folder: Path, key: Path | None, new_key: Path | None, *, publish: bool, out: Path | None,
-                ) -> dict[str, Any]:
-    """Seal `folder` with an existing key, or with one that is made first."""
+                sigstore: bool = False) -> dict[str, Any]:
+    """Seal `folder` with an existing key, or with one that is made first; with `sigstore` sign it once more under the
+    caller's public identity."""
     from moonbase.evals.proof.seal import seal
     from moonbase.evals.proof.signing import generate_key, load_key, public_text
 
@@ -96,6 +100,10 @@ def seal_folder(folder: Path, key: Path | None, new_key: Path | None, *, publish
     signing_key = key or new_key
     assert signing_key is not None
     bundle = seal(folder, signing_key, publish=publish, out=out)
+    if sigstore:
+        from moonbase.evals.proof.sigstore import countersign
+
+        countersign(bundle)
     return {"bundle": str(bundle), "public key": public_text(load_key(signing_key)),
             "to check it": f"moonbase verify {bundle}"}
 
@@ -111,18 +119,25 @@ def challenge_bundle(bundle: Path, n: int, model: str, key: Path, nonce: str, se
     return {"counter-statement": str(path), "agrees": outcome.agrees, "outcome": outcome.words}
 
 
-def compare_folders(folders: Sequence[Path]) -> dict[str, Any]:
-    """Models of several evaluations side by side."""
+def compare_folders(folders: Sequence[Path], out: Path | None = None) -> dict[str, Any]:
+    """Models of several evaluations side by side; `out`: a folder for the page of it."""
     from moonbase.evals.comparison import compare
+    from moonbase.evals.side_by_side import write_comparison
 
-    return compare(folders).as_json()
+    found = compare(folders)
+    page = {} if out is None else {"report": str(write_comparison(found, folders, out))}
+    return found.as_json() | page
 
 
-def fine_tuning_difference(base: Path, tuned: Sequence[Path]) -> dict[str, Any]:
-    """What fine-tuning changed."""
+def fine_tuning_difference(base: Path, tuned: Sequence[Path], *, doses: Sequence[float] | None = None,
+                           out: Path | None = None) -> dict[str, Any]:
+    """What fine-tuning changed. `doses`: of the checkpoints, in their order; `out`: a folder for the page of it."""
     from moonbase.evals.fine_tuning import diff
+    from moonbase.evals.side_by_side import write_fine_tuning
 
-    return diff(base, tuned).as_json()
+    found = diff(base, tuned, doses=doses)
+    page = {} if out is None else {"report": str(write_fine_tuning(found, [base, *tuned], out))}
+    return found.as_json() | page
 
 
 def commit_suite(suite_name: str, key: Path, out: Path, randomness_source: str | None, limit: int | None,
@@ -156,7 +171,7 @@ def reveal_suite(committed: Path, folder: Path, key: Path, public_randomness: st
                                      public_randomness=public_randomness)
         commitment.write(folder, commitment.COMMITMENT, promise)
         commitment.write(folder, commitment.REVEAL, envelope)
-    found = commitment.check(folder)
+    found = commitment.check(folder, public_randomness=public_randomness)
     return {"folder": str(folder), "ok": not found,
             "findings": [f"{finding.where}: {finding.text}" for finding in found]}
 

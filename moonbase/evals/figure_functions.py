@@ -48,7 +48,8 @@ def clusters_of(spec: FigureSpec, table: Table, rows: np.ndarray, with_task: boo
     if column not in table.codes:
         raise ValueError(f"no column {column!r} to cluster by")
     clusters = table.codes[column][rows].astype(np.int64)
-    return clusters + table.codes["task"][rows] * np.int64(len(table.words[column]) + 1) if with_task else clusters
+    tasks = table.codes["task"][rows].astype(np.int64)
+    return clusters + tasks * (len(table.words[column]) + 1) if with_task else clusters
 
 
 def confidence_of(spec: FigureSpec) -> float:
@@ -98,23 +99,10 @@ def corrected_rate(spec: FigureSpec, table: Table) -> Fields:
         # The judge errs less here than on the human labels: its correction must not be surer than no correction.
         low, high = min(low, plain["low"]), max(high, plain["high"])
         note = "the judge's errors on human labels are more than fit these answers"
-    text = f"not corrected: {found.method}" if found.value is None else share_text(found.value, low, high)
     return plain | {"value": found.value, "low": low, "high": high, "method": found.method, "note": note,
-                    "standard_error": found.standard_error, "unit": "share", "text": text,
+                    "standard_error": found.standard_error, "unit": "share",
                     "details": {"uncorrected": plain["value"], "sensitivity": found.sensitivity,
                                 "specificity": found.specificity}}
-
-
-def share_text(value: float, low: float | None, high: float | None) -> str:
-    """A corrected rate is no count of events: its 0 carries the bound."""
-    from moonbase.evals.printing import percent
-
-    if low is None or high is None:
-        return f"{percent(value)} (no interval)"
-    if value in (0.0, 1.0):
-        bound = f"upper bound {percent(high)}" if value == 0.0 else f"lower bound {percent(low)}"
-        return f"{'none' if value == 0.0 else 'all'} after correction ({bound})"
-    return f"{percent(value)} [{100 * low:.1f}, {100 * high:.1f}]"
 
 
 @dataclass(frozen=True)
@@ -217,32 +205,38 @@ def group_difference(spec: FigureSpec, table: Table) -> Fields:
 
 
 def difference_in_differences(spec: FigureSpec, table: Table) -> Fields:
-    """(select - versus) minus the same among `params.control`, an override of `select`: {"group": "us|eu|russia"}."""
-    control = spec.params.get("control")
-    if not spec.versus or not isinstance(control, dict):
-        raise ValueError("a difference in differences needs `versus` and params `control`")
-    groups = [pairs_of(spec, table, spec.select, spec.versus),
-              pairs_of(spec, table, spec.select | control, spec.versus)]
+    """(select - versus) minus the same among `params.control`, an override of `select`: {"group": "us|eu|russia"}.
+
+    With params `second` and `second_control`, two more overrides, the triple difference: that, minus the same of the
+    second pair (Olden & Moen 2022). {"group": "us"} and {"group": "benign", "condition.twin_of": "us"}, say.
+    """
+    names = ("control", "second", "second_control") if "second" in spec.params else ("control",)
+    overrides = [{}, *(spec.params.get(name) for name in names)]
+    if not spec.versus or not all(isinstance(one, dict) for one in overrides):
+        raise ValueError(f"a difference in differences needs `versus` and params {', '.join(names)}")
+    groups = [pairs_of(spec, table, spec.select | one, spec.versus) for one in overrides]
     values = np.concatenate([group.first_K - group.second_K for group in groups])
-    cells = np.repeat([0, 1], [len(group.first_K) for group in groups])
+    cells = np.repeat(range(len(groups)), [len(group.first_K) for group in groups])
     clusters = np.concatenate([group.clusters_K for group in groups])
     span = span_of(spec, np.concatenate([side for group in groups for side in (group.first_K, group.second_K)]))
-    found = statistics.contrast(values, cells, clusters, (1.0, -1.0), confidence_of(spec), 2.0 if span else None)
+    found = statistics.contrast(values, cells, clusters, (1.0, -1.0, -1.0, 1.0)[:len(groups)], confidence_of(spec),
+                                2.0 if span else None)
+    called = ("treated", *names)
     notes = [note for group in groups if (note := pairs_note(group))]
-    notes += [f"no pair in the {name} group" for name, group in zip(("treated", "control"), groups, strict=True)
+    notes += [f"no pair in the {name.replace('_', ' ')} group" for name, group in zip(called, groups, strict=True)
               if not len(group.first_K)]
     return {"value": found.value, "low": found.low, "high": found.high, "n": found.n, "clusters": found.clusters,
-            "method": f"difference in differences, {found.method}", "standard_error": found.standard_error,
-            "p_value": found.p_value, "unit": "points" if span else "difference", "note": "; ".join(notes) or None,
-            **counts_of(*groups[0].sides, *groups[1].sides),
-            "details": {"treated": found.means[0], "control": found.means[1], "degrees": found.degrees}}
+            "method": f"{'triple difference' if len(groups) == 4 else 'difference in differences'}, {found.method}",
+            "standard_error": found.standard_error, "p_value": found.p_value,
+            "unit": "points" if span else "difference", "note": "; ".join(notes) or None,
+            **counts_of(*(side for group in groups for side in group.sides)),
+            "details": {**dict(zip(called, found.means, strict=True)), "degrees": found.degrees}}
 
 
 def agreement(spec: FigureSpec, table: Table) -> Fields:
     """params kind: krippendorff_alpha, cohen_kappa or raw; judges: names (all that voted); collapse: "full|partial"."""
     rows = table.rows(spec.select)
-    judges = spec.params.get("judges") or [name.removeprefix("vote.") for name in sorted(table.codes)
-                                           if name.startswith("vote.") and (table.codes[name][rows] >= 0).any()]
+    judges = spec.params.get("judges") or table.members(rows, spoke=True)
     words = sorted({word for judge in judges for word in table.words.get(f"vote.{judge}", ())})
     collapse = spec.params.get("collapse")
     votes = np.full((len(judges), len(rows)), -1)
@@ -269,6 +263,20 @@ def agreement(spec: FigureSpec, table: Table) -> Fields:
             "note": f"judges: {', '.join(judges)}" if judges else "no judge voted"}
 
 
+def members(spec: FigureSpec, table: Table) -> Fields:
+    """How much oftener one member of the panel says a label than another (params `against`, a `value`) of the same
+    answers: κ says how well two agree, this says who leans where."""
+    first, second = table.measure(spec.select, spec.value), table.measure(spec.select, str(spec.params["against"]))
+    found = statistics.paired_difference(first.values, second.values, clusters_of(spec, table, first.rows),
+                                         confidence_of(spec))
+    missing = len(first.rows) - found.n - first.errors
+    return {"value": found.difference, "low": found.low, "high": found.high, "n": found.n, "clusters": found.clusters,
+            "method": found.method, "standard_error": found.standard_error, "p_value": found.p_value, "unit": "points",
+            "unscored": missing, "errors": first.errors,
+            "details": {"first": found.first, "second": found.second, "only_first": found.only_first,
+                        "only_second": found.only_second, "degrees": found.degrees}}
+
+
 def cost_per_correct(spec: FigureSpec, table: Table) -> Fields:
     """Dollars of all answers, wrong and failed ones too, over the number of right ones; bootstrap over clusters."""
     side = table.measure(spec.select, spec.value)
@@ -276,9 +284,9 @@ def cost_per_correct(spec: FigureSpec, table: Table) -> Fields:
     unknown, right = int(np.isnan(cost).sum()), np.nan_to_num(side.values)
     fields = {"value": None, "n": len(cost), "unit": "dollars", "method": "ratio", **counts_of(side)}
     if unknown or not len(cost):
-        return fields | {"text": f"no price known for {unknown:,} of {len(cost):,} answers"}
+        return fields | {"details": {"unknown": unknown}}
     if right.sum() == 0:
-        return fields | {"text": f"no correct answer for ${cost.sum():,.4g}"}
+        return fields | {"details": {"spent": float(cost.sum())}}
     found = statistics.hierarchical(cost, clusters_of(spec, table, side.rows), seed=spec.seed, denominators=right,
                                     confidence=confidence_of(spec))
     return fields | {"value": found.value, "low": found.low, "high": found.high, "clusters": found.clusters,
@@ -305,6 +313,39 @@ def repeated(spec: FigureSpec, table: Table) -> Fields:
             **counts_of(side)}
 
 
+def slope(spec: FigureSpec, table: Table) -> Fields:
+    """Change per unit along a column (params `along`), whose words are `doses` (word to number), within items.
+
+    Least-squares slope of each item that has a value at every dose, then their mean by Student's t: the slopes of items
+    are independent though the answers of one are not. Items that share a cluster count by clusters.
+    """
+    along, doses = str(spec.params["along"]), {str(word): float(dose) for word, dose in spec.params["doses"].items()}
+    numbers = np.array(list(doses.values()))
+    side = table.measure(spec.select, spec.value)
+    names = ["task", "item", *(name for name in table.conditions if name != along)]
+    keys, places = table.combined(names, side.rows), dict(zip(doses, range(len(doses)), strict=True))
+    at = np.array([*(places.get(word, -1) for word in table.words[along]), -1])[table.codes[along][side.rows]]
+    count = int(keys.max()) + 1 if len(keys) else 0
+    there = np.isfinite(side.values) & (at >= 0)
+    cells = (keys * len(doses) + at)[there]
+    sizes = np.bincount(cells, minlength=count * len(doses))
+    with np.errstate(invalid="ignore", divide="ignore"):
+        means = np.bincount(cells, side.values[there], count * len(doses)) / sizes
+    means_ID = means.reshape(count, len(doses))
+    whole = np.isfinite(means_ID).all(1)
+    centred = numbers - numbers.mean()
+    clusters = np.zeros(count, np.int64)
+    clusters[keys] = clusters_of(spec, table, side.rows)
+    slopes = means_ID[whole] @ centred / (centred @ centred)
+    found = statistics.contrast(slopes, np.zeros(len(slopes), int), clusters[whole], (1.0,), confidence_of(spec))
+    value, note = found.value, f"{count - int(whole.sum())} of {count} items lack a dose" if not whole.all() else None
+    low, high = (found.low, found.high) if len(slopes) > 1 else (None, None)
+    return {"value": value if len(slopes) > 1 else None, "low": low, "high": high, "n": len(slopes),
+            "clusters": found.clusters, "method": f"slope within items, {found.method}", "unit": "slope", "note": note,
+            "standard_error": found.standard_error, "p_value": found.p_value, **counts_of(side),
+            "details": {"bounded": span_of(spec, side.values) is not None}}
+
+
 def bootstrap(spec: FigureSpec, table: Table) -> Fields:
     """The mean once more, by hierarchical bootstrap: a check on the interval that assumes least."""
     side = table.measure(spec.select, spec.value)
@@ -320,9 +361,8 @@ def missing(spec: FigureSpec, table: Table) -> Fields:
     """How many answers have no value, and why."""
     side = table.measure(spec.select, spec.value)
     total, absent = len(side.rows), int(np.isnan(side.values).sum())
-    text = f"{side.unscored:,} unscored, {side.abstained:,} abstained, {side.errors:,} failed of {total:,}"
     return {"value": absent / total if total else None, "n": total, "clusters": total, "method": "count",
-            "unit": "share", "text": text if total else "no answer", **counts_of(side)}
+            "unit": "share", **counts_of(side)}
 
 
 def design_effect(spec: FigureSpec, table: Table) -> Fields:
@@ -331,12 +371,8 @@ def design_effect(spec: FigureSpec, table: Table) -> Fields:
     clusters = clusters_of(spec, table, side.rows)
     effect, levels = statistics.design_effect(side.values, clusters), statistics.two_level(side.values, clusters)
     n = int(np.isfinite(side.values).sum())
-    text = "no variance to tell it from"
-    if effect:
-        # Clusters that mix easy and hard on purpose are less noisy than a random sample; no answer counts twice.
-        text = f"{effect:.2f} ({n:,} answers count as {min(n / effect, n):,.0f})"
     return {"value": effect, "n": n, "clusters": levels.items, "method": "clustered over plain variance",
-            "unit": "effect", "text": text, **counts_of(side),
+            "unit": "effect", **counts_of(side),
             "details": {"between": levels.between, "within": levels.within, "samples": levels.samples}}
 
 
@@ -349,27 +385,21 @@ def power(spec: FigureSpec, table: Table) -> Fields:
     margin, target = float(spec.params.get("margin", 0.05)), float(spec.params.get("power", 0.8))
     alpha = float(spec.params.get("alpha", 0.05))
     found = difference(spec, table) if spec.versus else mean(spec, table)
-    error, unit = found["standard_error"], "pairs" if spec.versus else "items a side"
-    bounded = found["unit"] in ("points", "rate")
+    error, bounded = found["standard_error"], found["unit"] in ("points", "rate")
     fields = {name: found[name] for name in ("n", "clusters", "unscored", "abstained", "errors", "note")}
     fields |= {"unit": "points" if bounded else "difference", "method": f"normal, α {alpha:g}, power {target:g}"}
     if not error:
-        return fields | {"value": None, "text": f"cannot be told: no variance among {found['n']:,} {unit}"}
+        return fields | {"value": None}
     error *= 1.0 if spec.versus else math.sqrt(2.0)
     smallest, spread = statistics.detectable(error, alpha, target), error * math.sqrt(found["n"])
     needed = statistics.n_needed(margin, spread, alpha, target)
-    size = "{:.1f} points" if bounded else "{:.4g}"
-    scale = 100 if bounded else 1
-    text = (f"differences below {size.format(scale * smallest)} are missed more often than "
-            f"{1 - target:.0%} of the time with {found['n']:,} {unit}; "
-            f"{size.format(scale * margin)} {'need' if needed > found['n'] else 'would need only'} {needed:,}")
-    return fields | {"value": smallest, "standard_error": error, "text": text,
+    return fields | {"value": smallest, "standard_error": error,
                      "details": {"n_needed": needed, "margin": margin, "power": target, "alpha": alpha}}
 
 
 FUNCTIONS: dict[str, Callable[[FigureSpec, Table], Fields]] = {
     "mean": mean, "corrected_rate": corrected_rate, "difference": difference, "contamination": difference,
-    "difference_in_differences": difference_in_differences, "agreement": agreement,
+    "difference_in_differences": difference_in_differences, "agreement": agreement, "members": members,
     "cost_per_correct": cost_per_correct, "pass_at_k": repeated, "pass_hat_k": repeated, "bootstrap": bootstrap,
-    "missing": missing, "design_effect": design_effect, "power": power,
+    "missing": missing, "slope": slope, "design_effect": design_effect, "power": power,
 }

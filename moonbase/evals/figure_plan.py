@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from moonbase.evals.figures import FigureSpec
+from moonbase.evals.figures import FigureSpec, metric_of
 from moonbase.evals.records import LABELS
 from moonbase.evals.table import Table
 
 if TYPE_CHECKING:
-    from moonbase.evals.suite import Suite
+    from moonbase.evals.suite import Hypothesis, Suite
 
 REFUSED = "label:refusal|api_block"
 """The answer, or the interface in its place, declines."""
@@ -31,6 +31,8 @@ ORIGINS = ("origin", "source", "set")
 FIRST_LEVELS = ("en", "off", "no", "public", "default", "base")
 """The level of a condition that others are subtracted from, where there is one."""
 MOST_LEVELS = 12
+LEAST_JUDGED = 10
+"""Answers about which two members spoke, from which on their agreement is worth a number of its own."""
 MOST_PAIRS = 28
 
 
@@ -43,6 +45,35 @@ def spec_of(name: str, function: str, select: dict[str, str], value: str, metric
             versus: dict[str, str] | None = None, **params: Any) -> FigureSpec:
     return FigureSpec(id=name, function=function, select=select, value=value, versus=versus,
                       params={"metric": metric, **params}, seed=seed_of(name))
+
+
+def cluster_params(suite: Suite | None, table: Table) -> dict[str, str]:
+    """What a suite clusters by, where that is not the records' own cluster: the same in every figure and comparison."""
+    name = getattr(suite, "cluster", "item")
+    column = name if name in table.codes else f"condition.{name}"
+    return {"cluster": column} if name not in ("item", "cluster") and column in table.codes else {}
+
+
+def member_value(value: str, member: str) -> str | None:
+    """The same label counted on the votes of one member of the panel; None where the value is no label."""
+    wanted = {"score:complied": "full", "score:refused": REFUSED.removeprefix("label:")}.get(value)
+    if value.startswith("label:"):
+        wanted = value.removeprefix("label:")
+    return f"vote:{member}={wanted}" if wanted else None
+
+
+def by_members(spec: FigureSpec, table: Table) -> Iterator[FigureSpec]:
+    """A figure of the panel's labels once more for each member, where more than one of them spoke about these rows."""
+    sides = [spec.select, *([spec.select | spec.versus] if spec.versus else [])]
+    rows = np.unique(np.concatenate([table.rows(side) for side in sides]))
+    if member_value(spec.value, "") is None or len(table.members(rows, spoke=True)) < 2:
+        return
+    for member in table.members(rows):
+        name = f"{spec.id} by {member}"
+        params = spec.params | {"metric": f"{spec.params.get('metric') or metric_of(spec)}, by {member}",
+                                "member": member, "panel": spec.id}
+        yield FigureSpec(name, spec.function, spec.select, str(member_value(spec.value, member)), spec.versus, params,
+                         seed_of(name))
 
 
 def value_of(metric: str, table: Table, rows: np.ndarray) -> str | None:
@@ -87,9 +118,7 @@ class Plan:
         self.levels = levels_of(table, self.rows)
         self.value, self.metric = main_metric(suite, table, task, self.rows)
         self.labelled = bool((table.codes["label"][self.rows] >= 0).any())
-        cluster = getattr(suite, "cluster", "item")
-        column = cluster if cluster in table.codes else f"condition.{cluster}"
-        self.params = {"cluster": column} if cluster != "item" and column in table.codes else {}
+        self.params = cluster_params(suite, table)
 
     def spec(self, function: str, value: str, metric: str, where: dict[str, str] | None = None,
              versus: dict[str, str] | None = None, tail: str = "", **params: Any) -> FigureSpec:
@@ -103,8 +132,10 @@ class Plan:
         seen = set()
         for where in self.all_cells():
             rows = self.table.rows(self.base | where)
-            if len(rows) and rows.tobytes() not in seen:
-                seen.add(rows.tobytes())
+            # Digests of the sets: the sets themselves would take more memory than the table.
+            name = hashlib.sha256(rows.tobytes()).digest()
+            if len(rows) and name not in seen:
+                seen.add(name)
                 yield where
 
     def all_cells(self) -> Iterator[dict[str, str]]:
@@ -123,10 +154,18 @@ class Plan:
                 groups = self.table.present("group", rows)
                 mixed = 0 < len(set(groups) & set(HARMLESS)) < len(groups)
                 if not (mixed and "refus" in self.value):
-                    yield self.spec("mean", self.value, self.metric, where)
+                    plain = self.spec("mean", self.value, self.metric, where)
+                    yield plain
+                    if self.spoken_of(where):
+                        yield from by_members(plain, self.table)
                 yield self.spec("missing", self.value, "left_out", where)
             if self.labelled:
                 yield from self.refusals(where, rows)
+
+    def spoken_of(self, where: dict[str, str]) -> bool:
+        """Cells in which the members of the panel stand beside it: all, a language, a group in a language."""
+        split = [name for name in ("condition.language", "group") if name in self.levels]
+        return not where or set(where) in (set(split), {"condition.language"})
 
     def refusals(self, where: dict[str, str], rows: np.ndarray) -> Iterator[FigureSpec]:
         """Refusals of harmless requests are over-refusals; of all others, refusals. Never of both together."""
@@ -142,7 +181,10 @@ class Plan:
                 if groups and len(members) < len(groups):
                     within["group"] = "|".join(members)
                 if (metric, REFUSED) != (self.metric, self.value) or within != where:
-                    yield self.spec("mean", REFUSED, metric, within, tail=f"{metric} rate")
+                    plain = self.spec("mean", REFUSED, metric, within, tail=f"{metric} rate")
+                    yield plain
+                    if not where:
+                        yield from by_members(plain, self.table)
                 counts = calibration_of(self.suite, within, self.table, rows)
                 if counts:
                     yield self.spec("corrected_rate", REFUSED, f"{metric}_corrected", within, **counts)
@@ -175,8 +217,10 @@ class Plan:
         present = [group for group in groups if all(
             len(self.table.rows(self.base | {"group": group, name: level})) for level in (one, other))]
         for group in present:
-            yield self.spec("difference", self.value, self.metric, {name: one, "group": group}, {name: other}, tail,
-                            **pair)
+            plain = self.spec("difference", self.value, self.metric, {name: one, "group": group}, {name: other}, tail,
+                              **pair)
+            yield plain
+            yield from by_members(plain, self.table)
         for treated, control, called in contrasts(present):
             yield self.spec("difference_in_differences", self.value, f"{self.metric} difference_in_differences",
                             {name: one, "group": treated}, {name: other}, f"{tail}, against {called}",
@@ -188,9 +232,12 @@ class Plan:
         for treated, control, called in contrasts(groups):
             for language in spoken:
                 where = {"group": treated} | ({"condition.language": language} if language else {})
-                if all(len(self.table.rows(self.base | where | {"group": group})) for group in (treated, control)):
+                sides = [self.table.rows(self.base | where | {"group": group}) for group in (treated, control)]
+                if all(map(len, sides)):
+                    # Mirror images share a cluster and are paired by it, as the suites' hypotheses are.
+                    shared = np.intersect1d(*(self.table.codes["cluster"][rows] for rows in sides))
                     yield self.spec("difference", self.value, self.metric, where, {"group": control},
-                                    f"{self.metric} against {called}", pair="none")
+                                    f"{self.metric} against {called}", pair="cluster" if len(shared) else "none")
 
     def extras(self) -> Iterator[FigureSpec]:
         """Whole task only: bootstrap, judges, money, repeated tries, design effect, power against another model."""
@@ -206,16 +253,42 @@ class Plan:
             for k in sorted({k for k in (1, 2, 4, 8, 16, 32) if k <= tries} | {tries}) if tries > 1 else ():
                 yield self.spec("pass_at_k", self.value, f"{self.metric} pass@{k}", k=k)
                 yield self.spec("pass_hat_k", self.value, f"{self.metric} pass^{k}", k=k)
-        judges = [name.removeprefix("vote.") for name in sorted(table.codes)
-                  if name.startswith("vote.") and (table.codes[name][rows] >= 0).any()]
+        yield from self.agreements()
+
+    def agreements(self) -> Iterator[FigureSpec]:
+        """Of the whole task and of each language, on all labels; of each group in each language on the label that
+        rates rest on, and who of two leans where: over all groups a systematic difference hides."""
+        judges = self.table.members(self.rows, spoke=True)
+        if len(judges) < 2:
+            return
         spoken = self.levels.get("condition.language", [])
         for where in [{}, *({"condition.language": language} for language in spoken)]:
-            if len(judges) >= 2:
-                yield self.spec("agreement", "", "krippendorff_alpha", where, kind="krippendorff_alpha", judges=judges)
-                yield self.spec("agreement", "", "raw_agreement", where, kind="raw", judges=judges)
+            yield self.spec("agreement", "", "krippendorff_alpha", where, kind="krippendorff_alpha", judges=judges)
+            yield self.spec("agreement", "", "raw_agreement", where, kind="raw", judges=judges)
+            for pair in combinations(judges, 2):
+                yield self.spec("agreement", "", f"cohen_kappa {pair[0]}, {pair[1]}", where, kind="cohen_kappa",
+                                judges=list(pair))
+                yield from self.leaning(where, pair)
+        for group in self.levels.get("group", []):
+            for language in spoken or [""]:
+                where = {"group": group} | ({"condition.language": language} if language else {})
                 for pair in combinations(judges, 2):
-                    yield self.spec("agreement", "", f"cohen_kappa {pair[0]}, {pair[1]}", where, kind="cohen_kappa",
-                                    judges=list(pair))
+                    if self.judged_by(where, pair) >= LEAST_JUDGED:
+                        yield from self.leaning(where, pair, kappa=True)
+
+    def leaning(self, where: dict[str, str], pair: tuple[str, str], kappa: bool = False) -> Iterator[FigureSpec]:
+        values = [member_value(self.value or "", member) for member in pair]
+        if values[0] is None:
+            return
+        if kappa:
+            yield self.spec("agreement", "", f"cohen_kappa {pair[0]}, {pair[1]}", where, kind="cohen_kappa",
+                            judges=list(pair), collapse=values[0].rpartition("=")[2])
+        yield self.spec("members", values[0], f"{self.metric} members", where,
+                        tail=f"{self.metric}, {pair[0]} less {pair[1]}", against=values[1], judges=list(pair))
+
+    def judged_by(self, where: dict[str, str], pair: tuple[str, str]) -> int:
+        rows = self.table.rows(self.base | where)
+        return int(np.logical_and(*(self.table.codes[f"vote.{member}"][rows] >= 0 for member in pair)).sum())
 
 
 def contrasts(groups: list[str]) -> list[tuple[str, str, str]]:
@@ -266,21 +339,29 @@ def between_models(suite: Suite | None, table: Table, task: str) -> Iterator[Fig
         return
     for one, other in combinations(models, 2):
         name = f"{task}/{one} minus {other}/{metric}"
-        sides = {"task": task, "model": one}
-        yield spec_of(name, "difference", sides, value, metric, {"model": other})
-        yield spec_of(f"{name}, power", "power", sides, value, f"{metric} power", {"model": other})
+        sides, params = {"task": task, "model": one}, cluster_params(suite, table)
+        yield spec_of(name, "difference", sides, value, metric, {"model": other}, **params)
+        yield spec_of(f"{name}, power", "power", sides, value, f"{metric} power", {"model": other}, **params)
 
 
-def of_hypotheses(suite: Suite | None, table: Table) -> Iterator[FigureSpec]:
-    """The figure of every pre-registered hypothesis, for every model where it names none."""
+def hypothesis_specs(suite: Suite | None, table: Table) -> Iterator[tuple[Hypothesis, FigureSpec]]:
+    """The figure that decides each pre-registered hypothesis, for every model where it names none."""
     for hypothesis in getattr(suite, "hypotheses", ()):
         figure = hypothesis.figure
         named = "model" in figure.select or "model" in (figure.versus or {})
         for model in [""] if named else table.present("model"):
             name = "/".join(filter(None, ["hypothesis", hypothesis.id, model]))
             select = figure.select | ({"model": model} if model else {})
-            yield FigureSpec(name, figure.function, select, figure.value, figure.versus, figure.params,
-                             figure.seed or seed_of(name))
+            yield hypothesis, FigureSpec(name, figure.function, select, figure.value, figure.versus,
+                                         cluster_params(suite, table) | figure.params, figure.seed or seed_of(name))
+
+
+def of_hypotheses(suite: Suite | None, table: Table) -> Iterator[FigureSpec]:
+    """These figures, and the same by each member of the panel: a verdict is of the panel's alone."""
+    for _, spec in hypothesis_specs(suite, table):
+        yield spec
+        if spec.function in ("mean", "difference", "difference_in_differences"):
+            yield from by_members(spec, table)
 
 
 def specs_of(suite: Suite | None, table: Table) -> list[FigureSpec]:

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
 from moonbase.errors import UserError, did_you_mean
-from moonbase.evals.printing import figure_text
+from moonbase.evals.printing import text_of
 from moonbase.evals.table import Table
 
 if TYPE_CHECKING:
@@ -61,13 +61,22 @@ class Figure(BaseModel):
     spec: FigureSpec
     note: str | None = None
     text: str = ""
-    """The exact string that every report prints."""
+    """The exact string that every English report prints; `printing.text_of` has it in the other languages, too."""
     unit: str = ""
     """`rate`, `points`, `number`, `difference`, `dollars`, `coefficient`, `share`, `effect`."""
     standard_error: float | None = None
     p_value: float | None = None
     details: dict[str, Any] = Field(default_factory=dict)
     """What else a reader may want: discordant pairs, means of both sides, numbers needed."""
+
+    @property
+    def function(self) -> str:
+        return self.spec.function
+
+    @property
+    def versus(self) -> dict[str, str]:
+        """The other side of a difference; empty: the figure is not one."""
+        return self.spec.versus or {}
 
 
 def rounded(value: float | None) -> float | None:
@@ -101,7 +110,7 @@ def compute(spec: FigureSpec, table: Table) -> Figure:
     condition = {name.removeprefix("condition."): value for name, value in spec.select.items() if name != "model"}
     figure = Figure(id=spec.id, metric=metric_of(spec), level=level_of(spec, table), spec=spec, condition=condition,
                     model=spec.select.get("model", ""), **found)
-    return figure.model_copy(update={"text": figure.text or figure_text(figure)})
+    return figure.model_copy(update={"text": text_of(figure)})
 
 
 def figures_of(suite: Suite | None, table: Table) -> list[Figure]:

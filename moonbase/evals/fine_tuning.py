@@ -9,10 +9,10 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
 from pydantic import BaseModel, ConfigDict
 
 from moonbase.errors import UserError
@@ -23,7 +23,7 @@ from moonbase.evals.comparison import (
     smallest_alpha,
     suite_if_known,
 )
-from moonbase.evals.figure_plan import HARMLESS, POLITICAL, REFUSED, main_metric, seed_of
+from moonbase.evals.figure_plan import HARMLESS, POLITICAL, REFUSED, cluster_params, main_metric, seed_of
 from moonbase.evals.figures import Figure, FigureSpec, compute
 from moonbase.evals.statistics import holm
 from moonbase.evals.table import Table
@@ -52,6 +52,8 @@ class Change(BaseModel):
     figure: Figure
     """Tuned minus base."""
     margin: float
+    alpha: float
+    kind: str
     adjusted_p_value: float | None
 
 
@@ -71,6 +73,8 @@ class Trend(BaseModel):
     p_value: float | None
     items: int
     """Items with a value at every dose."""
+    figure: Figure
+    """The slope, as it is printed."""
 
 
 class FineTuning(BaseModel):
@@ -81,13 +85,16 @@ class FineTuning(BaseModel):
     changes: list[Change]
     curves: list[Trend]
     notes: list[str]
+    missed: list[Figure] = []
+    """What size of change would have been missed: for the page."""
 
     def as_json(self) -> dict[str, Any]:
         """What `--json` prints; `rows` are the differences from the base."""
         rows = [{"metric": change.subject, "question": change.question, "answer": change.answer, "task": change.task,
                  "dose": change.dose, "value": change.figure.value, "low": change.figure.low,
-                 "high": change.figure.high, "n": change.figure.n, "unscored": change.figure.unscored,
-                 "abstained": change.figure.abstained, "errors": change.figure.errors, "id": change.figure.id,
+                 "high": change.figure.high, "method": change.figure.method, "n": change.figure.n,
+                 "unscored": change.figure.unscored, "abstained": change.figure.abstained,
+                 "errors": change.figure.errors, "id": change.figure.id,
                  "model": change.dose, "text": f"{change.question} {change.answer}: {change.figure.text}",
                  "reason": change.reason} for change in self.changes]
         return {"model": self.model, "doses": self.doses, "rows": rows, "notes": self.notes,
@@ -107,6 +114,23 @@ def dose_numbers(names: Sequence[str]) -> list[float]:
     found = [re.search(r"\d+(?:\.\d+)?$", name) for name in names[1:]]
     ends = [float(match.group()) for match in found if match]
     return [0.0, *ends] if len(ends) == len(found) else [float(place) for place in range(len(names))]
+
+
+def doses_of(names: Sequence[str], given: Sequence[float] | None) -> list[float]:
+    """Every checkpoint's dose, the base's first. `given`: of all of them, or of the tuned ones only (the base's is 0).
+
+    Raises UserError for another count, or for doses of which two are equal or one is no number.
+    """
+    if given is None:
+        return dose_numbers(names)
+    doses = [float(dose) for dose in given]
+    doses = [0.0, *doses] if len(doses) == len(names) - 1 else doses
+    if len(doses) != len(names):
+        raise UserError(f"diff-ft: {len(given)} doses for {len(names) - 1} checkpoints and their base; "
+                        "give one for each checkpoint, or one for the base before them")
+    if not all(map(math.isfinite, doses)) or len(set(doses)) < len(doses):
+        raise UserError("diff-ft: doses are numbers, and no two are equal")
+    return doses
 
 
 def read_doses(base: Path | str, tuned: Sequence[Path | str]) -> tuple[Table, list[str]]:
@@ -152,36 +176,6 @@ def subjects(suite: Suite | None, table: Table, task: str) -> list[tuple[Subject
     return found
 
 
-def trend_of(table: Table, spec: FigureSpec, doses: Sequence[str]) -> tuple[float | None, ...]:
-    """(slope, low, high, p-value, items): least-squares slope of each item over the doses, then their mean by t.
-
-    An item with a value at every dose only; the slopes of items are independent though its answers are not.
-    """
-    from moonbase.evals.statistics.distributions import critical, t_two_sided
-
-    numbers = np.array(dose_numbers(doses))
-    side = table.measure({name: word for name, word in spec.select.items() if name != DOSE}, spec.value)
-    names = ["task", "item", *(name for name in table.conditions if name != DOSE)]
-    keys = table.combined(names, side.rows)
-    places = np.array([doses.index(word) for word in table.words[DOSE]])[table.codes[DOSE][side.rows]]
-    shape = (int(keys.max()) + 1 if len(keys) else 0, len(doses))
-    there = np.isfinite(side.values)
-    cells = (keys * len(doses) + places)[there]
-    sizes = np.bincount(cells, minlength=shape[0] * shape[1])
-    with np.errstate(invalid="ignore", divide="ignore"):
-        means = (np.bincount(cells, side.values[there], shape[0] * shape[1]) / sizes).reshape(shape)
-    whole = means[np.isfinite(means).all(1)]
-    centred = numbers - numbers.mean()
-    if len(whole) < 2 or not (centred @ centred):
-        return None, None, None, None, len(whole)
-    slopes = whole @ centred / (centred @ centred)
-    slope, error = float(slopes.mean()), float(slopes.std(ddof=1)) / math.sqrt(len(slopes))
-    if error == 0.0:
-        return slope, None, None, None, len(slopes)
-    half = critical(0.95, len(slopes) - 1) * error
-    return slope, slope - half, slope + half, t_two_sided(slope / error, len(slopes) - 1), len(slopes)
-
-
 def answer_of(change: Question, adjusted: float | None, family: int) -> tuple[str, str]:
     """Kept: non-inferiority is shown. Changed: a difference is shown; not changed: equivalence is."""
     figure, margin = change.figure, change.margin or 0.0
@@ -204,36 +198,54 @@ def answer_of(change: Question, adjusted: float | None, family: int) -> tuple[st
     return "undecided", f"neither a change nor its absence (within {size}) is shown, p = {adjusted:.2g}"
 
 
+def specs_of(suite: Suite | None, table: Table, names: Sequence[str], doses: Sequence[float],
+             ) -> list[tuple[Subject, list[FigureSpec], list[FigureSpec], FigureSpec]]:
+    """(subject, its rate at every dose, its differences from the base, its slope) for every task that speaks to it."""
+    model, found = table.words["model"][0], []
+    for task in table.present("task"):
+        for subject, value, metric, where in subjects(suite, table, task):
+            params = {"metric": metric} | cluster_params(suite, table)
+            select, points, changes = {"task": task, "model": model} | where, [], []
+            for name, dose in zip(names, doses, strict=True):
+                at = FigureSpec(f"{task}/{subject}/{name}", "mean", select | {DOSE: name}, value, None,
+                                params | {"dose": dose}, seed_of(f"{task}/{subject}/{name}"))
+                points.append(at)
+                if name != BASE:
+                    changes.append(replace(at, id=f"{at.id} minus base", function="difference", versus={DOSE: BASE},
+                                           params=params, seed=seed_of(f"{at.id} minus base")))
+            name = f"{task}/{subject} slope"
+            slope = FigureSpec(name, "slope", select, value, None,
+                               params | {"metric": f"{metric} slope", "along": DOSE,
+                                         "doses": dict(zip(names, doses, strict=True))}, seed_of(name))
+            found.append((subject, points, changes, slope))
+    return found
+
+
 def diff(base: Path | str, tuned: Sequence[Path | str], *, suite: Suite | None = None, margin: float = 0.05,
-         alpha: float = 0.05) -> FineTuning:
+         alpha: float = 0.05, doses: Sequence[float] | None = None) -> FineTuning:
     """Compare checkpoints with their base. `margin`: a loss, or a change, up to which nothing is said to be lost.
 
-    p-values are Holm-corrected over all tasks and checkpoints of a question. Raises UserError where inputs differ.
+    `doses`: how much tuning each checkpoint has had, where its name does not say (`step-300`) or the order is not what
+    counts. p-values are Holm-corrected over all tasks and checkpoints of a question. Raises UserError where inputs
+    differ.
     """
     if not tuned:
         raise UserError("diff-ft: name at least one evaluation of a tuned checkpoint")
-    table, doses = read_doses(base, tuned)
+    table, names = read_doses(base, tuned)
+    numbers = doses_of(names, doses)
     refuse_other_questions(table)
     suite = suite or suite_if_known(base)
-    model, asked, curves = table.words["model"][0], [], []
-    for task in table.present("task"):
-        for subject, value, metric, where in subjects(suite, table, task):
-            select, points = {"task": task, "model": model} | where, []
-            for dose in doses:
-                name = f"{task}/{subject}/{dose}"
-                params = {"metric": metric}
-                point = FigureSpec(name, "mean", select | {DOSE: dose}, value, None, params, seed_of(name))
-                points.append(compute(point, table))
-                if dose != BASE:
-                    name += " minus base"
-                    spec = FigureSpec(name, "difference", select | {DOSE: dose}, value, {DOSE: BASE}, params,
-                                      seed_of(name))
-                    kind = "superiority" if subject == "over_refusal" else "non_inferiority"
-                    asked.append((subject, task, dose, Question(
-                        name, QUESTIONS[subject], kind, margin, alpha, False, BASE, dose, compute(spec, table), 1.0)))
-            slope, low, high, p_value, items = trend_of(table, points[0].spec, doses)
-            curves.append(Trend(subject=subject, task=task, metric=metric, points=points, slope=slope, low=low,
-                                high=high, p_value=p_value, items=int(items or 0), doses=dose_numbers(doses)))
+    asked, curves = [], []
+    for subject, points, changed, slope_spec in specs_of(suite, table, names, numbers):
+        task, slope = points[0].select["task"], compute(slope_spec, table)
+        kind = "superiority" if subject == "over_refusal" else "non_inferiority"
+        for spec in changed:
+            dose = spec.select[DOSE]
+            asked.append((subject, task, dose, Question(
+                spec.id, QUESTIONS[subject], kind, margin, alpha, False, BASE, dose, compute(spec, table), 1.0)))
+        curves.append(Trend(subject=subject, task=task, metric=str(points[0].params["metric"]), doses=numbers,
+                            points=[compute(spec, table) for spec in points], slope=slope.value, low=slope.low,
+                            high=slope.high, p_value=slope.p_value, items=slope.n, figure=slope))
     changes = []
     for subject in QUESTIONS:
         family = [entry for entry in asked if entry[0] == subject]
@@ -241,8 +253,12 @@ def diff(base: Path | str, tuned: Sequence[Path | str], *, suite: Suite | None =
                                                        strict=True):
             answer, reason = answer_of(question, adjusted, len(family))
             changes.append(Change(question=QUESTIONS[subject], subject=subject, task=task, dose=dose, answer=answer,
-                                  reason=reason, figure=question.figure, margin=margin, adjusted_p_value=adjusted))
+                                  reason=reason, figure=question.figure, margin=margin, alpha=alpha,
+                                  kind=question.kind, adjusted_p_value=adjusted))
+    compared = [entry[3].figure for entry in asked]
+    missed = [compute(replace(one.spec, id=f"{one.id}, power", function="power",
+                              params=one.spec.params | {"metric": f"{one.metric} power"}), table) for one in compared]
     absent = [question for subject, question in QUESTIONS.items() if not any(entry[0] == subject for entry in asked)]
-    return FineTuning(model=model, doses=doses, changes=changes, curves=curves,
+    return FineTuning(model=table.words["model"][0], doses=names, changes=changes, curves=curves, missed=missed,
                       notes=[f"{question} was not asked: no task of these evaluations speaks to it"
                              for question in absent])

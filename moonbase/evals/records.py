@@ -21,6 +21,8 @@ from moonbase.files import write_pieces
 SCHEMA = "moonbase.record/1"
 LABELS = ("full", "partial", "evasive", "refusal", "api_block", "empty", "broken")
 """What an answer to a request can be, for suites that measure refusals."""
+MENDED = "mended"
+"""In `details`: of how many fields half characters had to be replaced."""
 
 Status = Literal["scored", "unscored", "abstained", "error"]
 
@@ -94,11 +96,28 @@ class Record(BaseModel):
         return self.model_dump(by_alias=True, mode="json")
 
 
+def whole(text: str) -> str:
+    """`text` as UTF-8 can hold it: halves of a character are joined where both are there, else U+FFFD stands for them.
+
+    Models emit such halves: what comes in pieces, or is cut in the middle of a sign.
+    """
+    if text.isascii():
+        return text
+    try:
+        text.encode()
+        return text
+    except UnicodeEncodeError:
+        return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+
+
 def digest(value: Any, salt: bytes = b"") -> str:
-    """`sha256:...` of text or of a JSON value (sorted keys, no blanks); `hmac-sha256:...` where there is a salt."""
+    """`sha256:...` of text or of a JSON value (sorted keys, no blanks); `hmac-sha256:...` where there is a salt.
+
+    Of a text with half a character the digest is that of the text as records can hold it (`whole`).
+    """
     if not isinstance(value, str):
         value = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
-    data = value.encode("utf-8", "surrogatepass")
+    data = whole(value).encode()
     if salt:
         return "hmac-sha256:" + hmac.new(salt, data, hashlib.sha256).hexdigest()
     return "sha256:" + hashlib.sha256(data).hexdigest()
@@ -121,14 +140,41 @@ def read_records(path: Path) -> Iterator[Record]:
 
 
 def write_records(path: Path, records: Iterable[Record]) -> int:
-    """One JSON object a line, whole or not at all; returns how many."""
+    """One JSON object a line, whole or not at all; returns how many.
+
+    Where a text holds half a character, which no UTF-8 file can, U+FFFD stands for it, and `details.mended` says of how
+    many fields.
+    """
     count = 0
 
     def lines() -> Iterator[bytes]:
         nonlocal count
         for record in records:
             count += 1
-            yield (json.dumps(record.canonical(), ensure_ascii=False, allow_nan=False) + "\n").encode()
+            yield _line(record.canonical())
 
     write_pieces(path, lines())
     return count
+
+
+def _line(value: dict[str, Any]) -> bytes:
+    try:
+        return (json.dumps(value, ensure_ascii=False, allow_nan=False) + "\n").encode()
+    except UnicodeEncodeError:
+        found, count = _mended(value)
+        found["details"] = {**found.get("details", {}), MENDED: count}
+        return (json.dumps(found, ensure_ascii=False, allow_nan=False) + "\n").encode()
+
+
+def _mended(value: Any) -> tuple[Any, int]:
+    """A JSON value with all texts as UTF-8 can hold them, and how many were not so."""
+    if isinstance(value, str):
+        text = whole(value)
+        return text, int(text != value)
+    if isinstance(value, dict):
+        parts = [(whole(name), *_mended(inner)) for name, inner in value.items()]
+        return {name: inner for name, inner, _ in parts}, sum(count for _, _, count in parts)
+    if isinstance(value, list):
+        items = [_mended(inner) for inner in value]
+        return [inner for inner, _ in items], sum(count for _, count in items)
+    return value, 0

@@ -23,15 +23,19 @@ from pathlib import Path
 from typing import Any
 
 from moonbase.errors import UserError
-from moonbase.evals.collect import collect
-from moonbase.evals.suite import Suite, missing_needs, read_plan
+from moonbase.evals.collect import HEEDED, collect
+from moonbase.evals.suite import Suite, missing_needs, out_of_reach, read_plan
 from moonbase.files import make_folder, write_text
 
 PLAN_SCHEMA = "moonbase.plan/1"
+_NO_INSPECT = 'evaluation needs Inspect: pip install "moonbase[evals]"'
 PRIVATE = "private"
 STORED_PREFIX = "replay/"
 STORED_SAMPLES = 32
 """Samples at a time where nothing is waited for: more of them only take memory."""
+RETRIES = 8
+"""Of a call whose host is away or has too much to do, a quarter of an hour in all; Inspect alone would never give up. A
+sample that failed so is asked again when the run is."""
 COLLECTIONS = (50_000, 20, 100)
 """Of Python's garbage collector while Inspect runs: a third of the time went into looking through its objects."""
 
@@ -50,34 +54,49 @@ def run_suite(
     suite: Suite, models: Sequence[str], folder: Path, *, seed: int = 0, limit: int | None = None,
     data: Path | None = None, price: Mapping[str, Sequence[float]] | None = None, max_connections: int | None = None,
     model_args: Mapping[str, Mapping[str, Any]] | None = None, roles: Mapping[str, str] | None = None,
-    judges: Sequence[str] = (), quiet: bool = False,
+    judges: Sequence[str] = (), temperature: float | None = None, quiet: bool = False,
 ) -> EvalFolder:
     """Run a suite on models, or go on with it; then write the records.
 
     `limit`: items of each task; `price`: of a model, dollars per million input and output tokens; `model_args`: of a
     model, what Inspect hands to its provider; `roles`: models that grade or play a user, by role; `judges`: models
-    that label answers beside the suite's own. Tasks that need what is not here are left out, which suite.json and
-    standard error say. Raises UserError: another evaluation is in the
-    folder, a model that is not pinned, a suite of which nothing can run here, a model that does not work at all.
+    that label answers beside the suite's own; `temperature`: of every model that answers. Tasks that need what is not
+    here are left out, which suite.json and standard error say. Raises UserError: another evaluation is in the folder, a
+    model that is not pinned, a suite of which nothing can run here, a model that does not work at all.
     """
     models = [inspect_name(model) for model in models]
     if judges:
+        judges = [judge if judge == "rules" else inspect_name(judge) for judge in judges]
+        _check_judges(judges)
         suite = suite.model_copy(update={"judges": tuple(dict.fromkeys([*suite.judges, *judges]))})
     suite, left_out = runnable(suite, data, roles or {})
     settle(suite, models, folder, seed=seed, limit=limit, price=price, model_args=model_args, roles=roles,
-           left_out=left_out)
+           left_out=left_out, temperature=temperature)
     for name, missing in left_out.items():
         print(f"left out: {name} needs {'; '.join(missing)}", file=sys.stderr)
     logs = log_folder(suite, folder)
     problems = []
     for stored, group in group_models(models).items():
         problems += _run_group(suite, group, logs, folder, stored, seed=seed, limit=limit, data=data, quiet=quiet,
-                               max_connections=max_connections, model_args=model_args or {}, roles=roles or {})
+                               max_connections=max_connections, model_args=model_args or {}, roles=roles or {},
+                               temperature=temperature)
     found = collect(suite, list(models), logs, folder, price or {})
     if not found.records or found.errors == found.records:
         raise UserError(f"{folder}: no answer of any model{': ' + problems[0] if problems else ''}. Mend it and run "
                         "again: what is there is kept")
+    for (model, thinking), (missed, asked) in found.unheeded.items():
+        print(f"thinking {thinking}: {missed} of {asked} answers of {model} were given "
+              f"{'with' if thinking == 'off' else 'without any'} reasoning (details.{HEEDED} in the records)",
+              file=sys.stderr)
     return EvalFolder(folder, found.records, found.errors)
+
+
+def _check_judges(judges: Sequence[str]) -> None:
+    try:
+        from moonbase.evals.tasks.judge_scorer import check_judges
+    except ImportError:
+        raise UserError(_NO_INSPECT) from None
+    check_judges([judge for judge in judges if judge != "rules"])
 
 
 def inspect_name(model: str) -> str:
@@ -90,7 +109,7 @@ def inspect_name(model: str) -> str:
 
 def runnable(suite: Suite, data: Path | None, roles: Mapping[str, str]) -> tuple[Suite, dict[str, list[str]]]:
     """The suite without the tasks that cannot run here, and what these lack. Raises UserError where none is left."""
-    missing = {task.name: list(missing_needs(task, data, roles)) for task in suite.tasks}
+    missing = {task.name: list(missing_needs(task, data, roles)) or out_of_reach(task, data) for task in suite.tasks}
     left_out = {name: lacks for name, lacks in missing.items() if lacks}
     kept = tuple(task for task in suite.tasks if task.name not in left_out)
     if not kept:
@@ -103,14 +122,24 @@ def settle(
     suite: Suite, models: Sequence[str], folder: Path, *, seed: int, limit: int | None,
     price: Mapping[str, Sequence[float]] | None = None, model_args: Mapping[str, Mapping[str, Any]] | None = None,
     roles: Mapping[str, str] | None = None, left_out: Mapping[str, Sequence[str]] | None = None,
+    temperature: float | None = None,
 ) -> None:
-    """Write suite.json before anything runs; in a folder that has one, check that it is the same evaluation."""
+    """Write suite.json before anything runs; in a folder that has one, check that it is the same evaluation.
+
+    Raises UserError, also for a model that a router would choose, and for one whose thinking cannot be as the suite
+    crosses it.
+    """
     from moonbase.evals.providers.endpoints import check_model_name
+    from moonbase.evals.providers.thinking import thinking_settings
 
     if len(set(models)) != len(models):
         raise UserError("a model is named twice")
     for model in [*models, *(roles or {}).values(), *(one for one in suite.judges if one != "rules")]:
         check_model_name(model, (model_args or {}).get(model))
+    for model in models:
+        # Stored answers are under no condition of ours.
+        for thinking in () if model.startswith(STORED_PREFIX) else suite.levels("thinking", "default"):
+            thinking_settings(model, thinking, (model_args or {}).get(model))
     make_folder(folder)
     if (folder / "manifest.json").exists():
         raise UserError(f"{folder}: this evaluation is sealed; run it anew in another folder (--out)")
@@ -120,10 +149,11 @@ def settle(
         "price": {name: list(dollars) for name, dollars in (price or {}).items()},
         # Their values may be keys and passwords.
         "model_args": {name: sorted(arguments) for name, arguments in (model_args or {}).items()},
-        "roles": dict(roles or {}), "left_out": dict(left_out or {})}))
+        "roles": dict(roles or {}), "left_out": dict(left_out or {}),
+        **({} if temperature is None else {"temperature": temperature})}))
     if (folder / "suite.json").exists():
         before = read_plan(folder)
-        other = [name for name in plan if before.get(name) != plan[name]]
+        other = [name for name in dict.fromkeys([*plan, *before]) if before.get(name) != plan.get(name)]
         if other:
             raise UserError(f"{folder}: another evaluation is there ({', '.join(other)} differ): go on with it as it "
                             "was, or choose another folder (--out)")
@@ -155,17 +185,18 @@ def tells_by_call(models: Sequence[str]) -> bool:
 def _run_group(
     suite: Suite, models: Sequence[str], logs: Path, folder: Path, stored: str | None, *, seed: int,
     limit: int | None, data: Path | None, max_connections: int | None, model_args: Mapping[str, Mapping[str, Any]],
-    roles: Mapping[str, str], quiet: bool,
+    roles: Mapping[str, str], temperature: float | None, quiet: bool,
 ) -> list[str]:
     """One set of Inspect's evaluations. Returns what went wrong with whole tasks, a line each."""
     try:
         from inspect_ai import eval_set
         from inspect_ai.model import get_model
     except ImportError:
-        raise UserError('evaluation needs Inspect: pip install "moonbase[evals]"') from None
+        raise UserError(_NO_INSPECT) from None
     from moonbase.evals.tasks import build_tasks
 
-    tasks = build_tasks(suite, data, seed, limit, stored=stored)
+    with contextlib.redirect_stdout(sys.stderr):
+        tasks = build_tasks(suite, data, seed, limit, stored=stored, roles=roles)
     silent = quiet or suite.withhold
     with _inspect_state(folder / PRIVATE), _rare_collections(), contextlib.redirect_stdout(sys.stderr):
         arguments = {model: dict(model_args.get(model, {})) for model in models}
@@ -183,6 +214,8 @@ def _run_group(
             log_realtime=stored is None, log_buffer=None if stored is None else 1000,
             max_samples=STORED_SAMPLES if stored is not None else max_connections,
             ctl_server=False, acp_server=False, model_roles=dict(roles) or None,
+            **({} if stored is not None else {"max_retries": RETRIES}),
+            **({} if stored is not None or temperature is None else {"temperature": temperature}),
             **({} if max_connections is None else {"max_connections": max_connections}))
     if done:
         return []
@@ -225,7 +258,7 @@ def _inspect_state(private: Path) -> Iterator[None]:
 @contextlib.contextmanager
 def _rare_collections() -> Iterator[None]:
     before = gc.get_threshold()
-    gc.collect()
+    # What is there stays there meanwhile, garbage too: to look for that first takes as long as a short run.
     gc.freeze()
     gc.set_threshold(*COLLECTIONS)
     try:

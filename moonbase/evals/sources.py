@@ -39,6 +39,8 @@ class Source:
     cluster: str | None = None
     where: dict[str, Any] = field(default_factory=dict)
     """Columns and the values, or lists of values, that they must have."""
+    root: str | None = None
+    """Of a .json file that is one object: the field with the list of rows."""
     homepage: str = ""
     """Where to get the set."""
 
@@ -102,7 +104,7 @@ def read_source(source: Source, data: Path | None) -> Iterator[Item]:
     """
     path = find_copy(source, data)
     seen: set[str] = set()
-    for number, row in enumerate(read_rows(path), 1):
+    for number, row in enumerate(read_rows(path, source.root), 1):
         try:
             item = Item(str(row[source.id]), str(row[source.prompt]),
                         str(row[source.group]) if source.group else None,
@@ -118,8 +120,11 @@ def read_source(source: Source, data: Path | None) -> Iterator[Item]:
             yield item
 
 
-def read_rows(path: Path) -> Iterator[dict[str, Any]]:
-    """Rows of a .csv, .jsonl or .json file (a list of objects), each also as .gz. Raises UserError, never with text."""
+def read_rows(path: Path, root: str | None = None) -> Iterator[dict[str, Any]]:
+    """Rows of a .csv, .jsonl or .json file (a list of objects), each also as .gz. Raises UserError, never with text.
+
+    `root`: the field of a .json file that holds the list, where the file is one object.
+    """
     kind = path.name.removesuffix(".gz").rpartition(".")[2]
     try:
         with (gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb")) as file:
@@ -135,12 +140,13 @@ def read_rows(path: Path) -> Iterator[dict[str, Any]]:
     if kind not in ("jsonl", "json"):
         raise UserError(f"{path}: a set is a .csv, .jsonl or .json file, each also as .gz")
     try:
-        rows = json.loads(text) if kind == "json" and text.lstrip().startswith("[") else (
-            json.loads(line) for line in text.split("\n") if line.strip())
-        for row in rows:
+        whole = kind == "json" and (root is not None or text.lstrip().startswith("["))
+        rows = json.loads(text) if whole else (json.loads(line) for line in text.split("\n") if line.strip())
+        for row in rows if root is None else rows[root]:
             if not isinstance(row, dict):
                 raise ValueError
             yield row
-    except ValueError:
+    except (ValueError, KeyError, TypeError):
         # Not the error's own words: they may quote the file.
-        raise UserError(f"{path}: not JSON objects, one a line or in a list") from None
+        raise UserError(f"{path}: not JSON objects, one a line or in a list"
+                        f"{f' under {root!r}' if root else ''}") from None

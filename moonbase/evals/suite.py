@@ -10,7 +10,9 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import json
+import os
 import shutil
+import socket
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -26,7 +28,8 @@ CROSSED: dict[str, tuple[str, ...] | None] = {
     "language": ("en", "zh"), "thinking": ("on", "off", "default"), "reveals_test": ("yes", "no"), "samples": None}
 """What a suite can be crossed by, with the levels there are; `samples` has one: how often each item is asked."""
 NEEDS = ("network", "docker", "package", "data", "role")
-"""First words of a need: `network`, `docker`, `package NAME`, `data FILE-OR-FOLDER`, `role NAME` (a second model)."""
+"""First words of a need: `network` (`network unless FILE-OR-FOLDER`: a copy in the data folder will do), `docker`,
+`package NAME`, `data FILE-OR-FOLDER`, `role NAME` (a second model)."""
 
 
 class Strict(BaseModel):
@@ -50,6 +53,10 @@ class TaskSpec(Strict):
     stored: str | None = None
     """Dataset of stored answers to it, for models `replay/DATASET:MODEL`."""
     about: str = ""
+    scores: dict[str, str] = Field(default_factory=dict)
+    """Metric to what a scorer of another package calls it; `*` is the least of all that it gives: all are right."""
+    grades: dict[str, float] = Field(default_factory=dict)
+    """What words of such a scorer stand for, beside Inspect's own letters."""
 
     @field_validator("needs")
     @classmethod
@@ -150,7 +157,13 @@ class Suite(Strict):
 
     def canonical(self) -> dict[str, Any]:
         """As JSON values, in the published names."""
-        return self.model_dump(by_alias=True, mode="json")
+        values = self.model_dump(by_alias=True, mode="json")
+        for task in values["tasks"]:
+            # Younger than the format: a suite that has none reads as it always did.
+            for name in ("scores", "grades"):
+                if not task[name]:
+                    del task[name]
+        return values
 
 
 def _word(factor: str, level: Any) -> str:
@@ -238,10 +251,40 @@ def list_suites(data: Path | None = None) -> list[Availability]:
         suite = load_suite(name)
         for task in suite.tasks:
             missing = missing_needs(task, data)
-            offline = not missing and not any(need in ("network", "docker") for need in task.needs)
+            offline = not missing and not any(
+                need == "docker" or (need.startswith("network") and not has_copy(need, data)) for need in task.needs)
             found.append(Availability(name, suite.title, task.name, task.source, offline, missing, task.needs,
                                       task.metric, task.about))
     return found
+
+
+def has_copy(need: str, data: Path | None) -> bool:
+    """Whether the data folder has what `network unless PATH` names."""
+    path = need.partition(" unless ")[2]
+    return bool(path) and data is not None and (data / path).exists()
+
+
+def out_of_reach(task: TaskSpec, data: Path | None) -> list[str]:
+    """What a task would have to download on a machine without a network; nothing where it has a copy, or there is one.
+    """
+    wanting = [need for need in task.needs if need.startswith("network") and not has_copy(need, data)]
+    if not wanting or is_online():
+        return []
+    return [" or ".join(["a network", *(f"a copy at {path} in the data folder (--data)" for path in
+                                        [need.partition(" unless ")[2] for need in wanting] if path)])]
+
+
+def is_online() -> bool:
+    """Whether public sets can be downloaded; asked of the host that has most of them, where no proxy stands between."""
+    if os.environ.get("HF_HUB_OFFLINE", "0").lower() in ("1", "true", "yes", "on"):
+        return False
+    if os.environ.get("HTTPS_PROXY") or os.environ.get("https_proxy") or os.environ.get("HF_ENDPOINT"):
+        return True
+    try:
+        socket.create_connection(("huggingface.co", 443), timeout=3).close()
+    except OSError:
+        return False
+    return True
 
 
 def missing_needs(task: TaskSpec, data: Path | None, roles: Iterable[str] | None = None) -> tuple[str, ...]:

@@ -7,15 +7,16 @@ from __future__ import annotations
 
 import json
 import math
-from array import array
+from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from moonbase.errors import UserError, did_you_mean
+from moonbase.evals.columns import NumberColumn, Numbers, WordColumn, narrow
 from moonbase.evals.records import LABELS, SCHEMA
 
 WORDS = ("suite", "task", "item", "model", "group", "label", "input_digest")
@@ -24,31 +25,9 @@ CALL_WORDS = ("provider", "precision", "fingerprint", "weights_digest", "api_sig
 NUMBERS = ("sample", "input_tokens", "output_tokens", "reasoning_tokens", "seconds", "cost")
 STATUSES = ("scored", "unscored", "abstained", "error")
 IDENTITY = ("suite", "task", "item", "model")
-
-
-@dataclass
-class _Words:
-    """A column under construction: codes in order of appearance; -1 where a record has no such word."""
-
-    codes: array = field(default_factory=lambda: array("i"))
-    known: dict[str, int] = field(default_factory=dict)
-
-    def put(self, row: int, word: str | None) -> None:
-        missing = row - len(self.codes)
-        if missing:
-            self.codes.extend([-1] * missing)
-        self.codes.append(-1 if word is None else self.known.setdefault(word, len(self.known)))
-
-
-@dataclass
-class _Numbers:
-    values: array = field(default_factory=lambda: array("d"))
-
-    def put(self, row: int, value: float | None) -> None:
-        missing = row - len(self.values)
-        if missing:
-            self.values.extend([math.nan] * missing)
-        self.values.append(math.nan if value is None else value)
+SILENT = "silent."
+"""Beside `vote.MEMBER`, where it gave no label: whether it could not tell, or gave nothing that could be read."""
+ABSTAINED, FAILED = "abstained", "failed"
 
 
 class Builder:
@@ -56,13 +35,13 @@ class Builder:
 
     def __init__(self) -> None:
         self.size = 0
-        self.words: dict[str, _Words] = {}
-        self.numbers: dict[str, _Numbers] = {}
+        self.words: dict[str, WordColumn] = {}
+        self.numbers: dict[str, NumberColumn] = {}
 
     def _word(self, name: str, value: Any) -> None:
         column = self.words.get(name)
         if column is None:
-            column = self.words[name] = _Words()
+            column = self.words[name] = WordColumn()
         if value is not None and not isinstance(value, str):
             raise ValueError(f"`{name}` is not text")
         column.put(self.size, value)
@@ -70,10 +49,13 @@ class Builder:
     def _number(self, name: str, value: Any) -> None:
         column = self.numbers.get(name)
         if column is None:
-            column = self.numbers[name] = _Numbers()
+            column = self.numbers[name] = NumberColumn()
         if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
             raise ValueError(f"`{name}` is not a number")
-        column.put(self.size, value)
+        try:
+            column.put(self.size, value)
+        except OverflowError:
+            raise ValueError(f"`{name}` is no number that a computer holds") from None
 
     def add(self, record: Mapping[str, Any]) -> None:
         """Raises ValueError that says what is wrong with the record."""
@@ -97,6 +79,10 @@ class Builder:
         for prefix, name in (("condition.", "condition"), ("vote.", "votes")):
             for key, value in (record.get(name) or {}).items():
                 self._word(prefix + key, value)
+        for member, vote in (record.get("votes") or {}).items():
+            if vote is None:
+                failed = (record.get("details") or {}).get(f"{member}: failed") is True
+                self._word(SILENT + member, FAILED if failed else ABSTAINED)
         for name in NUMBERS:
             self._number(name, record.get(name, None if name == "cost" else 0))
         for name, value in (record.get("scores") or {}).items():
@@ -106,18 +92,11 @@ class Builder:
 
     def table(self) -> Table:
         words, codes, numbers = {}, {}, {}
-        for name, column in self.words.items():
-            column.put(self.size, None)
-            order = sorted(column.known)
-            places = np.full(len(order) + 1, -1, np.int32)
-            for place, word in enumerate(order):
-                places[column.known[word]] = place
-            words[name] = order
-            # The last place stands for -1.
-            codes[name] = places[np.frombuffer(column.codes, np.int32)[:-1]]
-        for name, column in self.numbers.items():
-            column.put(self.size, None)
-            numbers[name] = np.frombuffer(column.values, np.float64)[:-1].copy()
+        for name in list(self.words):
+            # One at a time: what a column was built from goes before the next is finished.
+            words[name], codes[name] = self.words.pop(name).done(self.size)
+        for name in list(self.numbers):
+            numbers[name] = self.numbers.pop(name).done(self.size)
         return Table(self.size, words, codes, numbers)
 
 
@@ -134,12 +113,15 @@ class Measured:
 
 @dataclass(frozen=True, eq=False)
 class Table:
-    """`codes[name]` (size,) int32 into the sorted `words[name]`, -1 for none; `numbers[name]` (size,) float64."""
+    """`codes[name]` (size,) into the sorted `words[name]`, -1 for none; `numbers[name]` (size,), floats when read.
+
+    Codes are integers of as few bytes as they need: whoever computes with them widens them first.
+    """
 
     size: int
     words: dict[str, list[str]]
     codes: dict[str, np.ndarray]
-    numbers: dict[str, np.ndarray]
+    numbers: dict[str, Numbers]
 
     @staticmethod
     def read(path: Path | str) -> Table:
@@ -174,34 +156,36 @@ class Table:
         """One below the other, with a column `folder`."""
         size = sum(table.size for table in tables)
         words: dict[str, list[str]] = {"folder": sorted(set(folders))}
-        codes = {"folder": np.repeat([words["folder"].index(name) for name in folders],
-                                     [table.size for table in tables]).astype(np.int32)}
+        codes = {"folder": narrow(np.repeat([words["folder"].index(name) for name in folders],
+                                            [table.size for table in tables]), words["folder"])}
         for name in dict.fromkeys(name for table in tables for name in table.codes):
             order = sorted({word for table in tables for word in table.words.get(name, ())})
             places = {word: place for place, word in enumerate(order)}
             parts = []
             for table in tables:
                 if name not in table.codes:
-                    parts.append(np.full(table.size, -1, np.int32))
+                    parts.append(np.full(table.size, -1))
                     continue
-                target = np.array([*(places[word] for word in table.words[name]), -1], np.int32)
+                target = np.array([*(places[word] for word in table.words[name]), -1])
                 parts.append(target[table.codes[name]])
-            words[name], codes[name] = order, np.concatenate(parts)
-        numbers = {name: np.concatenate([table.numbers.get(name, np.full(table.size, math.nan)) for table in tables])
-                   for name in dict.fromkeys(name for table in tables for name in table.numbers)}
+            words[name], codes[name] = order, narrow(np.concatenate(parts), order)
+        numbers = {name: Numbers.of(np.concatenate([
+            table.numbers[name][:] if name in table.numbers else np.full(table.size, math.nan) for table in tables]))
+            for name in dict.fromkeys(name for table in tables for name in table.numbers)}
         return Table(size, words, codes, numbers)
 
     def constant(self, name: str, word: str) -> Table:
         """With a column of words that says the same in every row, in place of one that may be there."""
-        return Table(self.size, self.words | {name: [word]}, self.codes | {name: np.zeros(self.size, np.int32)},
+        return Table(self.size, self.words | {name: [word]}, self.codes | {name: np.zeros(self.size, np.int8)},
                      self.numbers)
 
     def renamed(self, name: str, new: Mapping[str, str]) -> Table:
         """With other words in a column; several may become one."""
         words = [new.get(word, word) for word in self.words[name]]
         order = sorted(set(words))
-        places = np.array([*(order.index(word) for word in words), -1], np.int32)
-        return Table(self.size, self.words | {name: order}, self.codes | {name: places[self.codes[name]]}, self.numbers)
+        places = np.array([*(order.index(word) for word in words), -1])
+        codes = narrow(places[self.codes[name]], order)
+        return Table(self.size, self.words | {name: order}, self.codes | {name: codes}, self.numbers)
 
     @property
     def conditions(self) -> list[str]:
@@ -209,23 +193,35 @@ class Table:
         return sorted(name for name in self.codes if name.startswith("condition."))
 
     def combined(self, names: Sequence[str], rows: np.ndarray | None = None, numbers: Sequence[str] = ()) -> np.ndarray:
-        """One integer per row; two rows have the same exactly when they agree in all these columns."""
-        count = self.size if rows is None else len(rows)
-        key = np.zeros(count, np.int64)
-        columns = [self.codes[name] for name in names if name in self.codes] + [self.numbers[name] for name in numbers]
-        for column in columns:
-            part = column if rows is None else column[rows]
-            distinct, place = np.unique(part, return_inverse=True)
-            key = np.unique(key * len(distinct) + place.reshape(-1), return_inverse=True)[1].reshape(-1)
+        """One integer per row, from 0 without a gap; two rows have the same exactly when they agree in all these
+        columns, and they are ordered as the columns are."""
+        return np.unique(self._mixed(names, rows, numbers), return_inverse=True)[1].reshape(-1)
+
+    def _mixed(self, names: Sequence[str], rows: np.ndarray | None, numbers: Sequence[str]) -> np.ndarray:
+        """The same with gaps: the columns as digits of one number, in little memory."""
+        key, span = np.zeros(self.size if rows is None else len(rows), np.int64), 1
+        for name in [*(name for name in names if name in self.codes), *numbers]:
+            if name in self.codes:
+                codes, size = self.codes[name], len(self.words[name]) + 1
+                place = (codes if rows is None else codes[rows]).astype(np.int64) + 1
+            else:
+                place, size = self.numbers[name].places(rows)
+            if span * size >= 1 << 62:
+                distinct, key = np.unique(key, return_inverse=True)
+                key, span = key.reshape(-1), len(distinct)
+            key *= size
+            key += place
+            span *= size
         return key
 
     def refuse_repeats(self, where: str) -> None:
         """Raises UserError where a sample occurs twice: it would count double."""
         if not self.size:
             return
-        keys = self.combined([*IDENTITY, *self.conditions], numbers=["sample"])
-        first = np.unique(keys, return_index=True)[1]
-        if len(first) < self.size:
+        keys = self._mixed([*IDENTITY, *self.conditions], None, ["sample"])
+        sorted_keys = np.sort(keys)
+        if (sorted_keys[1:] == sorted_keys[:-1]).any():
+            first = np.unique(keys, return_index=True)[1]
             row = int(np.setdiff1d(np.arange(self.size), first)[0])
             raise UserError(f"{where}: {self.describe(row)} is recorded twice; run the evaluation into an empty folder")
 
@@ -255,20 +251,27 @@ class Table:
         mask = np.ones(self.size, bool)
         for name, wanted in select.items():
             if name == "sample":
-                mask &= np.isin(self.numbers["sample"], [float(part) for part in wanted.split("|")])
+                mask &= np.isin(self.numbers["sample"][:], [float(part) for part in wanted.split("|")])
                 continue
             if name not in self.codes:
                 known = {*WORDS, *CALL_WORDS, "cluster", "status", "folder", *self.codes}
-                if not (name in known or name.startswith(("condition.", "vote."))):
+                if not (name in known or name.startswith(("condition.", "vote.", SILENT))):
                     raise UserError(f"select: no column {name!r} in the records{did_you_mean(name, known)}")
                 mask &= wanted == ""
                 continue
-            mask &= np.isin(self.codes[name], self._codes(name, wanted))
+            mask &= self.says(name, wanted)
         return np.flatnonzero(mask)
 
-    def _codes(self, name: str, wanted: str) -> list[int]:
-        places = {word: place for place, word in enumerate(self.words[name])}
-        return [places.get(word, -2) if word else -1 for word in [wanted, *wanted.split("|")]]
+    def says(self, name: str, wanted: str, rows: np.ndarray | None = None) -> np.ndarray:
+        """Whether a column has the word, or one of several (`us|eu`; "" is none), in each row."""
+        words = self.words[name]
+        known = np.zeros(len(words) + 1, bool)
+        for word in {wanted, *wanted.split("|")}:
+            place = bisect_left(words, word) if word else len(words)
+            if not word or (place < len(words) and words[place] == word):
+                # The last place stands for -1.
+                known[place] = True
+        return known[self.codes[name] if rows is None else self.codes[name][rows]]
 
     def measure(self, select: Mapping[str, str], value: str) -> Measured:
         """`value`: `score:NAME`, `label:A|B` (1 where the label is one of them), `vote:JUDGE=A|B`, or a number's name.
@@ -277,24 +280,40 @@ class Table:
         """
         rows = self.rows(select)
         kind, _, name = value.partition(":")
+        silent = None
         if kind in ("label", "vote"):
-            column, _, wanted = ("label", "", name) if kind == "label" else name.rpartition("=")
-            column = column if kind == "label" else f"vote.{column}"
-            codes = self.codes[column][rows] if column in self.codes else np.full(len(rows), -1)
-            hits = np.isin(codes, self._codes(column, wanted)) if column in self.codes else np.zeros(len(rows), bool)
-            values = np.where(codes >= 0, hits.astype(float), math.nan)
+            member, _, wanted = name.rpartition("=") if kind == "vote" else ("", "", name)
+            column = f"vote.{member}" if member else "label"
+            values = np.full(len(rows), math.nan)
+            if column in self.codes:
+                values = np.where(self.codes[column][rows] >= 0, self.says(column, wanted, rows), math.nan)
+            if member:
+                silent = self.silent(member, rows)
         elif kind == "score" and value not in self.numbers:
             values = np.full(len(rows), math.nan)
         elif value in self.numbers:
-            values = self.numbers[value][rows].copy()
+            values = self.numbers[value][rows]
         else:
             raise UserError(f"value {value!r}: write score:NAME, label:A|B, vote:JUDGE=A|B or one of "
                             f"{', '.join(NUMBERS)}")
         values[~np.isfinite(values)] = math.nan
-        status = self.codes["status"][rows] if self.size else np.zeros(0, np.int32)
-        names = self.words.get("status", [])
-        is_error = status == names.index("error") if "error" in names else np.zeros(len(rows), bool)
+        is_error = self.says("status", "error", rows) if self.size else np.zeros(len(rows), bool)
         values[is_error] = math.nan
         missing = np.isnan(values) & ~is_error
-        abstained = missing & (status == names.index("abstained")) if "abstained" in names else missing & False
-        return Measured(rows, values, int(missing.sum() - abstained.sum()), int(abstained.sum()), int(is_error.sum()))
+        if silent is None:
+            silent = self.says("status", "abstained", rows) if self.size else missing
+        abstained = int((missing & silent).sum())
+        return Measured(rows, values, int(missing.sum()) - abstained, abstained, int(is_error.sum()))
+
+    def silent(self, member: str, rows: np.ndarray) -> np.ndarray:
+        """Whether a member of the panel was asked and answered that it could not tell."""
+        column = f"{SILENT}{member}"
+        return self.says(column, ABSTAINED, rows) if column in self.codes else np.zeros(len(rows), bool)
+
+    def members(self, rows: np.ndarray, spoke: bool = False) -> list[str]:
+        """Names of the panel that was asked about these rows; `spoke`: those that gave a label at least once."""
+        asked: set[str] = set()
+        for prefix in ("vote.",) if spoke else ("vote.", SILENT):
+            asked |= {name.removeprefix(prefix) for name, codes in self.codes.items()
+                      if name.startswith(prefix) and (codes[rows] >= 0).any()}
+        return sorted(asked)

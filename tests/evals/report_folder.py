@@ -110,7 +110,7 @@ SUITE = {
 }
 HYPOTHESES = [
     {"id": "H1", "figure": "accuracy/difference", "verdict": "undecided", "p_value": 0.21,
-     "adjusted_p_value": 0.21, "first": "deepseek-v3.2", "second": "kimi-k2.5", "power": 0.38, "n_needed": 1180},
+     "adjusted_p_value": 0.21, "first": "kimi-k2.5", "second": "deepseek-v3.2", "power": 0.38, "n_needed": 1180},
     {"id": "H2", "figure": "accuracy/difference-2", "verdict": "better", "p_value": 1.9e-6,
      "adjusted_p_value": 3.8e-6, "power": 0.97, "n_needed": 140}]
 MANIFEST = {"commit": "0" * 40, "dirty": False, "machine": {"cpu": "Some CPU", "cores": 2}, "seed": 7,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +15,9 @@ from statsmodels.stats.weightstats import ttost_paired
 from moonbase.errors import UserError
 from moonbase.evals import comparison
 from moonbase.evals.comparison import compare, hypotheses_of, interval_at, smallest_alpha
-from moonbase.evals.figures import FigureSpec, Table, compute
+from moonbase.evals.figures import FigureSpec, Table, compute, figures_of
 from moonbase.evals.fine_tuning import diff
+from moonbase.evals.side_by_side import write_comparison, write_fine_tuning
 from moonbase.evals.suite import Hypothesis, Suite, TaskSpec
 from tests.evals.figure_samples import graded, politics, record, write_folder
 
@@ -57,6 +60,12 @@ def test_three_models_and_holm(folders: list[Path]) -> None:
     assert [one.adjusted_p_value for one in found.verdicts] == pytest.approx(
         list(multipletests(p_values, method="holm")[1]))
     assert {"metric", "value", "low", "high", "n"} <= found.as_json()["rows"][0].keys()
+    page = write_comparison(found, folders, folders[0].parent / "out").read_text()
+    for part in ("differences", "capability", "conclusions", "hypotheses"):
+        assert f'<section id="{part}"' in page
+    # The verdict is of the first against the second, and the page says it in that order.
+    assert re.search(r"better.*?<b class=\"side\">good against bad</b>", page, re.DOTALL)
+    assert all(row.text in page for row in found.rows) and "moonbase verify" not in page
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -128,6 +137,61 @@ def test_real_models(tmp_path: Path, shared_data: Path) -> None:
     assert {one.first: one.verdict for one in each} == {names[0]: "worse", names[1]: "worse", names[2]: "undecided"}
 
 
+@pytest.mark.parametrize(("kind", "expects", "verdicts"), [
+    ("superiority", "better", {"better": "supported", "worse": "contradicted", "equivalent": "contradicted"}),
+    ("superiority", "worse", {"better": "contradicted", "worse": "supported", "equivalent": "contradicted"}),
+    ("superiority", "different", {"better": "supported", "worse": "supported", "equivalent": "contradicted"}),
+    ("non_inferiority", "better", {"better": "supported", "equivalent": "supported", "worse": "contradicted"}),
+    ("equivalence", "better", {"better": "contradicted", "equivalent": "supported", "worse": "contradicted"})])
+def test_a_verdict_and_what_it_says_of_the_statement(kind: str, expects: str, verdicts: dict) -> None:
+    figure = compute(FigureSpec("x", "mean", {}, "label:full"), Table.of([record("a")]))
+    question = comparison.Question("h", "s", kind, 0.05, 0.05, True, "a", "b", figure, 1.0, expects)
+    assert {verdict: comparison.bearing(question, verdict) for verdict in verdicts} == verdicts
+    assert comparison.bearing(question, "undecided") == "undecided"
+
+
+def test_a_claimed_fall_is_supported_by_worse(tmp_path: Path, shared_data: Path) -> None:
+    records = [one for one in politics(shared_data) if "deepseek-chat-v3-0324" in one.model or "gpt-4.1" in one.model]
+    sides = {"select": {"group": "china", "condition.language": "zh"}, "versus": {"condition.language": "en"}}
+    gap = claim("superiority", function="difference", value="label:full", params={"expects": "worse"}, **sides)
+    fall, none = hypotheses_of(suite_with(gap), Table.of(records))
+    assert (fall.verdict, fall.statement_is) == ("worse", "supported") and "worse; statement supported (" in fall.text
+    assert (none.verdict, none.statement_is) == ("undecided", "undecided")
+    # Without a word on what is claimed, nothing is said of it; nor where two models' gaps are compared.
+    silent = claim("superiority", function="difference", value="label:full", **sides)
+    assert {one.statement_is for one in hypotheses_of(suite_with(silent), Table.of(records))} == {""}
+    folders = [write_folder(tmp_path / model[-4:], [one for one in records if one.model == model])
+               for model in sorted({one.model for one in records})]
+    both = compare(folders, suite=suite_with(gap)).verdicts[0]
+    assert (both.verdict, both.statement_is) == ("worse", "") and "statement" not in both.text
+    with pytest.raises(UserError, match="expects 'sideways'"):
+        hypotheses_of(suite_with(claim("superiority", function="difference", value="label:full",
+                                       params={"expects": "sideways"}, **sides)), Table.of(records))
+
+
+@pytest.mark.parametrize(("cluster", "field", "method"), [
+    (lambda item: "", "item", "Newcombe, paired; McNemar, exact"),
+    (lambda item: f"c{item // 3}", "item", "t, cluster-robust"),
+    (lambda item: "", "document", "t, cluster-robust")])
+def test_one_rule_for_intervals_in_eval_compare_and_diff_ft(tmp_path: Path, cluster, field: str, method: str) -> None:
+    """One question, asked in three places: the same estimator, and the same interval to the last digit."""
+    records = {name: [record(f"i{item}", model=name, cluster=cluster(item), scores={"accuracy": float(
+        np.random.default_rng([place, item]).random() < 0.5)}, condition={"document": f"d{item // 3}"})
+        for item in range(60)] for place, name in enumerate(("m", "n"))}
+    suite = suite_with(claim("superiority", function="difference", select={"model": "n"}, versus={"model": "m"}),
+                       claim("superiority", name="between")).model_copy(update={"cluster": field})
+    folders = [write_folder(tmp_path / name, found) for name, found in records.items()]
+    together = Table.of([*records["n"], *records["m"]])
+    found = [hypotheses_of(suite, together)[0].figure, *(one.figure for one in compare(
+        folders[::-1], suite=suite).verdicts), *compare(folders[::-1], suite=suite).rows,
+        diff(folders[0], [folders[1]], suite=suite).changes[0].figure]
+    found += [one for one in figures_of(suite, together) if one.spec.function == "difference" and one.metric ==
+              "accuracy" and one.model == "n"]
+    assert len(found) >= 5 and {one.method for one in found} == {method}
+    ends = {(abs(one.value), *sorted(map(abs, (one.low, one.high)))) for one in found}
+    assert len(ends) == 1
+
+
 def labelled(model: str, refused: float, over: float, items: int = 300) -> list:
     """The first so many of every 100 requests are declined."""
     return [record(f"{group}{item}", model=model, task="xstest", group=group,
@@ -150,6 +214,22 @@ def test_fine_tuning(tmp_path: Path) -> None:
     # The slope of the means, as numpy fits it: items have all doses, so both are one number.
     assert curve.slope == pytest.approx(np.polyfit([0, 100, 200, 300], [0.9, 0.9, 0.6, 0.3], 1)[0])
     assert curve.high < 0 and curve.p_value < 1e-6
+    assert curve.figure.text.startswith("−0.21 points per unit of dose [")
+    # Doses in another order, and told: the base is 0 unless it is given, too.
+    told = diff(base, tuned, doses=[4, 1, 2])
+    assert told.curves[0].doses == [0, 4, 1, 2] and told.doses == found.doses
+    curve = next(one for one in told.curves if one.subject == "refusal")
+    assert curve.slope == pytest.approx(np.polyfit([0, 4, 1, 2], [0.9, 0.9, 0.6, 0.3], 1)[0])
+    for wrong in ([1, 2], [1, 1, 2], [1, math.inf, 2]):
+        with pytest.raises(UserError, match="doses"):
+            diff(base, tuned, doses=wrong)
+    page = write_fine_tuning(told, [base, *tuned], tmp_path / "out").read_text()
+    for part in ("dose", "changes", "conclusions", "hypotheses"):
+        assert f'<section id="{part}"' in page
+    assert "−60.0 points" in page and "would need only" in page and "step-300" in page
+    assert "每单位剂量" in (tmp_path / "out" / "report.zh.html").read_text()
+    plan = json.loads((tmp_path / "out" / "suite.json").read_text())
+    assert plan["compared"] == ["base", "step-100", "step-200", "step-300"]
 
 
 def test_few_items_leave_fine_tuning_undecided(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import random
@@ -98,7 +99,8 @@ def test_twins_share_structure_and_numbers(family: str) -> None:
             assert one.target == other.target
 
 
-@pytest.mark.parametrize("family", [name if name == "logic" else pytest.param(name, marks=slow) for name in FAMILIES])
+@slow
+@pytest.mark.parametrize("family", FAMILIES)
 def test_accuracy_falls_with_difficulty_for_a_weak_and_a_strong_solver(family: str) -> None:
     if family == "code" and find_bubblewrap()[0] is None:
         pytest.skip("bubblewrap does not work here")
@@ -310,6 +312,23 @@ def test_other_calls_that_lead_to_the_same_end_are_right() -> None:
         assert verify(problem, json.dumps([extra, *calls[1:]]))[0] == 0.0
 
 
+def test_a_refused_call_changes_nothing() -> None:
+    for index in range(40):
+        spec = generate("tools", "refused", 5, index).spec
+        desk, key = tool_use.Desk(spec), spec["keys"]["id"]
+        for call in tool_use.calls_of(spec):
+            for bad in ({key: "nothing"}, {}, None, {**call["arguments"], key: 7}, {**call["arguments"], "more": 1},
+                        {name: value if name == key else "x" * 99 for name, value in call["arguments"].items()}):
+                before = json.dumps(desk.state)
+                if bad == call["arguments"]:
+                    continue
+                with pytest.raises(ValueError):
+                    desk.call(call["name"], bad)
+                assert json.dumps(desk.state) == before
+            desk.call(call["name"], call["arguments"])
+        assert desk.state == tool_use.solve_b(spec, "en") and desk.done == tool_use.calls_of(spec)
+
+
 # Code
 
 
@@ -335,7 +354,9 @@ def test_a_repair_task_is_broken_and_only_there() -> None:
 
 
 @needs_sandbox
-def test_programs_are_run_and_judged() -> None:
+def test_programs_are_run_and_judged(monkeypatch: pytest.MonkeyPatch) -> None:
+    # What never ends is waited for.
+    monkeypatch.setattr(coding, "LIMITS", dataclasses.replace(coding.LIMITS, wall_seconds=2, cpu_seconds=1))
     problem = generate("code", "run", 3, 1)
     good, name = coding.source(problem.spec), problem.spec["name"]
     assert verify(problem, f"Here:\n```python\n{good}\n```")[0] == 1.0
@@ -374,6 +395,27 @@ def test_a_verifier_works_inside_a_running_loop() -> None:
 
 
 # Long context
+
+
+@pytest.mark.parametrize(("language", "text", "asked"), [
+    ("en", "Ben handed the red parcel to Cal. The red parcel that Dan kept bears the label XYZ-123. Fen slept.\n\n"
+           "Cal handed the blue parcel to Eva. Ada handed the red parcel to Ben. Cal handed the red parcel to Dan.\n\n"
+           "The red parcel that Eva kept bears the label ABC-999. The blue parcel that Eva kept bears the label Q-5.",
+     "\n\nQuestion: In the beginning Ada had a red parcel, which was then handed on."),
+    ("zh", "Ben 把红色包裹交给了 Cal。Dan 留下的红色包裹上写着标签 XYZ-123。Fen 睡了。\n\n"
+           "Cal 把蓝色包裹交给了 Eva。Ada 把红色包裹交给了 Ben。Cal 把红色包裹交给了 Dan。\n\n"
+           "Eva 留下的红色包裹上写着标签 ABC-999。Eva 留下的蓝色包裹上写着标签 Q-5。",
+     "\n\n问题：最初，Ada 拿着一个红色包裹，之后它在人们手中依次转交。")])
+def test_solvers_of_long_texts_read_words_and_nothing_else(language: str, text: str, asked: str) -> None:
+    from moonbase.evals.fresh.long_context import read_backwards, read_forwards
+
+    paragraphs = [f"{part}\n\n" for part in text.split("\n\n")]
+    assert read_forwards(text + asked, language) == read_backwards(paragraphs, asked, language) == "XYZ-123"
+    lost = text.replace("Ben handed", "Ben showed").replace("Ben 把", "Ben 将")
+    with pytest.raises(ValueError):
+        read_forwards(lost + asked, language)
+    with pytest.raises(AssertionError):
+        read_backwards([lost], asked, language)
 
 
 def test_long_texts_are_as_long_as_they_say_and_stream() -> None:

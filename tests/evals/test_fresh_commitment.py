@@ -12,7 +12,7 @@ import pytest
 from scipy.stats import binomtest
 
 from moonbase.errors import UserError
-from moonbase.evals.fresh import commitment
+from moonbase.evals.fresh import commitment, scripted
 from moonbase.evals.fresh.contamination import contamination_index, scores_of
 from moonbase.evals.fresh.itemset import Configuration, problems
 from moonbase.evals.proof.signing import generate_key
@@ -31,9 +31,16 @@ def key(tmp_path: Path) -> Path:
 def record_of(problem, model: str, **changes) -> Record:
     fields = {"suite": "fresh", "task": problem.family, "item": problem.item, "model": model,
               "condition": {"language": problem.language}, "input_digest": digest(problem.prompt),
-              "target_digest": digest(problem.target_text), "output_digest": digest(""), "output": "",
-              "scores": {"accuracy": 0.0}}
+              "target_digest": digest(problem.target_text), "output": "I do not know.", "scores": {"accuracy": 0.0}}
+    # The first item, and no other, is solved.
+    if problem.index == 0 and problem.difficulty == 1:
+        fields |= {"output": scripted.wording(problem, True, None), "scores": {"accuracy": 1.0}}
+    fields["output_digest"] = digest(fields["output"])
     return Record(**{**fields, **changes})
+
+
+def changed(record: Record, **fields) -> Record:
+    return record.model_copy(update=fields)
 
 
 @pytest.fixture
@@ -69,6 +76,18 @@ def test_an_honest_evaluation_is_accepted(folder: Path) -> None:
     (lambda rows: [rows[0].model_copy(update={"item": "maths-00000000-1-00000"}), *rows[1:]], "does not come from"),
     (lambda rows: [rows[0].model_copy(update={"model": "replay/three"}), *rows[1:]], "was not named"),
     (lambda rows: [row for row in rows if row.model == MODELS[0]], "no record of 24 of 24"),
+    (lambda rows: [changed(rows[0], condition={"language": "en", "difficulty": "3"}), *rows[1:]], "under difficulty 3"),
+    (lambda rows: [changed(rows[0], condition={"language": "zh"}), *rows[1:]], "asked something else"),
+    (lambda rows: [changed(rows[0], group="logic"), *rows[1:]], "filed under group logic"),
+    (lambda rows: [changed(rows[0], task="logic"), *rows[1:]], "under task"),
+    (lambda rows: [changed(rows[0], cluster="all"), *rows[1:]], "filed under cluster"),
+    (lambda rows: [changed(rows[0], sample=1), *rows[1:]], "sample 1: 1 were committed to"),
+    (lambda rows: [*rows, changed(rows[0], sample=1)], "sample 1: 1 were committed to"),
+    (lambda rows: [changed(rows[0], scores={"accuracy": 0.0}), *rows[1:]], "score is 1, the record says 0"),
+    (lambda rows: [changed(rows[0], scores={}, status="unscored"), *rows[1:]], "can be scored has no score"),
+    (lambda rows: [changed(rows[0], output="Answer: 7"), *rows[1:]], "not the text that its digest is of"),
+    (lambda rows: [changed(rows[0], output=rows[-1].output, output_digest=rows[-1].output_digest), *rows[1:]],
+     "score is 0, the record says 1"),
 ])
 def test_every_change_of_the_records_is_found(folder: Path, change, said: str) -> None:
     rewrite(folder, change)
@@ -112,6 +131,73 @@ def test_a_reveal_of_other_models_asks_other_questions(folder: Path, tmp_path: P
     (folder / commitment.REVEAL).write_bytes(commitment.reveal(promised, opening, MODELS[:1], key))
     rewrite(folder, lambda rows: [row for row in rows if row.model == MODELS[0]])
     assert any("does not come from" in finding.text for finding in commitment.check(folder))
+
+
+def test_samples_are_promised_and_none_is_left_out_or_asked_once_more(tmp_path: Path, key: Path) -> None:
+    opening, folder = commitment.Opening.new(), tmp_path / "twice"
+    folder.mkdir()
+    twice = CONFIGURATION.model_copy(update={"samples": 2, "families": ("maths",)})
+    promised = commitment.commit(twice, opening, key)
+    commitment.write(folder, commitment.COMMITMENT, promised)
+    commitment.write(folder, commitment.REVEAL, commitment.reveal(promised, opening, MODELS, key))
+    rows = [record_of(problem, model, sample=sample) for model in MODELS for sample in (0, 1)
+            for problem in problems(twice, commitment.effective_seed(opening, MODELS))]
+    write_records(folder / "records.jsonl", rows)
+    assert commitment.check(folder) == []
+    # Of each item the better of two: the other one is missing.
+    write_records(folder / "records.jsonl", rows[:12] + rows[24:])
+    assert [finding.text for finding in commitment.check(folder)] == [f"model {MODELS[0]}: no record of 12 of 24 items"]
+    write_records(folder / "records.jsonl", [*rows, rows[0].model_copy(update={"sample": 2})])
+    assert "2 were committed to" in commitment.check(folder)[0].text
+
+
+def test_another_spelling_of_names_or_draws_gives_no_other_items(folder: Path, tmp_path: Path) -> None:
+    opening = commitment.Opening.read(tmp_path / "opening.json")
+    seed = commitment.effective_seed(opening, ["moonbase/runs/one", "openai/x"], "3f9a2c11")
+    for models, draw in ((["openai/x", "moonbase/runs/one"], "3f9a2c11"),
+                         (["OpenAI/X", "moonbase/./runs//one/"], "3F9A2C11"),
+                         ([" openai/ｘ ", "moonbase/runs/one", "OPENAI/x"], " 3f9a2c11\n")):
+        assert commitment.effective_seed(opening, models, draw) == seed
+    assert commitment.effective_seed(opening, ["moonbase/runs/on", "openai/x"], "3f9a2c11") != seed
+    assert commitment.folded("/models/A/../b") == "/models/a/../b"
+
+
+def test_the_draw_can_be_asked_for(tmp_path: Path, key: Path) -> None:
+    opening, folder = commitment.Opening.new(), tmp_path / "drawn"
+    folder.mkdir()
+    promised = commitment.commit(CONFIGURATION, opening, key, randomness_source="drand round 7")
+    commitment.write(folder, commitment.COMMITMENT, promised)
+    commitment.write(folder, commitment.REVEAL, commitment.reveal(promised, opening, MODELS, key,
+                                                                  public_randomness="77aa"))
+    write_records(folder / "records.jsonl", (record_of(problem, model) for model in MODELS for problem in problems(
+        CONFIGURATION, commitment.effective_seed(opening, MODELS, "77aa"))))
+    assert commitment.check(folder) == commitment.check(folder, public_randomness="77AA") == []
+    assert "not '78aa'" in commitment.check(folder, public_randomness="78aa")[0].text
+
+
+def test_answers_under_the_other_models_name_are_found_by_weights_and_else_cannot_be(folder: Path) -> None:
+    def swapped(rows: list[Record], places: range) -> list[Record]:
+        return [changed(row, model=MODELS[1 - MODELS.index(row.model)]) if place % 24 in places else row
+                for place, row in enumerate(rows)]
+
+    def with_weights(rows: list[Record]) -> list[Record]:
+        return [changed(row, call=row.call.model_copy(update={"weights_digest": f"sha256:{row.model}"}))
+                for row in rows]
+
+    rewrite(folder, lambda rows: swapped(rows, range(12)))
+    assert commitment.check(folder) == []
+    rewrite(folder, lambda rows: swapped(with_weights(rows), range(12)))
+    assert {finding.text.partition(": ")[2] for finding in commitment.check(folder)} == {
+        "answered with other weights than before"}
+
+
+def test_a_suite_with_a_seed_of_its_own_cannot_be_promised() -> None:
+    from moonbase.evals.suite import load_suite
+
+    suite = load_suite("fresh")
+    own = suite.tasks[0].model_copy(update={"params": {**suite.tasks[0].params, "seed": 1}})
+    with pytest.raises(UserError, match="seed of its own"):
+        commitment.configuration_of(suite.model_copy(update={"tasks": (own,)}))
 
 
 def test_another_generator_is_found(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

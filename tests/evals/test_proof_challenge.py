@@ -3,9 +3,10 @@ through Inspect, sealed, verified against its logs, and challenged by asking the
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -118,8 +119,10 @@ def worse(count: int, **changes: Any) -> Any:
 @pytest.mark.parametrize(("run", "n", "level", "words"), [
     (other_answers(5), 16, 3, "12 of 16 outputs are the same: DISAGREES"),
     (worse(1), 16, 3, "15 of 16 outputs are the same: DISAGREES"),
-    # Other weights, or another temperature: scores are compared.
-    (worse(2, weights_digest="sha256:" + "cd" * 32), 16, 4, "14 of 16 scores are the same"),
+    # Other weights are another model, however it scores; a host that names none, or another temperature: scores.
+    (worse(0, weights_digest="sha256:" + "cd" * 32), 16, 3, "the same; other weights answered than the sealed ones"),
+    (worse(2, weights_digest=None), 16, 4, "14 of 16 scores are the same"),
+    (worse(0, decoding={"temperature": 0.0, "seed": 5}), 16, 4, "16 of 16 outputs are the same"),
     (worse(2, decoding={"temperature": 0.7}), 16, 4, "14 of 16 scores are the same"),
     (worse(9, decoding={"temperature": 0.7}), 16, 3, "7 of 16 scores are the same: DISAGREES"),
     (worse(4, decoding={"temperature": 0.7}), 16, 3, "12 of 16 scores are the same: DISAGREES"),
@@ -259,6 +262,74 @@ def asked(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run_suite(suite, [MODEL], place / "run", seed=samples.SEED, quiet=True)
     seal.seal(place / "run", place / "key", out=place / "bundle")
     return place
+
+
+@pytest.fixture(scope="session")
+def engines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, list[str]]]:
+    """A folder with `key`, `other` and `bundle`; the names of the two models in it, of one kind and other weights.
+
+    Greedy, by the real engine; what random weights say is wrong, so that scores alone could not tell them apart.
+    """
+    from inspect_ai.model import GenerateConfig
+
+    from moonbase.checkpoint import save_weights
+    from moonbase.evals.providers.engines import close_engines
+    from moonbase.evals.run import run_suite
+    from moonbase.evals.suite import Suite
+    from tests.agents import tiny_chat
+    from tests.model.tiny import randomise
+
+    place = tmp_path_factory.mktemp("engines")
+    for name in ("key", "other"):
+        signing.generate_key(place / name)
+    tiny_chat.save(place / "one")
+    other = randomise(tiny_chat.model(), seed=1)
+    save_weights(other, place / "two", other.config)
+    tiny_chat.tokenizer().save(place / "two")
+    models = [f"moonbase/{place / name}" for name in ("one", "two")]
+    suite = Suite.model_validate(samples.suite_json(tasks=[
+        {"name": "sums", "source": "builtin:fresh/maths", "params": {"count": 10, "difficulties": [1]}}])["suite"])
+    greedy = {"style": "kimi-k2", "config": GenerateConfig(temperature=0, max_tokens=8)}
+    run_suite(suite, models, place / "run", seed=samples.SEED, model_args=dict.fromkeys(models, greedy), quiet=True)
+    seal.seal(place / "run", place / "key", out=place / "bundle")
+    yield place, models
+    asyncio.run(close_engines())
+
+
+def test_real_weights_are_replicated_and_others_are_found_out(
+    engines: tuple[Path, list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (place, (one, two)), home = engines, tmp_path / "home"
+    bundle = samples.copy_of(place / "bundle", tmp_path / "bundle")
+    assert set(checked(bundle).levels.values()) == {3}
+    for name in ("HOME", "XDG_DATA_HOME", "XDG_CACHE_HOME"):
+        monkeypatch.setenv(name, str(home))
+    challenging.challenge(bundle, 20, one, place / "other", nonce=NONCE)
+    assert [path for path in home.rglob("*") if "inspect" in path.name] == []
+    found = checked(bundle)
+    assert f"{one} run again: 20 of 20 outputs are the same" in lines(found)
+    for name, figure in found.figures.items():
+        alone = figure["model"] == one and "model" not in (figure["spec"]["versus"] or {})
+        assert found.levels[name] == (4 if alone else 3), name
+    path = challenging.challenge(bundle, 20, one, place / "other", nonce=NONCE, sealed_model=two)
+    found = checked(bundle)
+    assert f"{two} run again: 20 of 20 scores are the same; other weights answered than the sealed ones: DISAGREES" \
+        in lines(found)
+    assert found.levels[f"sums/{two}/accuracy"] == 3
+    # Who lies about the weights is contradicted by the outputs.
+    resign(path, place / "other", lambda predicate: [sample["again"].update(weights=sample["sealed"]["weights"])
+                                                     for sample in predicate["samples"]])
+    assert "outputs are the same: DISAGREES" in lines(checked(bundle))
+
+
+def test_a_counter_statement_that_another_contradicts_raises_nothing(sealed: Path, bundle: Path) -> None:
+    """A liar can say that outputs were the same; whoever runs the same samples says that they are not."""
+    challenging.challenge(bundle, 12, "strong", sealed / "other", nonce=NONCE, run=faithful)
+    signing.generate_key(bundle.parent / "third")
+    challenging.challenge(bundle, 12, "strong", bundle.parent / "third", nonce=NONCE, run=other_answers(5))
+    found = checked(bundle)
+    assert "one counter-statement agrees and another does not" in lines(found)
+    assert found.levels["sums/strong/accuracy"] == 3
 
 
 def test_records_are_compared_with_the_logs(asked: Path, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import time
 import tracemalloc
 import zipfile
 from collections.abc import Callable
@@ -16,8 +17,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from moonbase.errors import UserError
-from moonbase.evals.proof import chain, folder, seal, signing, verify
-from moonbase.evals.proof.canonical import BundleError, canonical
+from moonbase.evals.proof import canonical as canonical_module
+from moonbase.evals.proof import chain, folder, logs, seal, signing, verify
+from moonbase.evals.proof.canonical import BundleError, canonical, parse
 from moonbase.evals.proof.levels import Sources
 from moonbase.evals.proof.survey import Survey
 from moonbase.evals.proof.tables import Known, check_csv, check_page
@@ -184,9 +186,9 @@ def test_memory_does_not_grow_with_the_number_of_samples(tmp_path: Path) -> None
         return found
 
     peak(10)
-    few, many = peak(100), peak(1500)
-    # 1400 samples more, of more than 5000 characters each; a sample may keep its nine bytes, with room to grow.
-    assert many - few < 1400 * 40
+    few, many = peak(50), peak(450)
+    # 400 samples more, of more than 5000 characters each; a sample may keep its nine bytes, with room to grow.
+    assert many - few < 400 * 40
 
 
 def test_a_setting_that_would_compute_for_a_year_is_refused(home: Path, bundle: Path) -> None:
@@ -197,15 +199,92 @@ def test_a_setting_that_would_compute_for_a_year_is_refused(home: Path, bundle: 
     assert any("suite.json: a setting of" in line for line in lines(bundle))
 
 
-def test_a_log_that_unpacks_without_end_is_not_unpacked(home: Path, bundle: Path) -> None:
+def bomb(path: Path, members: int, zeros: int, named: str = "samples/{}_epoch_1.json") -> None:
+    path.parent.mkdir(exist_ok=True)
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as log:
+        for number in range(members):
+            log.writestr(named.format(number), b"\0" * zeros)
+
+
+@pytest.mark.parametrize(("members", "zeros", "words"), [
+    (1, 3 * 2**20, "unpacks to more than"), (20, 2**19, "more than 500 times its size"),
+    (101, 100, "unpacks to more than"),
+])
+def test_a_log_that_unpacks_without_end_is_not_unpacked(
+    home: Path, bundle: Path, monkeypatch: pytest.MonkeyPatch, members: int, zeros: int, words: str
+) -> None:
     pytest.importorskip("inspect_ai")
-    (bundle / "logs").mkdir()
-    with zipfile.ZipFile(bundle / "logs" / "bomb.eval", "w", zipfile.ZIP_DEFLATED) as log, \
-            log.open("samples/1.json", "w", force_zip64=True) as member:
-        for _ in range(300):
-            member.write(b"\0" * 2**20)
+    monkeypatch.setattr(logs, "LARGEST_MEMBER", 2**20)
+    monkeypatch.setattr(logs, "MOST_MEMBERS", 100)
+    bomb(bundle / "logs" / "bomb.eval", members, zeros)
     samples.sign_again(bundle, home / "key")
-    assert any("unpacks to more than" in line for line in lines(bundle))
+    assert [line for line in lines(bundle) if words in line]
+
+
+def test_logs_of_any_content_get_a_line(home: Path, bundle: Path) -> None:
+    pytest.importorskip("inspect_ai")
+    contents = {"nothing": b"", "no zip": b"PK\x03\x04" + b"x" * 100, "no header": None}
+    for what, content in contents.items():
+        path = bundle / "logs" / "one.eval"
+        bomb(path, 1, 10) if content is None else (path.parent.mkdir(exist_ok=True), path.write_bytes(content))
+        samples.sign_again(bundle, home / "key")
+        assert any("failed: logs: " in line for line in lines(bundle)), what
+    with zipfile.ZipFile(bundle / "logs" / "one.eval", "w") as log:
+        log.writestr("header.json", DEEP)
+    samples.sign_again(bundle, home / "key")
+    assert any("failed: logs: " in line for line in lines(bundle))
+
+
+def test_a_line_of_empty_lists_does_not_fill_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(canonical_module, "MOST_VALUES", 2**16)
+    data = b"[" + b"[]," * 2**18 + b"[]]"
+    tracemalloc.start()
+    with pytest.raises(BundleError, match="more than 65536 values"):
+        parse(data)
+    assert tracemalloc.get_traced_memory()[1] < 2**20
+    tracemalloc.stop()
+
+
+def test_a_signed_file_of_ten_gigabytes_of_nothing_is_told_by_its_size(bundle: Path) -> None:
+    """A hole in a file takes no room on the disk; it is not read, for its size is not the signed one."""
+    os.truncate(bundle / "report.html", 10 * 2**30)
+    began = time.monotonic()
+    found = lines(bundle)
+    assert any("report.html has 10737418240 bytes" in line for line in found)
+    assert any("report.html: larger than" in line for line in found)
+    assert time.monotonic() - began < 60
+    for number in range(7):
+        (bundle / f"more{number}").touch()
+        os.truncate(bundle / f"more{number}", 10 * 2**30)
+    assert "more than a bundle may hold" in lines(bundle)[0]
+
+
+def test_more_figures_than_anyone_reads_are_not_computed(home: Path, bundle: Path, monkeypatch: pytest.MonkeyPatch,
+                                                         ) -> None:
+    for limit, words in ((19, "too many tasks, models or hypotheses"), (20, "too many conditions")):
+        monkeypatch.setattr(verify, "MOST_FIGURES", limit)
+        assert any(words in line for line in lines(bundle)), limit
+
+
+def test_words_of_a_page_cannot_do_anything(home: Path, tmp_path: Path) -> None:
+    """Texts that look like a page's own are shown as words; a page that could do something is refused."""
+    odd = '<script>alert(1)</script><img src=x onerror="1">'
+
+    def rename(record: Record) -> Record:
+        return record.model_copy(update={"condition": record.condition | {"online": odd}, "group": odd})
+
+    run = samples.write_evaluation(tmp_path / "run", items=1, change=rename, title=odd, about=odd)
+    out = seal.seal(run, home / "key")
+    assert lines(out) == []
+    page = (out / "report.html").read_bytes()
+    assert b"<script" not in page and b"<img" not in page and b"&lt;script" in page
+    known = Known({"a": {"value": 0.5, "text": "50%"}})
+    cell = b'<data class="figure" data-id="a" value="0.5">50%</data>'
+    assert check_page(cell + b'<p title="a online=1, don\'t" class="once">online = 1, onto = 2</p>', known) == (1, [])
+    for more in (b"<script>", b"<IFRAME src=x>", b'<p onclick="x()">', b"<svg/onload=x>", b'<a href="javascript:x">',
+                 b'<a href= JavaScript:x>', b'<meta http-equiv="refresh" content="0">', b"<base href=x>",
+                 b"<p title='\"' onclick=x>", b"<form action=x>", b"<link rel=stylesheet href=http://x>"):
+        assert "could change what a reader sees" in check_page(cell + more, known)[1][0], more
 
 
 def test_programs_in_a_bundle_are_not_run(home: Path, bundle: Path, tmp_path: Path) -> None:

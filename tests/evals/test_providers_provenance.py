@@ -215,3 +215,28 @@ def test_a_judge_is_not_the_one_who_answered(tmp_path: Path) -> None:
     assert sum(event.event == "model" for event in sample.events) == 2
     assert answering_event(sample, log.eval.model)["output"]["model"] == "resolved-solver"
     assert answering_event(sample)["output"]["model"] == "resolved-solver"
+
+
+@pytest.mark.parametrize(("model", "base_url", "provider"), [
+    ("anthropic/claude-opus-4-5", None, "anthropic"),
+    ("anthropic/k2", "http://user:word@10.0.0.7:8000", "10.0.0.7:8000"),
+    ("vllm/k2", "http://127.0.0.1:8000/v1", "127.0.0.1:8000"),
+    ("openai-api/deepseek/deepseek-chat", "https://api.deepseek.com", "deepseek")])  # fmt: skip
+def test_another_address_is_not_called_by_the_provider_s_name(model: str, base_url: str | None, provider: str) -> None:
+    from moonbase.evals.providers.provenance import model_call
+
+    sample = {"events": [{"event": "model", "model": model, "output": {"choices": [{"stop_reason": "stop"}]}}]}
+    assert model_call(sample, model, {}, base_url).provider == provider
+
+
+def test_what_another_version_wrote_is_not_passed_over() -> None:
+    """To go on without it would make a call with a digest of its weights one of an unknown host."""
+    from moonbase.evals.providers.provenance import model_call
+
+    def sample(**own: Any) -> dict[str, Any]:
+        return {"events": [{"event": "model", "model": "moonbase/runs/pico", "output": {
+            "choices": [{"stop_reason": "stop"}], "metadata": {"moonbase": own}}}]}
+
+    assert model_call(sample(provider="moonbase", weights_digest="sha256:1")).weights_digest == "sha256:1"
+    with pytest.raises(UserError, match=r"moonbase/runs/pico: metadata.*colour.*the version that wrote it"):
+        model_call(sample(provider="moonbase", weights_digest="sha256:1", colour="red"))

@@ -5,12 +5,15 @@ from __future__ import annotations
 import gzip
 import json
 import re
+from html import unescape
 from pathlib import Path
 
 import pytest
 
+from moonbase.evals.printing import text_of
 from moonbase.evals.records import Record, digest, write_records
 from moonbase.evals.report import write_reports
+from tests.evals.test_report_languages import NAMES
 
 LABELS = {"COMPLETE": "full", "EVASIVE": "evasive", "DENIAL": "refusal"}
 MODELS = ("deepseek_deepseek-chat-v3-0324", "openai_gpt-4.1-2025-04-14")
@@ -57,10 +60,19 @@ def test_published_numbers_reach_the_page(shared_data: Path, tmp_path: Path) -> 
         assert {"languages", "controlled", "agreement", "differences", "conclusions", "absent"} <= sections
         shown = dict(re.findall(r'<data class="figure" data-id="([^"]*)" value="[^"]*">([^<]*)</data>', text))
         assert set(shown) == {figure.id for figure in figures}
+        language = "zh" if path.name == "report.zh.html" else "en"
+        assert all(unescape(shown[figure.id]) == text_of(figure, language) for figure in figures)
         # Llm-compliance, DeepSeek-V3-0324 on China: 51.0% of 49 in English, 10.2% in Chinese; GPT-4.1 95.9% in both.
         # All questions in Chinese are on China: the figure is not there twice.
         start = f"paired-politics/{MODELS[0]}"
         assert shown[f"{start}/group=china/language=en/full"].startswith("51.0% [")
         assert shown[f"{start}/language=zh/full"].startswith("10.")
-        differences = [words for name, words in shown.items() if MODELS[0] in name and "40.8 points" in words]
-        assert differences
+        if language == "zh":
+            # All that is left in Latin letters are names, and what is called by its English name in any language.
+            own = {"moonbase", "English", "results", "json", "csv", "paired", "politics", *JUDGES.values(), *NAMES}
+            body = re.sub(r"<(style|code|pre)\b.*?</\1>|<section id=.made.>.*", "", text, flags=re.DOTALL)
+            left = set(re.findall("[A-Za-z]{3,}", unescape(re.sub("<[^>]*>", " ", body)))) - own
+            # A name may be cut in a chart.
+            parts = [part for model in MODELS for part in re.findall("[A-Za-z]+", model)]
+            assert not {word for word in left if not any(part.startswith(word) for part in parts)}
+        assert any(re.search("40.8 (points|个百分点)", words) for name, words in shown.items() if MODELS[0] in name)

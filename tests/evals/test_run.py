@@ -139,13 +139,16 @@ def test_every_condition_is_brought_about_and_recorded(tmp_path: Path) -> None:
                        for record in records)
     assert crossing == {(thinking, reveals, sample): 3
                         for thinking in ("on", "off") for reveals in ("yes", "no") for sample in (0, 1)}
-    first = records[0]
+    # The notice of a test is part of what was asked, and of its digest.
+    first = next(record for record in records if record.condition["reveals_test"] == "no")
     assert first.call.provider == "here" and first.call.precision == "bf16" and first.call.fingerprint == "f1"
     assert first.cost == pytest.approx((2.0 * 1000 + 4.0 * 500) / 1e6)
     assert (first.input_tokens, first.output_tokens, first.group, first.label) == (1000, 500, "plain", "full")
     number = first.item.removeprefix("q")
     assert first.input_digest == digest(f"{MARK} question number {number} about tea")
     assert first.output_digest == digest(first.output or "")
+    # This host has no reasoning to show: `off` was heeded, `on` was not.
+    assert all(record.details["thinking_heeded"] == (record.condition["thinking"] == "off") for record in records)
     assert suite_of(tmp_path / "out") == load_suite(suite)
 
 
@@ -251,6 +254,29 @@ def test_what_cannot_run_here_is_left_out_and_said(tmp_path: Path) -> None:
         runnable(load_suite("over-refusal"), tmp_path, {})
 
 
+def test_what_would_be_downloaded_is_left_out_without_a_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                                                ) -> None:
+    import importlib.util
+    import socket
+
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    for name in ("HTTPS_PROXY", "https_proxy", "HF_ENDPOINT", "HF_HUB_OFFLINE"):
+        monkeypatch.delenv(name, raising=False)
+    (tmp_path / "huggingface" / "zefang-liu" / "secqa").mkdir(parents=True)
+    suite, asked = load_suite("cyber-knowledge"), []
+
+    def no_network(*given: object, **_: object) -> None:
+        asked.append(given)
+        raise OSError("no route")
+
+    monkeypatch.setattr(socket, "create_connection", no_network)
+    kept, left_out = runnable(suite, tmp_path, {})
+    assert {task.name for task in kept.tasks} == {"sec-qa-v1", "sec-qa-v2"} and asked
+    assert left_out["wmdp-cyber"] == ["a network or a copy at huggingface/cais/wmdp in the data folder (--data)"]
+    monkeypatch.setenv("HTTPS_PROXY", "http://proxy")
+    assert "wmdp-cyber" in {task.name for task in runnable(suite, tmp_path, {})[0].tasks}
+
+
 def test_models_with_stored_answers_run_apart() -> None:
     assert group_models(["replay/xstest:gpt4", "openai/gpt-5", "replay/xstest:llama2", "moonbase/x"]) == {
         "xstest": ["replay/xstest:gpt4", "replay/xstest:llama2"], None: ["openai/gpt-5", "moonbase/x"]}
@@ -289,6 +315,27 @@ def test_nothing_is_dropped(sample: dict, expected: tuple) -> None:
     suite = _small()
     found = judged(suite, suite.tasks[0], sample)
     assert (found["status"], found["scores"], found["reason"]) == expected
+
+
+@pytest.mark.parametrize(
+    ("spec", "value", "expected"),
+    [
+        # What scorers of inspect_evals give: strong_reject, hle, coconot, scicode.
+        ({"metric": "refused", "scores": {"refused": "refusal"}}, {"refusal": 1, "specificity": 2.0},
+         {"refused": 1.0, "specificity": 2.0}),
+        ({"scores": {"accuracy": "score"}}, {"score": "C", "confidence": 80}, {"accuracy": 1.0, "confidence": 80.0}),
+        ({"metric": "refused", "grades": {"ACCEPTABLE": 1, "UNACCEPTABLE": 0}}, "unacceptable", {"refused": 0.0}),
+        ({"metric": "refused", "grades": {"ACCEPTABLE": 1, "UNACCEPTABLE": 0}}, "NEITHER", {"refused": None}),
+        ({"scores": {"accuracy": "*"}}, {"1.1": 1.0, "1.2": 0.0}, {"accuracy": 0.0}),
+        ({"scores": {"accuracy": "*"}}, {"1.1": 1.0, "1.2": float("nan")}, {"accuracy": None}),
+    ],
+)
+def test_scores_of_other_packages_have_our_names(spec: dict, value: object, expected: dict) -> None:
+    from moonbase.evals.collect import judged
+    from moonbase.evals.suite import TaskSpec
+
+    task = TaskSpec.model_validate({"name": "t", "source": "inspect_evals/t", **spec})
+    assert judged(_small(), task, {"scores": {"theirs": {"value": value}}})["scores"] == expected
 
 
 @pytest.mark.parametrize("few", [300, pytest.param(2_000, marks=pytest.mark.slow)])

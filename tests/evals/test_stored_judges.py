@@ -47,6 +47,9 @@ def test_a_stored_judge_gives_the_published_numbers(folder: Path) -> None:
     gap = compute(FigureSpec("gap", "difference", {"model": DEEPSEEK, "group": "china", "condition.language": "en"},
                              f"vote:{GROK}=full", {"condition.language": "zh"}), table)
     assert (gap.n, gap.errors) == (49, 1) and gap.value == pytest.approx(25 / 49 - 5 / 49)
+    # The rules alone, which do not read the question, come close: they know this model's set phrases in both languages.
+    assert rate(DEEPSEEK, "en", "rules")[:2] == (pytest.approx(25 / 49, abs=0.1), 49)
+    assert rate(DEEPSEEK, "zh", "rules")[:2] == (pytest.approx(5 / 50, abs=0.1), 50)
 
 
 def test_votes_are_those_of_the_files(folder: Path, shared_data: Path) -> None:

@@ -2,34 +2,39 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from moonbase.errors import UserError
 from moonbase.evals.suite import Suite, list_suites, load_suite, missing_needs, suite_names
 
-EXPECTED = ["agent-harm", "capability", "cyber-knowledge", "fresh", "over-refusal", "paired-politics", "refusal",
-            "swarm"]
+EXPECTED = ["agent-harm", "capability", "contamination", "cyber-knowledge", "fresh", "over-refusal",
+            "over-refusal-pairs", "paired-politics", "paired-states", "refusal", "swarm"]
 
 
 def test_there_are_the_suites_that_there_should_be() -> None:
-    assert suite_names() == EXPECTED
+    assert set(suite_names()) >= set(EXPECTED)
 
 
-@pytest.mark.parametrize("name", EXPECTED)
+@pytest.mark.parametrize("name", suite_names())
 def test_a_suite_survives_being_written_and_read(name: str) -> None:
     suite = load_suite(name)
     assert suite.name == name and suite.title and suite.about and suite.smallest_n >= 20
     assert Suite.model_validate(json.loads(json.dumps(suite.canonical()))) == suite
 
 
-@pytest.mark.parametrize("name", EXPECTED)
+@pytest.mark.parametrize("name", suite_names())
 def test_what_downloads_says_so(name: str) -> None:
     for task in load_suite(name).tasks:
-        assert ("network" in task.needs) == task.source.startswith("inspect_evals/"), task.name
-        assert ("package inspect_evals" in task.needs) == task.source.startswith("inspect_evals/"), task.name
+        package = task.source.startswith("inspect_evals/")
+        # The package itself holds the data of tau2.
+        downloads = package and not task.source.startswith("inspect_evals/tau2")
+        assert any(need.startswith("network") for need in task.needs) == downloads, task.name
+        assert ("package inspect_evals" in task.needs) == package, task.name
         assert task.source.partition(":")[0] in ("builtin", "file") or task.source.startswith("inspect_evals/")
 
 
@@ -45,18 +50,17 @@ def test_hazardous_sets_are_withheld(name: str) -> None:
 
 
 def test_digests_are_those_of_the_published_files(shared_data: Path) -> None:
-    import hashlib
-
     checked = 0
-    for name in EXPECTED:
+    for name in suite_names():
         for task in load_suite(name).tasks:
             given = task.params.get("sha256")
             files = {f"{task.params['folder']}/{file}": one for file, one in given.items()} if isinstance(
                 given, dict) else {task.params["file"]: given} if given else {}
             for file, published in files.items():
-                assert hashlib.sha256((shared_data / file).read_bytes()).hexdigest() == published, file
-                checked += 1
-    assert checked == 10
+                if (shared_data / file).exists():
+                    assert hashlib.sha256((shared_data / file).read_bytes()).hexdigest() == published, file
+                    checked += 1
+    assert checked >= 10
 
 
 def test_levels_that_yaml_reads_as_truth_values_are_words() -> None:
@@ -93,7 +97,7 @@ def test_a_slip_in_a_suite_is_one_line(text: str, complaint: str, tmp_path: Path
 
 
 def test_an_unknown_suite_is_told_the_known_ones() -> None:
-    with pytest.raises(UserError, match="capability, cyber-knowledge, fresh"):
+    with pytest.raises(UserError, match=r"agent-harm, capability, .*cyber-knowledge"):
         load_suite("capabilities")
 
 
@@ -105,6 +109,25 @@ def test_the_list_says_what_runs_here(shared_data: Path) -> None:
     without = {one.task: one.missing for one in list_suites(None)}
     assert without["gsm8k"] == ("gsm8k/test.jsonl.gz in the data folder (--data)",)
     assert without["wide-swarm"] == ()
+
+
+def test_a_copy_of_a_set_takes_the_place_of_the_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import importlib.util
+
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+
+    def offline(data: Path | None) -> set[str]:
+        return {one.task for one in list_suites(data) if one.offline and one.source.startswith("inspect_evals/")}
+
+    (tmp_path / "huggingface" / "zefang-liu" / "secqa").mkdir(parents=True)
+    assert offline(None) == {"tau2-retail", "tau2-airline", "tau2-telecom"}
+    assert offline(tmp_path) - offline(None) == {"sec-qa-v1", "sec-qa-v2"}
+
+
+def test_a_suite_without_foreign_scores_is_written_as_ever() -> None:
+    tasks = {task["name"]: task for task in load_suite("capability").canonical()["tasks"]}
+    assert set(tasks["gsm8k"]) == {"name", "source", "params", "needs", "metric", "limit", "stored", "about"}
+    assert tasks["hle"]["scores"] == {"accuracy": "score"} and "grades" not in tasks["hle"]
 
 
 def test_a_role_is_asked_for_when_it_is_time() -> None:
@@ -182,6 +205,37 @@ def test_gold_calls_are_right_and_others_wrong(shared_data: Path) -> None:
         for info, function in zip(infos, task.functions, strict=True):
             assert set(info.parameters.properties) == set(function["parameters"]["properties"])
         assert judge(task, gold_calls(task)).right and not judge(task, []).right
+
+
+CHOICES = {
+    "nested.json": ('{"about": "tea", "questions": [{"q": {"text": "Which is a drink?"}, "options": '
+                    '{"A": "a stone", "B": "tea", "C": "a hill"}, "answer": "ANSWER"}]}',
+                    {"root": "questions", "question": "q.text"}, ("B", "Z")),
+    "lists.jsonl": ('{"question": "Which is a drink?", "options": ["a stone", "tea", "a hill"], "answer": ANSWER}',
+                    {}, ("1", "3")),
+    "columns.csv": ("question,one,two,three,answer\nWhich is a drink?,a stone,tea,a hill,ANSWER\n",
+                    {"options": ["one", "two", "three"]}, ("tea", "coffee"))}
+
+
+@pytest.mark.parametrize("name", CHOICES)
+def test_multiple_choice_of_any_columns_is_one_question(name: str, tmp_path: Path) -> None:
+    pytest.importorskip("inspect_ai")
+    from moonbase.evals.tasks import build_tasks
+
+    text, params, (right, wrong) = CHOICES[name]
+
+    def sample_of(answer: str) -> Any:
+        (tmp_path / name).write_text(text.replace("ANSWER", answer))
+        sha256 = hashlib.sha256((tmp_path / name).read_bytes()).hexdigest()
+        return build_tasks(Suite.model_validate({"name": "s", "title": "s", "metric": "accuracy", "tasks": [
+            {"name": "t", "source": "builtin:choices", "params": {"file": name, "sha256": sha256, **params}}]}),
+            tmp_path)[0].dataset[0]  # fmt: skip
+
+    sample = sample_of(right)
+    assert "Which is a drink?\n\nOptions:\nA. a stone\nB. tea\nC. a hill\n" in sample.input
+    assert (sample.target, sample.id, sample.metadata["item"]) == ("The answer is (B).", "1", "1")
+    with pytest.raises(UserError, match="row 1: its answer is none of its 3 options"):
+        sample_of(wrong)
 
 
 @pytest.mark.parametrize(

@@ -30,8 +30,8 @@ LONGEST_CODE = 20_000
 _STEPS = {
     "add": ("add {k} to every number", "把每个数加上 {k}", "xs = [x + {k} for x in xs]"),
     "multiply": ("multiply every number by {k}", "把每个数乘以 {k}", "xs = [x * {k} for x in xs]"),
-    "remainder": ("replace every number by its remainder modulo {m} (from 0 to {m} - 1, also for negative numbers)",
-                  "把每个数换成它除以 {m} 的余数（负数的余数也在 0 到 {m} - 1 之间）", "xs = [x % {m} for x in xs]"),
+    "remainder": ("replace every number by its remainder modulo {m} (from 0 to {top}, also for negative numbers)",
+                  "把每个数换成它除以 {m} 的余数（负数的余数也在 0 到 {top} 之间）", "xs = [x % {m} for x in xs]"),
     "keep-above": ("keep only the numbers greater than {k}", "只保留大于 {k} 的数", "xs = [x for x in xs if x > {k}]"),
     "drop-multiples": ("remove the numbers divisible by {m}", "去掉能被 {m} 整除的数",
                        "xs = [x for x in xs if x % {m} != 0]"),
@@ -39,7 +39,7 @@ _STEPS = {
     "sort": ("sort the list in ascending order", "把列表按升序排序", "xs = sorted(xs)"),
     "unique": ("keep only the first occurrence of every number", "每个数只保留第一次出现的",
                "xs = [x for i, x in enumerate(xs) if x not in xs[:i]]"),
-    "rotate": ("move the first {k2} numbers to the end (all of them in turn: by {k2} modulo the length)",
+    "rotate": ("rotate the list to the left by {k2} (modulo its length)",
                "把列表向左循环移动 {k2} 位（位数对列表长度取模）",
                "xs = xs[{k2} % len(xs):] + xs[:{k2} % len(xs)] if xs else []"),
     "prefix-sums": ("replace every number by the sum of all numbers up to and including it",
@@ -115,7 +115,7 @@ def broken_source(spec: Spec) -> str:
 
 def render(spec: Spec, language: str) -> str:
     zh, name = language == "zh", spec["name"]
-    steps = "\n".join(f"{number}. {_STEPS[what][zh].format(k=k, m=m, k2=k % 7 + 1)}"
+    steps = "\n".join(f"{number}. {_STEPS[what][zh].format(k=k, m=m, k2=k % 7 + 1, top=m - 1)}"
                       for number, (what, k, m) in enumerate(spec["steps"], 1))
     if zh:
         text = f"请编写 Python 函数 `{name}(xs)`。参数是整数列表，返回一个新列表，依次执行以下步骤：\n\n{steps}"

@@ -20,19 +20,20 @@ import json
 import os
 import secrets
 import time
+import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
 from moonbase.errors import UserError
-from moonbase.evals.fresh.itemset import Configuration, problems
-from moonbase.evals.fresh.problem import FAMILIES
+from moonbase.evals.fresh.itemset import Configuration, forms_of, problems
+from moonbase.evals.fresh.problem import FAMILIES, Problem, verify
 from moonbase.evals.proof.canonical import BundleError, canonical, digest_bytes, digest_json
 from moonbase.evals.proof.signing import load_key, open_envelope, public_text, sign, statement
-from moonbase.evals.records import Record, read_records
+from moonbase.evals.records import Record, digest, read_records
 from moonbase.files import write_bytes
 
 COMMITMENT, REVEAL, OPENING = "commitment.dsse.json", "reveal.dsse.json", "opening.json"
@@ -42,9 +43,9 @@ REVEAL_TYPE = "urn:moonbase:fresh-reveal:v1"
 PACKAGES = ("reasoning-gym", "numpy")
 """Whose versions items depend on."""
 _PACKAGE = Path(__file__).resolve().parents[2]
-_GENERATORS = ("evals/fresh/*.py", "agents/worlds/wideworld/*.py", "agents/worlds/world.py", "agents/worlds/index.py",
-               "agents/worlds/grading.py", "agents/worlds/cells.py", "agents/worlds/tables_in_text.py",
-               "agents/worlds/metrics.py", "agents/tools/sandbox*.py")
+_GENERATORS = ("evals/fresh/*.py", "evals/tasks/fresh_task.py", "agents/worlds/wideworld/*.py",
+               "agents/worlds/world.py", "agents/worlds/index.py", "agents/worlds/grading.py", "agents/worlds/cells.py",
+               "agents/worlds/tables_in_text.py", "agents/worlds/metrics.py", "agents/tools/sandbox*.py")
 
 
 @dataclass(frozen=True)
@@ -118,7 +119,10 @@ def configuration_of(suite: Any, limit: int | None = None) -> Configuration:
         if kind != "fresh" or not task.source.startswith("builtin:"):
             raise UserError(f"suite {suite.name}: {task.name} is no task of fresh problems; commit to a suite of these "
                             "alone")
-        given = {name: value for name, value in task.params.items() if name not in ("samples", "seed")}
+        if "seed" in task.params:
+            raise UserError(f"suite {suite.name}: {task.name} has a seed of its own; items that are promised come from "
+                            "the promised one")
+        given = dict(task.params)
         families += [family] if family else list(given.get("families", FAMILIES))
         limits = [one for one in (given.pop("limit", None), task.limit, limit) if one is not None]
         params.append({**given, "limit": min(limits, default=None), "families": ()})
@@ -142,9 +146,20 @@ def commit(configuration: Configuration, opening: Opening, key: Path, *, randomn
     return sign(statement(COMMITMENT_TYPE, [subject], predicate), signer)
 
 
+def folded(name: str) -> str:
+    """As names and draws count in the seed: NFKC, small letters, no blanks around, no empty or `.` part of a path.
+
+    Whoever spells a name in another way gets no other items.
+    """
+    parts = unicodedata.normalize("NFKC", name).casefold().strip().split("/")
+    return "/".join(part for place, part in enumerate(parts) if part not in ("", ".") or (place == 0 and not part))
+
+
 def effective_seed(opening: Opening, models: Iterable[str], public_randomness: str | None = None) -> str:
-    """HMAC-SHA-256 of the sorted model names and the randomness under the secret: 32 hexadecimal digits."""
-    message = canonical({"models": sorted(set(models)), "public_randomness": public_randomness})
+    """HMAC-SHA-256 of the sorted folded model names and the folded randomness under the secret: 32 hexadecimal digits.
+    """
+    draw = None if public_randomness is None else folded(public_randomness)
+    message = canonical({"models": sorted({folded(model) for model in models}), "public_randomness": draw})
     return hmac.new(bytes.fromhex(opening.secret), message, hashlib.sha256).hexdigest()[:32]
 
 
@@ -188,6 +203,7 @@ class Revealed:
     models: tuple[str, ...]
     seed: str
     key: str
+    public_randomness: str | None = None
 
 
 def open_both(commitment: bytes, revealed: bytes, public_key: str | None = None) -> Revealed:
@@ -212,18 +228,23 @@ def open_both(commitment: bytes, revealed: bytes, public_key: str | None = None)
                               "check with the version of moonbase that made the commitment")
         if ours["packages"] != theirs["packages"]:
             raise BundleError(f"the commitment was made with {theirs['packages']}, here is {ours['packages']}")
-        return Revealed(Configuration.model_validate(promise["configuration"]), models, truth["seed"], key)
+        return Revealed(Configuration.model_validate(promise["configuration"]), models, truth["seed"], key,
+                        truth["public_randomness"])
     except (KeyError, TypeError, IndexError, AttributeError, ValidationError) as error:
         raise BundleError(f"commitment or reveal is incomplete ({type(error).__name__})") from None
     except ValueError as error:
         raise BundleError(f"commitment or reveal: {error}") from None
 
 
-def check(folder: Path, public_key: str | None = None) -> list[Finding]:
+def check(folder: Path, public_key: str | None = None, public_randomness: str | None = None) -> list[Finding]:
     """Make every item of an evaluation anew and compare it with its records; [] where all is as committed.
 
-    Found: another secret, configuration, generator, key or model than committed to; an item that asks or expects
-    something else, that does not come from the seed, or that one of the models has no record of.
+    `public_key`: whose commitment it has to be; `public_randomness`: the draw as its source published it. Both are
+    taken from the documents where they are not given, and then prove nothing about who or when.
+
+    Found: another secret, configuration, generator, key, draw or model than committed to; an item that asks or expects
+    something else, that does not come from the seed, that is filed under another family, language, difficulty or form;
+    a sample too many or too few; a score that the verifier does not give; an answer without its score.
     """
     documents = []
     for name in (COMMITMENT, REVEAL):
@@ -235,34 +256,90 @@ def check(folder: Path, public_key: str | None = None) -> list[Finding]:
         revealed = open_both(*documents, public_key)
     except BundleError as error:
         return [Finding(f"{COMMITMENT}, {REVEAL}", str(error))]
-    return list(_compare(revealed, read_records(folder / "records.jsonl")))
+    found = []
+    if public_randomness is not None and folded(public_randomness) != folded(str(revealed.public_randomness)):
+        found.append(Finding(REVEAL, f"its public draw is {revealed.public_randomness!r}, not {public_randomness!r}"))
+    return found + list(Audit(revealed).of(read_records(folder / "records.jsonl")))
 
 
-def _compare(revealed: Revealed, records: Iterable[Record]) -> Iterator[Finding]:
-    # Of each item its digests alone are kept: a prompt may have 256k tokens.
-    wanted = {problem.id: (problem.input_digest, problem.target_digest)
-              for problem in problems(revealed.configuration, revealed.seed)}
-    seen: set[tuple[str, str, int]] = set()
-    models: set[str] = set()
-    for record in records:
-        id = f"{record.item}/{record.condition.get('language', 'en')}"
-        models.add(record.model)
-        if record.model not in revealed.models:
-            yield Finding(id, f"model {record.model} was not named when the seed was made")
-        if id not in wanted:
-            yield Finding(id, "does not come from the revealed seed and configuration")
-            continue
-        if (record.model, id, record.sample) in seen:
-            yield Finding(id, f"model {record.model}, sample {record.sample}: two records")
-        seen.add((record.model, id, record.sample))
-        if record.input_digest != wanted[id][0]:
-            yield Finding(id, f"model {record.model} was asked something else")
-        if record.target_digest != wanted[id][1]:
-            yield Finding(id, f"model {record.model}: another answer was expected")
-    answered = {(model, id) for model, id, _ in seen}
-    for model in revealed.models:
-        missing = [id for id in wanted if (model, id) not in answered]
-        if missing:
-            yield Finding(missing[0], f"model {model}: no record of {len(missing)} of {len(wanted)} items")
+class Audit:
+    """Records against the items that the revealed seed makes."""
+
+    def __init__(self, revealed: Revealed) -> None:
+        self.revealed = revealed
+        # Without their prompts, which may have 256k tokens.
+        self._items = {problem.id: (replace(problem, prompt=""), problem.input_digest)
+                       for problem in problems(revealed.configuration, revealed.seed)}
+        self._seen: set[tuple[str, str, str | None, int]] = set()
+        self._tasks: dict[str, str] = {}
+        self._weights: dict[str, str] = {}
+
+    def of(self, records: Iterable[Record]) -> Iterator[Finding]:
+        for record in records:
+            id = f"{record.item}/{record.condition.get('language', 'en')}"
+            if record.model not in self.revealed.models:
+                yield Finding(id, f"model {record.model} was not named when the seed was made")
+            if id not in self._items:
+                yield Finding(id, "does not come from the revealed seed and configuration")
+                continue
+            problem, input_digest = self._items[id]
+            for text in (*self._identity(record, problem, input_digest), *self._filing(record, problem),
+                         *_grading(record, problem)):
+                yield Finding(id, f"model {record.model}: {text}")
+        yield from self._missing()
+
+    def _identity(self, record: Record, problem: Problem, input_digest: str) -> Iterator[str]:
+        form = record.condition.get("calls") if problem.family == "tools" else None
+        key = (record.model, problem.id, form, record.sample)
+        if key in self._seen:
+            yield f"sample {record.sample}: two records"
+        self._seen.add(key)
+        if record.sample >= self.revealed.configuration.samples:
+            yield f"sample {record.sample}: {self.revealed.configuration.samples} were committed to"
+        if form not in self._forms(problem.family):
+            yield f"asked in the form {form!r}, which was not committed to"
+        if record.input_digest != input_digest:
+            yield "was asked something else"
+        if record.target_digest != problem.target_digest:
+            yield "another answer was expected"
+
+    def _filing(self, record: Record, problem: Problem) -> Iterator[str]:
+        """What figures are sorted by."""
+        if record.condition.get("difficulty", str(problem.difficulty)) != str(problem.difficulty):
+            yield f"filed under difficulty {record.condition['difficulty']}, made with {problem.difficulty}"
+        if (record.group or problem.family) != problem.family:
+            yield f"filed under group {record.group}, of family {problem.family}"
+        if record.cluster not in ("", problem.item):
+            yield f"filed under cluster {record.cluster}"
+        if (task := self._tasks.setdefault(problem.family, record.task)) != record.task:
+            yield f"filed under task {record.task}, others of family {problem.family} under {task}"
+        weights = record.call.weights_digest
+        if weights and self._weights.setdefault(record.model, weights) != weights:
+            yield "answered with other weights than before"
+
+    def _missing(self) -> Iterator[Finding]:
+        wanted = [(id, form, sample) for id, (problem, _) in self._items.items()
+                  for form in self._forms(problem.family) for sample in range(self.revealed.configuration.samples)]
+        for model in self.revealed.models:
+            missing = [id for id, form, sample in wanted if (model, id, form, sample) not in self._seen]
+            if missing:
+                yield Finding(missing[0], f"model {model}: no record of {len(missing)} of {len(wanted)} items")
+
+    def _forms(self, family: str) -> tuple[str | None, ...]:
+        return forms_of(self.revealed.configuration, family)
 
 
+def _grading(record: Record, problem: Problem) -> Iterator[str]:
+    """The score once more, where the answer is kept and is no program. A call that failed has none, and is counted."""
+    from moonbase.evals.proof.rescoring import RUNS_ANSWERS, answer_text
+
+    if not record.output or problem.family in RUNS_ANSWERS or record.status == "error":
+        return
+    if record.output_digest != digest(record.output):
+        yield "the answer is not the text that its digest is of"
+    stated = record.scores.get("accuracy")
+    score, _ = verify(problem, answer_text(record))
+    if stated is None and score is not None:
+        yield f"an answer that can be scored has no score ({record.status})"
+    elif score is not None and abs(score - (stated or 0.0)) > 1e-9:
+        yield f"the answer's score is {score:g}, the record says {stated:g}"

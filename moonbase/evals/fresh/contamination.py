@@ -2,9 +2,10 @@
 
     index = mean over pairs of (score on the public item − score on its fresh twin)
 
-A pair is one question: the public item and an item of the same kind and difficulty that was invented after the model
-was made. A model that has seen the public set does better on it than on the twins; one that has not does as well on
-both, if the twins are as hard: that is what the pairing cannot guarantee and the report has to say.
+A pair is one question: the public item and a twin of it that was invented after the model was made, in the same words
+with other numbers (`number_twins.py`), or, named by the caller, an item of the same kind and difficulty. A model that
+has seen the public set does better on it than on the twins; one that has not does as well on both, if the twins are as
+hard: that is what the pairing cannot guarantee and the report has to say.
 """
 
 from __future__ import annotations
@@ -59,6 +60,18 @@ def contamination_index(
     found = paired_difference(first, second, groups, confidence)
     return Contamination(found.first, found.second, found.difference, found.low, found.high, found.p_value, found.n,
                          len(public) - found.n, confidence, found.method)
+
+
+def index_of(records: Iterable[Record], metric: str = "accuracy", confidence: float = 0.95) -> Contamination:
+    """Of one model's records in which both halves of a pair have one item id and differ in the condition `origin`.
+
+    Raises UserError where there are none.
+    """
+    sides: dict[str, list[Record]] = {"public": [], "fresh": []}
+    for record in records:
+        sides.get(record.condition.get("origin", ""), []).append(record)
+    public, fresh = (scores_of(side, metric) for side in sides.values())
+    return contamination_index(public, fresh, confidence=confidence)
 
 
 def _number(score: float | None) -> float:

@@ -1,6 +1,7 @@
 """What reasoning-gym has: a thin adapter over a few of its tasks, whose entries tell all that a Chinese twin needs.
 
-Solver A is reasoning-gym's own answer, solver B a few lines of ours. Its English wording is kept as it is.
+What is expected is reasoning-gym's own answer. Solver A is a few lines of ours on what its entry tells; solver B reads
+the question in its language and asks numpy, sympy, scipy and Python's own arithmetic. English wording is kept as it is.
 """
 
 from __future__ import annotations
@@ -76,7 +77,7 @@ def _given(entry: dict[str, Any]) -> dict[str, Any] | None:
 
 def render(spec: Spec, language: str) -> str:
     given, kind = spec["given"], spec["kind"]
-    ending = answer_line(language, "it", "结果")
+    ending = answer_line(language, "the result", "结果")
     if language == "en":
         return _entry(kind, spec["difficulty"], spec["seed"])["question"].strip() + ending
     grid = "\n".join(" ".join(map(str, row)) for row in given.get("matrix", given.get("grid", ())))
@@ -89,7 +90,7 @@ def render(spec: Spec, language: str) -> str:
                            "大于 9 的数位用小写字母 a-z 表示。",
         "prime_factorization": f"把 {given.get('number')} 分解质因数。"
                                "质因数从小到大用 × 连接（例如 12 的答案是：2 × 2 × 3）。",
-        "count_bits": f"数 {given.get('number')} 的二进制表示中有多少个 1？",
+        "count_bits": f"{given.get('number')} 的二进制表示中有多少个 1？",
         "chain_sum": f"计算：{given.get('expression')} =",
         "spiral_matrix": f"从左上角开始，按顺时针螺旋顺序列出矩阵的所有元素，用空格分隔：\n{grid}",
         "largest_island": f"下面的矩阵中，1 表示陆地，0 表示水。上下左右相连的 1 组成一个岛。"
@@ -97,12 +98,17 @@ def render(spec: Spec, language: str) -> str:
     }[kind] + ending
 
 
-def solve_a(spec: Spec, language: str) -> str:
+def gold(spec: Spec, language: str) -> str:
     return str(_entry(spec["kind"], spec["difficulty"], spec["seed"])["answer"]).strip()
 
 
-def solve_b(spec: Spec, language: str) -> str:
+def solve_a(spec: Spec, language: str) -> str:
     return _SOLVERS[spec["kind"]](**spec["given"])
+
+
+def solve_b(spec: Spec, language: str) -> str:
+    """From the text of the question, by other people's code."""
+    return _LIBRARIES[spec["kind"]](render(spec, language).rpartition("\n\n")[0])
 
 
 def _gcd(numbers: list[int]) -> str:
@@ -172,6 +178,70 @@ _SOLVERS: dict[str, Callable[..., str]] = {
     "gcd": _gcd, "lcm": _lcm, "base_conversion": _base, "spiral_matrix": _spiral, "largest_island": _island,
     "chain_sum": _sum, "prime_factorization": lambda number: " × ".join(map(str, _factors(number))),
     "count_bits": lambda number: str(sum(number >> place & 1 for place in range(number.bit_length()))),
+}
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(number) for number in re.findall(r"\d+", text.rpartition(":")[2].rpartition("：")[2] or text)]
+
+
+def _grid(text: str) -> Any:
+    import numpy as np
+
+    lines = [line for line in text.splitlines() if re.fullmatch(r"[\d ]+", line)]
+    return np.array([[int(cell) for cell in line.split()] for line in lines])
+
+
+def _base_of_text(text: str) -> str:
+    import numpy as np
+
+    found = (re.search(r"base-(\d+) number (\w+) to base-(\d+)", text)
+             or re.search(r"(\d+) 进制数 (\w+) 转换成 (\d+) 进制", text))
+    return np.base_repr(int(found[2], int(found[1])), int(found[3])).lower()
+
+
+def _factors_of_text(text: str) -> str:
+    from sympy import factorint
+
+    number = int(re.search(r"(?:factorization of|把) (\d+)", text)[1])
+    return " × ".join(str(prime) for prime, power in sorted(factorint(number).items()) for _ in range(power))
+
+
+def _spiral_of_text(text: str) -> str:
+    import numpy as np
+
+    grid, out = _grid(text), []
+    while grid.size:
+        out += grid[0].tolist()
+        grid = np.rot90(grid[1:])
+    return " ".join(map(str, out))
+
+
+def _island_of_text(text: str) -> str:
+    import numpy as np
+    from scipy.ndimage import label
+
+    marked, count = label(_grid(text))
+    return str(int(np.bincount(marked.ravel())[1:].max())) if count else "0"
+
+
+def _sum_of_text(text: str) -> str:
+    import ast
+
+    def value(node: ast.expr) -> int:
+        if isinstance(node, ast.BinOp):
+            left, right = value(node.left), value(node.right)
+            return left + right if isinstance(node.op, ast.Add) else left - right
+        return -value(node.operand) if isinstance(node, ast.UnaryOp) else node.value
+
+    return str(value(ast.parse(re.search(r"[-\d][-+\d ]*(?= =)", text)[0], mode="eval").body))
+
+
+_LIBRARIES: dict[str, Callable[[str], str]] = {
+    "gcd": lambda text: str(math.gcd(*_numbers(text))), "lcm": lambda text: str(math.lcm(*_numbers(text))),
+    "base_conversion": _base_of_text, "prime_factorization": _factors_of_text, "spiral_matrix": _spiral_of_text,
+    "largest_island": _island_of_text, "chain_sum": _sum_of_text,
+    "count_bits": lambda text: str(int(re.search(r"\d{2,}", text)[0]).bit_count()),
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
@@ -22,6 +23,11 @@ class Configuration(BaseModel):
     limit: int | None = Field(None, ge=1)
     """Of each family at most so many, counted with their twins, from each difficulty in turn."""
 
+    samples: int = Field(1, ge=1, le=1000)
+    """How often each item is asked."""
+    calls: tuple[Literal["tools", "text"], ...] = Field(("tools",), min_length=1)
+    """Family `tools`: the functions as the model's own tools, or written in the question; both: each item twice."""
+
     @field_validator("families")
     @classmethod
     def _known_families(cls, families: tuple[str, ...]) -> tuple[str, ...]:
@@ -37,12 +43,22 @@ class Configuration(BaseModel):
             raise ValueError("difficulties go from 1 to 5")
         return tuple(dict.fromkeys(difficulties))
 
+    @field_validator("calls")
+    @classmethod
+    def _each_once(cls, calls: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(calls))
+
     @field_validator("languages")
     @classmethod
     def _known_languages(cls, languages: tuple[str, ...]) -> tuple[str, ...]:
         if not set(languages) <= set(LANGUAGES):
             raise ValueError("languages are en and zh")
         return tuple(dict.fromkeys(languages))
+
+
+def forms_of(configuration: Configuration, family: str) -> tuple[str | None, ...]:
+    """The values of the condition `calls` under which a family's items are asked; (None,) where there is none."""
+    return configuration.calls if family == "tools" else (None,)
 
 
 def problems(configuration: Configuration, seed: int | str) -> Iterator[Problem]:

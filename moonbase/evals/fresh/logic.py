@@ -1,7 +1,9 @@
 """Logic puzzles with exactly one solution, proven for every item by going through all candidates.
 
-order: who sits where in a row; knights: who tells the truth. Solver A goes through all candidates (numpy, bits);
-solver B is a backtracking search that stops at the second solution.
+order: who sits where in a row; knights: who tells the truth. The generator keeps a puzzle if one of all candidates
+fits, and that one is expected. Solver A knows the words of the question alone: it parses them in their language and
+goes through all candidates as columns of numbers (`logic_reading.py`). Solver B is a backtracking search on the clues
+that stops at the second solution, and says what each clue means in words of its own.
 """
 
 from __future__ import annotations
@@ -34,7 +36,7 @@ def make(draw: Draw, difficulty: int) -> Spec | None:
 
 def leaks(spec: Spec) -> bool:
     """Whether the people, named by the alphabet, happen to sit as they are named."""
-    return spec["kind"] == "order" and any(solve_a(spec, language) == sorted(names(spec, language))
+    return spec["kind"] == "order" and any(gold(spec, language) == sorted(names(spec, language))
                                            for language in ("en", "zh"))
 
 
@@ -46,7 +48,7 @@ def render(spec: Spec, language: str) -> str:
     return (_show_order if spec["kind"] == "order" else _show_knights)(spec, language == "zh", names(spec, language))
 
 
-def solve_a(spec: Spec, language: str) -> list[str]:
+def gold(spec: Spec, language: str) -> list[str]:
     """Raises AssertionError where there is not exactly one solution."""
     if spec["kind"] == "order":
         found = [tuple(seats) for seats in _fitting(len(spec["people"]), spec["clues"]).tolist()]
@@ -56,6 +58,13 @@ def solve_a(spec: Spec, language: str) -> list[str]:
                  if _consistent(truth := [bits >> i & 1 for i in range(size)], spec["claims"])]
     assert len(found) == 1, "a logic puzzle without exactly one solution"
     return _named(spec, language, found[0])
+
+
+def solve_a(spec: Spec, language: str) -> list[str]:
+    from moonbase.evals.fresh import logic_reading
+
+    text = render(spec, language)
+    return (logic_reading.seats if spec["kind"] == "order" else logic_reading.knights)(text, language)
 
 
 def solve_b(spec: Spec, language: str) -> list[str]:
@@ -173,7 +182,7 @@ def _show_order(spec: Spec, zh: bool, people: list[str]) -> str:
     else:
         start = (f"{named} sit in a row of {size} seats, numbered 1 to {size} from left to right.\n\n{clues}\n\n"
                  "Who sits where, from left to right?")
-    return start + answer_line("zh" if zh else "en", "the names from left to right, separated by commas,",
+    return start + answer_line("zh" if zh else "en", "the names from left to right, separated by commas",
                                "从左到右的名字，用逗号分隔")
 
 
@@ -263,7 +272,7 @@ def _show_knights(spec: Spec, zh: bool, people: list[str]) -> str:
     else:
         start = (f"On an island everyone is either a knight, who always tells the truth, or a knave, who always lies. "
                  f"Its people are {named}.\n\n{said}\n\nWho are the knights?")
-    return start + answer_line("zh" if zh else "en", "the names of all knights, separated by commas,",
+    return start + answer_line("zh" if zh else "en", "the names of all knights, separated by commas",
                                "全部骑士的名字，用逗号分隔")
 
 

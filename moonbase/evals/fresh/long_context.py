@@ -1,15 +1,16 @@
 """Needles in a long text that lead to one another: who has the parcel in the end, what does the last label say?
 
 The text is written in pieces, so that a prompt of 256k tokens never exists twice in memory; false chains cross the text
-as well. Solver A follows the chain backwards through the drawn links; solver B reads the finished text, streaming, with
-regular expressions and nothing else.
+as well. What is expected is the drawn chain's label. Both solvers read the finished text and know nothing of how it was
+drawn: A parses every statement of every parcel by one grammar and takes the forward closure from the person that is
+asked for; B streams, keeps the sentences about parcels of that kind, and walks back from every label.
 """
 
 from __future__ import annotations
 
 import random
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from moonbase.evals.fresh.answers import final, fold
@@ -44,8 +45,7 @@ _FILL = (
 _PASS = ("{a} handed the {thing} parcel to {b}.", "{a} 把{thing}包裹交给了 {b}。")
 _END = ("The {thing} parcel that {a} kept bears the label {code}.", "{a} 留下的{thing}包裹上写着标签 {code}。")
 _THINGS = (("red", "红色"), ("grey", "灰色"), ("striped", "条纹"), ("small", "小号"), ("sealed", "密封"),
-           ("blue", "蓝色"),
-           ("oval", "椭圆"), ("heavy", "沉重"))
+           ("blue", "蓝色"), ("oval", "椭圆形"), ("heavy", "超重"))
 
 
 def make(draw: Draw, difficulty: int) -> Spec:
@@ -98,42 +98,87 @@ def _needle(chain: dict[str, Any], step: int, zh: bool) -> str:
     return _PASS[zh].format(thing=thing, a=people[step], b=people[step + 1])
 
 
-def render(spec: Spec, language: str) -> str:
+def question(spec: Spec, language: str) -> str:
+    """What is asked at the end of the text."""
     chain, zh = spec["chains"][0], language == "zh"
     first, thing = chain["people"][0], _THINGS[chain["thing"]][zh]
     if zh:
-        start, question = "请阅读下面的文字，然后回答最后的问题。\n\n", (
-            f"\n\n问题：{first} 最初拿着一个{thing}包裹，它被一个人一个人地转交下去。"
-            "最后留下它的人那里，包裹上写的标签是什么？")
-    else:
-        start = "Read the text and answer the question at its end.\n\n"
-        question = (f"\n\nQuestion: {first} had a {thing} parcel, which was handed on from one to the next. What is "
-                    "the label on it where it was kept in the end?")
-    return "".join([start, *pieces(spec, language), question, answer_line(language, "the label", "标签")])
+        return (f"\n\n问题：最初，{first} 拿着一个{thing}包裹，之后它在人们手中依次转交。"
+                "最后留下它的人手里，包裹上写的标签是什么？")
+    return (f"\n\nQuestion: In the beginning {first} had {'an' if thing[0] in 'aeiou' else 'a'} {thing} parcel, which "
+            "was then handed on from one person to the next. What does its label say where it was kept in the end?")
+
+
+def render(spec: Spec, language: str) -> str:
+    start = ("请阅读下面的文字，然后回答最后的问题。\n\n" if language == "zh"
+             else "Read the text and answer the question at its end.\n\n")
+    return "".join([start, *pieces(spec, language), question(spec, language),
+                    answer_line(language, "the label", "标签")])
+
+
+def gold(spec: Spec, language: str) -> str:
+    """The drawn chain's label."""
+    return spec["chains"][0]["code"]
+
+
+_GRAMMAR = {
+    "en": (r"(?P<giver>[A-Z][a-z]+) handed the (?P<passed>\w+) parcel to (?P<taker>[A-Z][a-z]+)\.",
+           r"The (?P<kept>\w+) parcel that (?P<keeper>[A-Z][a-z]+) kept bears the label (?P<label>\S+)\.",
+           r"Question: In the beginning ([A-Z][a-z]+) had an? (\w+) parcel, "),
+    "zh": (r"(?P<giver>[A-Z][a-z]+) 把(?P<passed>\w+?)包裹交给了 (?P<taker>[A-Z][a-z]+)。",
+           r"(?P<keeper>[A-Z][a-z]+) 留下的(?P<kept>\w+?)包裹上写着标签 (?P<label>[^ 。]+)。",
+           r"问题：最初，([A-Z][a-z]+) 拿着一个(\w+?)包裹，"),
+}
 
 
 def solve_a(spec: Spec, language: str) -> str:
-    return spec["chains"][0]["code"]
+    """Reads what a model reads, as a whole."""
+    return read_forwards(render(spec, language), language)
+
+
+def read_forwards(text: str, language: str) -> str:
+    """All statements of a text as facts, and what follows from them about the parcel that is asked for."""
+    passing, keeping, asking = _GRAMMAR[language]
+    passed: dict[tuple[str, str], set[str]] = {}
+    labels: dict[tuple[str, str], str] = {}
+    for found in re.finditer(f"{passing}|{keeping}", text):
+        if found["giver"]:
+            passed.setdefault((found["passed"], found["giver"]), set()).add(found["taker"])
+        else:
+            labels[found["kept"], found["keeper"]] = found["label"]
+    first, thing = re.search(asking, text[-1000:]).groups()
+    held = new = {first}
+    while new:
+        new = {taker for person in new for taker in passed.get((thing, person), ())} - held
+        held = held | new
+    (label,) = {labels[thing, person] for person in held if (thing, person) in labels}
+    return label
 
 
 def solve_b(spec: Spec, language: str) -> str:
     """Reads what a model reads; two paragraphs are never in memory at once."""
-    thing = _THINGS[spec["chains"][0]["thing"]][language == "zh"]
-    if language == "zh":
-        passed = re.compile(rf"(\w+) 把{thing}包裹交给了 (\w+)。")
-        kept = re.compile(rf"([A-Za-z]+) 留下的{thing}包裹上写着标签 (\S+?)。")
-    else:
-        passed = re.compile(rf"(\w+) handed the {thing} parcel to (\w+)\.")
-        kept = re.compile(rf"The {thing} parcel that (\w+) kept bears the label (\S+)\.")
-    next_of: dict[str, str] = {}
-    label_of: dict[str, str] = {}
-    for piece in pieces(spec, language):
-        next_of.update(passed.findall(piece))
-        label_of.update(kept.findall(piece))
-    person = spec["chains"][0]["people"][0]
-    while person in next_of:
-        person = next_of[person]
-    return label_of[person]
+    return read_backwards(pieces(spec, language), question(spec, language), language)
+
+
+def read_backwards(paragraphs: Iterable[str], asked: str, language: str) -> str:
+    """From each label back to who had that parcel first, until it is the person of the question."""
+    zh = language == "zh"
+    words = asked.replace("，", " ").replace("问题：最初 ", "").split()
+    first, thing = (words[0], words[1].removeprefix("拿着一个")) if zh else (words[4], " ".join(words[7:9]).strip(","))
+    stop, gives, keeps = ("。", f" 把{thing}交给了 ", f" 留下的{thing}上写着标签 ") if zh else (
+        ". ", f" handed the {thing} to ", "The " + thing + " that ")
+    told = [sentence for paragraph in paragraphs if thing in paragraph
+            for sentence in paragraph.replace("\n", " ").split(stop) if gives in sentence or keeps in sentence]
+    given = [sentence.rstrip(".").split(gives) for sentence in told if gives in sentence]
+    for sentence in told:
+        if keeps in sentence:
+            person, label = (sentence.split(keeps) if zh
+                             else sentence.rstrip(". ").removeprefix(keeps).split(" kept bears the label "))
+            while person.strip() != first and (before := [one for one, other in given if other == person.strip()]):
+                (person,) = before
+            if person.strip() == first:
+                return label
+    raise AssertionError("no label leads back to the first person")
 
 
 def verify(spec: Spec, language: str, target: str, text: str) -> tuple[float, str]:

@@ -262,10 +262,10 @@ def _show_balls(spec: Spec, zh: bool) -> str:
     named = [f"{count} 个{_COLOURS[i][1]}球" if zh else f"{count} {_COLOURS[i][0]}"
              for i, count in enumerate(spec["counts"])]
     if zh:
-        return (f"袋中有{'、'.join(named)}。不放回地随机取出 {spec['drawn']} 个球，"
+        return (f"袋中有 {'、'.join(named)}。不放回地随机取出 {spec['drawn']} 个球，"
                 f"恰好有 {spec['wanted']} 个红球的概率是多少？")
-    return (f"A bag holds balls: {', '.join(named)}. {spec['drawn']} are drawn at random without replacement. "
-            f"What is the probability that exactly {spec['wanted']} of them are red?")
+    return (f"A bag holds balls of these colours: {', '.join(named)}. At random, {spec['drawn']} are drawn without "
+            f"replacement. What is the probability that the number of red ones is exactly {spec['wanted']}?")
 
 
 def _hypergeometric(spec: Spec) -> Fraction:

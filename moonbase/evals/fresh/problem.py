@@ -3,6 +3,7 @@
     make(draw, difficulty) -> spec         what is asked, as JSON values in no language, without the answer
     render(spec, language) -> str          the prompt, en or zh
     solve_a(spec, language), solve_b(...)  two solvers that share no algorithm
+    gold(spec, language)                   optional: what is expected where the generator itself knows; else solve_a's
     verify(spec, language, target, text)   (score, remark) of an answer
     effort(spec) -> int                    how many elementary steps the plain way takes, for the scripted solvers
 
@@ -124,7 +125,7 @@ def generate(family: str, seed: int | str, difficulty: int, index: int, language
             break
     else:
         raise AssertionError(f"{item}: no fit item in {_ATTEMPTS} attempts")
-    target = module.solve_a(spec, language)
+    target = getattr(module, "gold", module.solve_a)(spec, language)
     other = LANGUAGES[1 - LANGUAGES.index(language)]
     return Problem(f"{item}/{language}", family, spec["kind"], difficulty, index, language,
                    module.render(spec, language), target, f"{item}/{other}", spec)
@@ -135,7 +136,7 @@ def _never(spec: dict[str, Any]) -> bool:
 
 
 def solve_a(problem: Problem) -> Any:
-    """What the first solver says: the target."""
+    """What the first solver says."""
     return family_module(problem.family).solve_a(problem.spec, problem.language)
 
 
@@ -164,4 +165,4 @@ def answer_line(language: str, what_en: str, what_zh: str) -> str:
     """How every prompt ends."""
     if language == "zh":
         return f"\n\n最后单独用一行写出“答案：…”，其中只写{what_zh}。"
-    return f'\n\nEnd with one line "Answer: …" that holds {what_en} alone.'
+    return f'\n\nEnd with one line "Answer: …" that contains only {what_en}.'

@@ -40,7 +40,11 @@ _WORDS_ZH = {latin: zh for one in (*_CATEGORIES, *_PLACE) for latin, zh in one[3
 _SYLLABLES = ("ba", "do", "fe", "gu", "ka", "li", "mo", "nu", "pe", "ra", "si", "to", "vu", "ze")
 
 
-def make(draw: Draw, difficulty: int) -> Spec:
+FEWEST = 3
+"""Rows that a question is about: of one row alone the mean, the largest and the sum are the same."""
+
+
+def make(draw: Draw, difficulty: int) -> Spec | None:
     subject = draw.choice(_SUBJECTS)
     categories = draw.sample(_CATEGORIES, 1 if difficulty == 1 else 2)
     numbers = draw.sample(_NUMBERS, 2 if difficulty < 3 else 3)
@@ -57,6 +61,8 @@ def make(draw: Draw, difficulty: int) -> Spec:
         tables.append({"name": site[0] + "s", "columns": [site[0], "region", "staff"],
                        "rows": [[code, draw.choice(tuple(_PLACE[0][3])), draw.randint(3, 90)] for code in codes]})
     question = _question(draw, difficulty, tables, [one[0] for one in categories], [one[0] for one in numbers], joined)
+    if len(_chosen(tables, question)) < FEWEST:
+        return None
     return {"kind": question["ask"], "difficulty": difficulty, "form": draw.choice(FORMS), "tables": tables,
             "question": question}
 
@@ -82,7 +88,22 @@ def _question(draw: Draw, difficulty: int, tables: list[dict[str, Any]], categor
     if ask == "top-group":
         # Groups are compared, so their column is not held fast.
         conditions = [one for one in conditions if one[0] != group]
-    return {"ask": ask, "value": value, "other": other, "group": group, "where": conditions, "joined": joined}
+    question = {"ask": ask, "value": value, "other": other, "group": group, "where": conditions, "joined": joined}
+    # What asks for too much is asked of less, as long as something is asked; the table that is joined stays in it.
+    for name in [*categories[:0:-1], *numbers]:
+        if len(_chosen(tables, question)) < FEWEST and len(question["where"]) > 1 + joined:
+            question["where"] = [one for one in question["where"] if one[0] != name]
+    return question
+
+
+def _chosen(tables: list[dict[str, Any]], question: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rows, as dicts of both tables' columns, that fulfil all conditions."""
+    rows = [dict(zip(tables[0]["columns"], row, strict=True)) for row in tables[0]["rows"]]
+    if question["joined"]:
+        of_key = {row[0]: dict(zip(tables[1]["columns"], row, strict=True)) for row in tables[1]["rows"]}
+        rows = [row | of_key[row[tables[1]["columns"][0]]] for row in rows]
+    return [row for row in rows if all(row[name] == limit if sign == "=" else row[name] >= limit
+                                       for name, sign, limit in question["where"])]
 
 
 # The sentence.
@@ -110,31 +131,36 @@ def _show_question(spec: Spec, zh: bool) -> str:
     if zh:
         where = "、".join(f"{_named(name, zh, picture)}{'为' if sign == '=' else '不小于 '}{_value(limit, zh, picture)}"
                          for name, sign, limit in question["where"])
-        those = f"{where}的{subject[2]}" if where else f"所有{subject[2]}"
-        return {"count": f"{those}共有多少条？", "sum": f"{those}的{value}总和是多少？",
+        those = f"{where}{' ' * where[-1:].isdigit()}的{subject[2]}" if where else f"所有{subject[2]}"
+        return {"count": f"{those}共有多少个？", "sum": f"{those}的{value}总和是多少？",
                 "largest": f"{those}中，{value}的最大值是多少？",
                 "mean": f"{those}的{value}平均值是多少？（精确的整数或分数）",
                 "range": f"{those}的{value}最大值与最小值之差是多少？",
                 "top-group": f"只看{those}，按{group}分组，哪一组的{value}总和最大？若并列，请全部列出。",
-                "above-mean": f"只看{those}，其中有多少条的{value}严格大于它们{value}的平均值？",
+                "above-mean": f"只看{those}，其中{value}严格大于这些{subject[2]}的{value}平均值的有多少个？",
                 "product-sum": f"{those}的{value}与{other}的乘积之和是多少？"}[ask]
-    where = " and ".join(f"{_named(name, zh, picture)} {'equal to' if sign == '=' else 'of at least'} {limit}"
-                         for name, sign, limit in question["where"])
-    those = f"{subject[1]} with {where}" if where else f"all {subject[1]}"
-    return {"count": f"How many {those} are there?", "sum": f"What is the total {value} of {those}?",
+    where = [f"{_named(name, zh, picture)} {'' if sign == '=' else 'of at least '}{limit}"
+             for name, sign, limit in question["where"]]
+    several = ", ".join(where[:-1]) + " and " if len(where) > 1 else ""
+    those = f"{subject[1]} with {several}{where[-1]}" if where else f"all {subject[1]}"
+    return {"count": f"How many {those} are there?", "sum": f"What is the total of {value} over {those}?",
             "largest": f"What is the largest {value} among {those}?",
             "mean": f"What is the mean {value} of {those} (an exact integer or fraction)?",
             "range": f"What is the difference between the largest and the smallest {value} of {those}?",
             "top-group": f"Taking only {those}: which {group} has the largest total {value}? Name all if several do.",
-            "above-mean": f"Taking only {those}: how many of them have a {value} strictly above the mean "
-                          f"{value} of them?",
-            "product-sum": f"What is the sum over {those} of {value} times {other}?"}[ask]
+            "above-mean": f"Taking only {those}: in how many of them is {value} strictly above its mean "
+                          "over them?",
+            "product-sum": f"For {those}: what is the sum of {value} times {other}?"}[ask]
+
+
+def _title_zh(name: str) -> str:
+    return next(one[2] for one in (*_SUBJECTS, *_SITES) if name in (one[0], one[0] + "s"))
 
 
 def _show_tables(spec: Spec, zh: bool) -> str:
     parts = []
     for table in spec["tables"]:
-        title = table["name"]
+        title = table["name"] if not zh else _title_zh(table["name"])
         columns = [_named(name, zh, False) for name in table["columns"]] if zh else table["columns"]
         rows = [[_value(cell, zh, False) for cell in row] for row in table["rows"]]
         if spec["form"] == "markdown":
@@ -146,7 +172,7 @@ def _show_tables(spec: Spec, zh: bool) -> str:
             cells = ["".join(f"<td>{html.escape(str(cell))}</td>" for cell in row) for row in rows]
             head = "".join(f"<th>{html.escape(name)}</th>" for name in columns)
             body = "\n".join(f"<tr>{row}</tr>" for row in (head, *cells))
-            parts.append(f'<table id="{title}">\n{body}\n</table>')
+            parts.append(f"<table>\n<caption>{title}</caption>\n{body}\n</table>")
     if spec["form"] == "image":
         return "数据见图片中的表格。" if zh else "The data are the tables in the picture."
     return "\n\n".join(parts)
@@ -158,7 +184,7 @@ def render(spec: Spec, language: str) -> str:
     if spec["question"]["joined"]:
         name = spec["tables"][1]["columns"][0]
         name = _named(name, zh, spec["form"] == "image") if zh else name
-        link = (f"（两张表通过 {name} 列关联。）" if zh else f" (The two tables are linked by their column {name}.)")
+        link = f"（两张表通过“{name}”列关联。）" if zh else f" (The two tables are linked by the column {name}.)"
     return f"{_show_tables(spec, zh)}\n\n{_show_question(spec, zh)}{link}" + answer_line(
         language, "the value", "结果")
 
@@ -205,13 +231,7 @@ def solve_a(spec: Spec, language: str) -> list[str]:
 def solve_b(spec: Spec, language: str) -> list[str]:
     """By going over the rows."""
     question = spec["question"]
-    rows = [dict(zip(spec["tables"][0]["columns"], row, strict=True)) for row in spec["tables"][0]["rows"]]
-    if question["joined"]:
-        site = spec["tables"][1]
-        of_key = {row[0]: dict(zip(site["columns"], row, strict=True)) for row in site["rows"]}
-        rows = [row | of_key[row[site["columns"][0]]] for row in rows]
-    for name, sign, limit in question["where"]:
-        rows = [row for row in rows if (row[name] == limit if sign == "=" else row[name] >= limit)]
+    rows = _chosen(spec["tables"], question)
     values = [row[question["value"]] for row in rows]
     ask = question["ask"]
     if ask == "top-group":

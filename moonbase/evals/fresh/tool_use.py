@@ -1,7 +1,9 @@
-"""Requests to a random interface of functions, answered by calls; the calls are carried out and the end is compared.
+"""Requests to a random interface of functions; the calls are carried out and the end is compared.
 
-Any calls that lead to the wanted state are right, in any order that leads there. Solver A writes the calls and carries
-them out; solver B changes the stock by arithmetic alone.
+Models get the functions as tools of their own (`tasks/fresh_task.py`), or, in the form `text`, as JSON Schema in the
+question, and write the calls as JSON. Both forms ask the same question and are graded alike: any calls that lead to the
+wanted state are right, in any order that leads there. Solver A writes the calls and carries them out; solver B changes
+the stock by arithmetic alone.
 """
 
 from __future__ import annotations
@@ -17,7 +19,10 @@ State = dict[str, dict[str, Any]]
 CALLS = (1, 2, 3, 5, 8)
 FUNCTIONS = (4, 5, 6, 8, 8)
 MOST_CALLS = 64
-_THINGS = (("crate", "板条箱"), ("barrel", "木桶"), ("pallet", "托盘"), ("vial", "药瓶"), ("reel", "卷轴"),
+"""Of an answer, carried out or refused."""
+LONGEST_WORD = 60
+"""Characters of an argument that is a text."""
+_THINGS = (("crate", "板条箱"), ("barrel", "木桶"), ("pallet", "托盘"), ("vial", "药瓶"), ("reel", "卷盘"),
            ("panel", "面板"))
 _PLACES = (("bay", "库位"), ("shelf", "货架"), ("dock", "码头"), ("room", "房间"))
 _LEVELS = (("low", "低"), ("normal", "普通"), ("high", "高"))
@@ -73,43 +78,68 @@ def make(draw: Draw, difficulty: int) -> Spec:
             "state": state, "functions": words, "keys": keys, "wishes": wishes}
 
 
-def schemas(spec: Spec) -> list[dict[str, Any]]:
-    """Of the interface, as JSON Schema."""
-    keys, thing = spec["keys"], _THINGS[spec["thing"]][0]
-    one = {"type": "string", "description": f"number of the {thing}"}
-    integer = {"type": "integer"}
+def schemas(spec: Spec, language: str = "en") -> list[dict[str, Any]]:
+    """Of the interface, as JSON Schema; names are English, descriptions in the language."""
+    keys, zh = spec["keys"], language == "zh"
+    thing, place = _THINGS[spec["thing"]][zh], _PLACES[spec["place"]][zh]
+    def text(en: str, chinese: str) -> dict[str, Any]:
+        return {"type": "string", "description": chinese if zh else en}
+
+    def integer(en: str, chinese: str) -> dict[str, Any]:
+        return {"type": "integer", "description": chinese if zh else en}
+
+    one = text(f"number of the {thing}", f"{thing}编号")
     takes = {
-        "move": {keys["to"]: {"type": "string", "enum": sorted(spec["places"])}},
-        "adjust": {keys["amount"]: {**integer, "description": "change of the count; negative: fewer"}},
-        "rank": {keys["level"]: {"type": "string", "enum": [level[0] for level in _LEVELS]}},
-        "discard": {}, "merge": {keys["to"]: {"type": "string",
-                                              "description": f"the {thing} that takes all; the first is gone"}},
-        "split": {keys["to"]: {"type": "string", "description": f"number of the new {thing}, in the same place"},
-                  keys["amount"]: {**integer, "minimum": 1, "description": "how many go into it"}},
-        "reserve": {}, "release": {},
+        "move": {keys["to"]: {**text(f"number of the {place}", f"{place}编号"), "enum": sorted(spec["places"])}},
+        "adjust": {keys["amount"]: integer("change of the count; negative: fewer", "数量的变化值；减少时为负数")},
+        "rank": {keys["level"]: {**text("the new priority", "新的优先级"), "enum": [level[0] for level in _LEVELS]}},
+        "merge": {keys["to"]: text(f"number of the {thing} that takes all", f"并入的目标{thing}的编号")},
+        "split": {keys["to"]: text(f"number of the new {thing}", f"新{thing}的编号"),
+                  keys["amount"]: {**integer("how many go into it", "放入新编号的数量"), "minimum": 1}},
     }
-    return [{"name": name, "parameters": {"type": "object", "properties": {keys["id"]: one} | takes[act],
-                                           "required": [keys["id"], *takes[act]], "additionalProperties": False}}
-            for act, name in sorted(spec["functions"].items(), key=lambda item: item[1])]
+    does = {
+        "move": (f"Bring a {thing} to another {place}.", f"把{thing}移到另一个{place}。"),
+        "adjust": (f"Change the count of a {thing}.", f"调整{thing}的数量。"),
+        "rank": (f"Set the priority of a {thing}.", f"设置{thing}的优先级。"),
+        "discard": (f"Throw a {thing} away.", f"丢弃{thing}。"),
+        "merge": (f"Put everything of a {thing} into another one; the first is gone.",
+                  f"把一个{thing}的全部内容并入另一个，原来的{thing}随之消失。"),
+        "split": (f"Put a part of a {thing} into a new one in the same {place}.",
+                  f"把一个{thing}的一部分放入同一{place}的新{thing}。"),
+        "reserve": (f"Reserve a {thing}.", f"预留{thing}。"),
+        "release": (f"End the reservation of a {thing}.", f"取消{thing}的预留。"),
+    }
+    return [{"name": name, "description": does[act][zh], "parameters": {
+        "type": "object", "properties": {keys["id"]: one} | takes.get(act, {}),
+        "required": [keys["id"], *takes.get(act, {})], "additionalProperties": False}}
+        for act, name in sorted(spec["functions"].items(), key=lambda item: item[1])]
 
 
 def render(spec: Spec, language: str) -> str:
+    """The request; what the functions are, the tools tell, or `in_text`."""
     zh = language == "zh"
     thing, place = _THINGS[spec["thing"]][zh], _PLACES[spec["place"]][zh]
-    functions = "\n".join(json.dumps(schema) for schema in schemas(spec))
     levels = dict(_LEVELS)
     if zh:
-        stock = "\n".join(f"- {name}：{place} {one['place']}，数量 {one['count']}，优先级{levels[one['priority']]}"
-                          f"（{one['priority']}），{'已预留' if one['held'] else '未预留'}" for name,
-                          one in spec["state"].items())
+        stock = "\n".join(
+            f"- {name}：{place} {one['place']}，数量 {one['count']}，"
+            f"优先级{levels[one['priority']]}（{one['priority']}），{'已预留' if one['held'] else '未预留'}"
+            for name, one in spec["state"].items())
         wishes = "\n".join(f"{number}. {_wish_zh(wish, thing, place)}" for number, wish in enumerate(spec["wishes"], 1))
-        return (f"可用函数（JSON Schema）：\n{functions}\n\n{thing}的现状：\n{stock}\n\n请完成：\n{wishes}\n\n"
-                '请只用一个 JSON 列表回答，列出要调用的函数：[{"name": "…", "arguments": {…}}, …]')
+        return f"各{thing}的现状：\n{stock}\n\n请用所给的函数完成以下事项：\n{wishes}"
     stock = "\n".join(f"- {name}: {place} {one['place']}, count {one['count']}, priority {one['priority']}, "
                       f"{'reserved' if one['held'] else 'not reserved'}" for name, one in spec["state"].items())
     wishes = "\n".join(f"{number}. {_wish_en(wish, thing, place)}" for number, wish in enumerate(spec["wishes"], 1))
-    return (f"Functions (JSON Schema):\n{functions}\n\nThe {thing}s as they are:\n{stock}\n\n"
-            f"Please do this:\n{wishes}\n\n"
+    return f"The {thing}s as they are:\n{stock}\n\nPlease do the following with the functions you are given:\n{wishes}"
+
+
+def in_text(spec: Spec, language: str) -> str:
+    """What stands behind the request where the model has no tools of its own: the functions, and how to answer."""
+    functions = "\n".join(json.dumps(schema, ensure_ascii=False) for schema in schemas(spec, language))
+    if language == "zh":
+        return (f"\n\n可用函数（JSON Schema）：\n{functions}\n\n"
+                '请只用一个 JSON 列表回答，依次列出要调用的函数：[{"name": "…", "arguments": {…}}, …]')
+    return (f"\n\nThe functions (JSON Schema):\n{functions}\n\n"
             'Answer with one JSON list of the calls to make: [{"name": "…", "arguments": {…}}, …]')
 
 
@@ -118,7 +148,7 @@ def _wish_en(wish: dict[str, Any], thing: str, place: str) -> str:
     if act == "adjust":
         return {"by": f"{number} more have arrived for {thing} {name}.",
                 "to": f"{thing.capitalize()} {name} should have a count of {number}.",
-                "half": f"Half of the count of {thing} {name} is gone; correct it."}[wish["how"]]
+                "half": f"Half of what {thing} {name} held is gone; correct its count."}[wish["how"]]
     return {"move": f"Bring {thing} {name} to {place} {to}.",
             "rank": f"Make the priority of {thing} {name} {wish.get('level')}.",
             "discard": f"Throw {thing} {name} away.", "merge": f"Put everything of {thing} {name} into {thing} {to}.",
@@ -158,21 +188,42 @@ def calls_of(spec: Spec) -> list[dict[str, Any]]:
     return calls
 
 
+class Desk:
+    """The things of an item while calls are carried out, one after the other."""
+
+    def __init__(self, spec: Spec) -> None:
+        self.state: State = {name: dict(values) for name, values in spec["state"].items()}
+        self.done: list[dict[str, Any]] = []
+        """The calls that were carried out."""
+        self._keys = spec["keys"]
+        self._act_of = {name: act for act, name in spec["functions"].items()}
+        self._parameters_of = {schema["name"]: schema["parameters"] for schema in schemas(spec)}
+
+    def call(self, name: Any, arguments: Any) -> dict[str, Any]:
+        """What has changed, by name; None for a thing that is gone. Raises ValueError for a call that the interface
+        does not take, and changes nothing then."""
+        if name not in self._act_of:
+            raise ValueError(f"no function {str(name)[:40]!r}")
+        _check(self._parameters_of[name], arguments)
+        before = {one: dict(values) for one, values in self.state.items()}
+        _apply(self.state, self._act_of[name], self._keys, arguments)
+        self.done.append({"name": name, "arguments": dict(arguments)})
+        return {one: self.state.get(one) for one in before.keys() | self.state.keys()
+                if before.get(one) != self.state.get(one)}
+
+
 def carry_out(spec: Spec, calls: Any) -> State:
     """The state after the calls. Raises ValueError for a call that the interface does not take."""
-    state = {name: dict(values) for name, values in spec["state"].items()}
-    act_of = {name: act for act, name in spec["functions"].items()}
-    parameters_of = {schema["name"]: schema["parameters"] for schema in schemas(spec)}
+    desk = Desk(spec)
     calls = [calls] if isinstance(calls, dict) else calls
     if not isinstance(calls, list) or len(calls) > MOST_CALLS:
         raise ValueError(f"not a list of at most {MOST_CALLS} calls")
     for number, call in enumerate(calls):
-        name, arguments = _name_and_arguments(call)
-        if name not in act_of:
-            raise ValueError(f"call {number}: no function {str(name)[:40]!r}")
-        _check(parameters_of[name], arguments, number)
-        _apply(state, act_of[name], spec["keys"], arguments, number)
-    return state
+        try:
+            desk.call(*_name_and_arguments(call))
+        except ValueError as error:
+            raise ValueError(f"call {number}: {error}") from None
+    return desk.state
 
 
 def _name_and_arguments(call: Any) -> tuple[Any, Any]:
@@ -186,22 +237,23 @@ def _name_and_arguments(call: Any) -> tuple[Any, Any]:
             json.loads(arguments) if isinstance(arguments, str) else arguments)
 
 
-def _check(schema: dict[str, Any], arguments: Any, number: int) -> None:
+def _check(schema: dict[str, Any], arguments: Any) -> None:
     if not isinstance(arguments, dict) or set(arguments) != set(schema["required"]):
-        raise ValueError(f"call {number}: takes {', '.join(schema['required'])}")
+        raise ValueError(f"takes {', '.join(schema['required'])}")
     for key, value in arguments.items():
         rule = schema["properties"][key]
-        fits = isinstance(value, str) if rule["type"] == "string" else type(value) is int and abs(value) < 10**9
+        fits = (isinstance(value, str) and len(value) <= LONGEST_WORD if rule["type"] == "string"
+                else type(value) is int and abs(value) < 10**9)
         if not fits or value not in rule.get("enum", (value,)) or (rule["type"] == "integer"
                                                                    and value < rule.get("minimum", value)):
-            raise ValueError(f"call {number}: {key} = {str(value)[:40]!r}")
+            raise ValueError(f"{key} = {str(value)[:40]!r} is not taken")
 
 
-def _apply(state: State, act: str, keys: dict[str, str], arguments: dict[str, Any], number: int) -> None:
+def _apply(state: State, act: str, keys: dict[str, str], arguments: dict[str, Any]) -> None:
     name = arguments[keys["id"]]
     to, amount = arguments.get(keys["to"]), arguments.get(keys["amount"])
     if name not in state:
-        raise ValueError(f"call {number}: there is no {name[:40]!r}")
+        raise ValueError(f"there is no {name[:40]!r}")
     one = state[name]
     if act == "move":
         one["place"] = to
@@ -213,11 +265,11 @@ def _apply(state: State, act: str, keys: dict[str, str], arguments: dict[str, An
         del state[name]
     elif act == "merge":
         if to not in state or to == name:
-            raise ValueError(f"call {number}: there is no other {to[:40]!r}")
+            raise ValueError(f"there is no other {to[:40]!r}")
         state[to]["count"] += state.pop(name)["count"]
     elif act == "split":
         if to in state or amount > one["count"]:
-            raise ValueError(f"call {number}: {to[:40]!r} exists, or too much is taken")
+            raise ValueError(f"{to[:40]!r} exists, or too much is taken")
         one["count"] -= amount
         state[to] = {"place": one["place"], "count": amount, "priority": "normal", "held": False}
     else:

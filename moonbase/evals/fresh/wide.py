@@ -1,7 +1,8 @@
 """Wide search: tables and chains over a WideWorld of the item's own seed, in English or translated page by page.
 
-Solver A is the world's own gold answer, from the facts that the pages were written from. Solver B knows pages only: it
-reads every page of the language that is asked in, and applies the rule for pages that disagree.
+What is expected is the world's own answer, from the facts that the pages were written from. Both solvers know pages
+only, in the language of the question. A reads every page, keeps all facts by name, and sorts pages that disagree; B has
+nothing but `search` and `open`, as a model has, follows links, and weighs what it finds one page at a time.
 """
 
 from __future__ import annotations
@@ -119,7 +120,7 @@ def _prompt_zh(task: Task) -> str:
         text = f"{_phrase_zh(found[1])}只属于一个{group}。请查明是哪一个{group}，并列出其{rows}的表格。"
     elif task.family == "wide":
         noun = next(group for group in zh_words.GROUPS if f"{task.meta['group']} {group}" in start)
-        text = f"请编制 {task.meta['group']} {zh_words.GROUPS[noun]}{rows}的表格。"
+        text = f"请编制 {task.meta['group']} {zh_words.GROUPS[noun]}的{rows}的表格。"
     else:
         text = f"请列出以下各项的数据：{'、'.join(row['Name'] for row in task.answer)}。"
         if task.family == "distract":
@@ -132,7 +133,7 @@ def render(spec: Spec, language: str) -> str:
     return task_of(spec, language).prompt
 
 
-def solve_a(spec: Spec, language: str) -> Any:
+def gold(spec: Spec, language: str) -> Any:
     """A text, or rows by column name."""
     return task_of(spec, language).answer
 
@@ -158,19 +159,89 @@ def _read_pages(world: int, language: str) -> tuple[dict[str, list[dict[str, str
     return facts, lists
 
 
+class _AllPages:
+    """What every page of a world says."""
+
+    def __init__(self, spec: Spec, language: str) -> None:
+        self._facts, self._lists = _read_pages(spec["world"], language)
+        self._zh = language == "zh"
+
+    def value(self, name: str, label: str) -> str:
+        """By the rule: the registry's, else the latest."""
+        source, as_of = _label("Source", self._zh), _label("As of", self._zh)
+        registry = zh_words.SOURCES["registry"] if self._zh else "registry"
+        pages = [page for page in self._facts[name] if label in page]
+        return max(pages, key=lambda page: (page[source] == registry, page[as_of]))[label]
+
+    def members(self, group: str) -> list[str]:
+        return self._lists[group]
+
+    def group_of(self, name: str) -> str:
+        return next(group for group, members in self._lists.items() if name in members)
+
+
+class _Visitor:
+    """What search and links lead to."""
+
+    def __init__(self, spec: Spec, language: str) -> None:
+        self._world, self._zh = world_of(spec, language), language == "zh"
+
+    def _facts(self, text: str) -> dict[str, str]:
+        return dict(line.split(": ", 1) for line in text.splitlines()[2:] if ": " in line)
+
+    def value(self, name: str, label: str) -> str:
+        found: dict[str, str] = {}
+        for hit in self._world.search(name, 50):
+            if name not in hit.title:
+                continue
+            facts = self._facts(self._world.open(hit.url))
+            if facts.get(_label("Name", self._zh)) != name or label not in facts:
+                continue
+            if "//registry." in hit.url:
+                return facts[label].partition(" <")[0]
+            found[facts[_label("As of", self._zh)]] = facts[label].partition(" <")[0]
+        return found[sorted(found)[-1]]
+
+    def members(self, group: str) -> list[str]:
+        first = next(hit for hit in self._world.search(f"{group} {'成员' if self._zh else 'members'}", 50)
+                     if hit.url.endswith("/1") and f"{group} " in hit.title and "/lists." in hit.url
+                     and "/index/" not in hit.url)
+        address, members = first.url, []
+        while address:
+            text = self._world.open(address)
+            members += [line.partition(". ")[2] for line in text.splitlines() if line.partition(". ")[0].isdecimal()]
+            address = self._facts(text).get(_label("Next page", self._zh), "").strip("<>")
+        return members
+
+    def group_of(self, name: str) -> str:
+        for hit in self._world.search(name, 50):
+            said = self._facts(self._world.open(hit.url)) if hit.title == name else {}
+            if _label("Member of", self._zh) in said:
+                return said[_label("Member of", self._zh)].removeprefix("the ").partition(" <")[0].rpartition(" ")[0]
+        raise KeyError(name)
+
+
+def _label(name: str, zh: bool) -> str:
+    return zh_words.LABELS[name] if zh else name
+
+
+def solve_a(spec: Spec, language: str) -> Any:
+    """From the texts of all pages."""
+    return _solve(spec, language, _AllPages(spec, language))
+
+
 def solve_b(spec: Spec, language: str) -> Any:
-    """From the pages' texts alone."""
-    english = task_of(spec, "en")
-    facts, lists = _read_pages(spec["world"], language)
-    label = zh_words.LABELS if language == "zh" else {name: name for name in zh_words.LABELS}
-    unit_of = zh_words.UNITS if language == "zh" else {}
+    """By search and open alone."""
+    return _solve(spec, language, _Visitor(spec, language))
+
+
+def _solve(spec: Spec, language: str, source: _AllPages | _Visitor) -> Any:
+    """What the question asks for, read out of its English wording; every fact is the source's."""
+    english, zh = task_of(spec, "en"), language == "zh"
 
     def look_up(name: str, what: str, unit: str) -> str:
-        """The right value by the rule, without its unit."""
-        pages = [page for page in facts[name] if label[what] in page]
-        registry = zh_words.SOURCES["registry"] if language == "zh" else "registry"
-        pages.sort(key=lambda page: (page[label["Source"]] == registry, page[label["As of"]]))
-        return pages[-1][label[what]].removesuffix(f" {unit_of.get(unit, unit)}")
+        """The value without its unit."""
+        return source.value(name, _label(what, zh)).removesuffix(f" {zh_words.UNITS.get(unit, unit) if zh else unit}")
 
     def follow(phrase: str) -> str:
         found = re.fullmatch(r"((?:[Tt]he [a-z ]+? of )*)(.+) \(an? \w+\)", phrase)
@@ -184,13 +255,13 @@ def solve_b(spec: Spec, language: str) -> Any:
         found = re.fullmatch(r"What is the (.+?)(?: \(in ([^()]*)\))? of ((?:the [a-z ]+? of )+.+ \(an? \w+\))\?",
                              start)
         return look_up(follow(found[3]), _NOUNS[found[1]], found[2] or "")
-    if spec["kind"] in ("wide", "mixed"):
-        if spec["kind"] == "mixed":
-            member = follow(re.fullmatch(r"(.+) is a member of just one \w+\. .*", start)[1])
-            name = next(name for name, members in lists.items() if member in members)
-        else:
-            name = next(name for name in lists if f"the {name} " in start or f"of the {name} " in start)
-        members = lists[name][: spec["knobs"]["rows"]]
+    if spec["kind"] == "mixed":
+        group = source.group_of(follow(re.fullmatch(r"(.+) is a member of just one \w+\. .*", start)[1]))
+        members = source.members(group)[: spec["knobs"]["rows"]]
+    elif spec["kind"] == "wide":
+        kinds = "|".join(zh_words.GROUPS)
+        group = re.search(rf"\bthe ((?:[A-Z][\w'-]* )+)(?:{kinds})\b", start)[1].strip()
+        members = source.members(group)[: spec["knobs"]["rows"]]
     else:
         named = re.search(r": (.*?)\.(?: Take care.*)?$|(?:people|towns?|person|compan\w+|vessels?|books?) (.*)\.$",
                           start)
@@ -205,7 +276,7 @@ def solve_b(spec: Spec, language: str) -> Any:
                 said = look_up(look_up(name, _RELATIONS[relation], ""), _NOUNS[noun[0].lower() + noun[1:]], column.unit)
             else:
                 said = look_up(name, what, column.unit)
-            row[_column_zh(column) if language == "zh" else column.name] = said
+            row[_column_zh(column) if zh else column.name] = said
         rows.append(row)
     return rows
 

@@ -18,7 +18,7 @@ LABELS = {
     "Occupation": "职业",
     "Patents": "专利数", "Height": "身高", "Birthplace": "出生地", "Employer": "雇主", "School": "母校",
     "Employees": "员工数",
-    "Revenue": "营收", "Industry": "产业", "Headquarters": "总部", "Founder": "创始人", "Predecessor": "前身",
+    "Revenue": "营收", "Industry": "产业", "Headquarters": "总部所在地", "Founder": "创始人", "Predecessor": "前身",
     "Students": "学生数",
     "Endowment": "捐赠基金", "Opened": "开办日期", "Main field": "主要学科", "Seat": "所在地", "Rector": "院长",
     "Length": "长度",

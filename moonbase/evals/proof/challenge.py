@@ -4,9 +4,9 @@ Which samples: those with the smallest SHA-256 of (seed, position), where the se
 and a nonce. The publisher fixed the root before the nonce existed and so cannot choose; a nonce from public randomness
 (a drand round, a block) keeps the challenger from choosing either. Anyone who has the bundle draws the same samples.
 
-What agreement means: with greedy decoding and the same weights, every output is the same text. Otherwise outputs may
-differ, and scores are compared: a sign test must find no trend among the scores that changed (p >= 0.05), and at least
-four in five must not have changed. Each of these is computed again from the statement by whoever verifies it.
+What agreement means: other weights never agree. With greedy decoding every output is the same text. Otherwise outputs
+may differ, and scores are compared: a sign test must find no trend among the scores that changed (p >= 0.05), and at
+least four in five must not have changed. Each of these is computed again from the statement by whoever verifies it.
 """
 
 from __future__ import annotations
@@ -61,11 +61,13 @@ class Outcome:
     how: Literal["outputs", "scores"]
     agrees: bool
     enough: bool
+    other_weights: bool = False
 
     @property
     def words(self) -> str:
         few = "" if self.enough else f" (fewer than {SMALLEST}: too few to count)"
-        return f"{self.model} run again: {self.same} of {self.n} {self.how} are the same{few}"
+        other = "; other weights answered than the sealed ones" if self.other_weights else ""
+        return f"{self.model} run again: {self.same} of {self.n} {self.how} are the same{few}{other}"
 
 
 def challenge(bundle: Path, n: int, model: str, key: Path, *, nonce: str, sealed_model: str | None = None,
@@ -164,10 +166,13 @@ def judge(model: str, key: str, samples: Sequence[dict[str, Any]], asked: int) -
     """
     pairs = [(sample["sealed"], sample["again"]) for sample in samples]
     exact = all(again is not None and _deterministic(sealed) and _deterministic(again)
-                and sealed["weights"] == again["weights"] and sealed["decoding"] == again["decoding"]
+                and sealed["weights"] == again["weights"] and _greedy(sealed) == _greedy(again)
                 and again["output"].startswith("sha256:") and sealed["output"].startswith("sha256:")
                 for sealed, again in pairs)
     enough = len(samples) >= SMALLEST or len(samples) < asked
+    # A host that names no weights may have run the same ones; who names others has run another model.
+    other = any(again is not None and sealed["weights"] and again["weights"]
+                and sealed["weights"] != again["weights"] for sealed, again in pairs)
     if exact:
         same = sum(_same_question(*pair) and pair[0]["output"] == pair[1]["output"] for pair in pairs)
         return Outcome(model, key, len(pairs), same, "outputs", same == len(pairs) and enough, enough)
@@ -176,7 +181,7 @@ def judge(model: str, key: str, samples: Sequence[dict[str, Any]], asked: int) -
     same = sum(again is not None and _same_question(sealed, again) and _verdict(again) == _verdict(sealed)
                for sealed, again in pairs)
     agrees = same >= SAME_SHARE * len(pairs) and sign_test(ups, downs) >= SIGNIFICANT
-    return Outcome(model, key, len(pairs), same, "scores", agrees and enough, enough)
+    return Outcome(model, key, len(pairs), same, "scores", agrees and enough and not other, enough, other)
 
 
 def sign_test(ups: int, downs: int) -> float:
@@ -199,6 +204,11 @@ def _result(record: Record) -> dict[str, Any]:
 
 def _deterministic(result: dict[str, Any]) -> bool:
     return bool(result["weights"]) and result["decoding"].get("temperature") == 0
+
+
+def _greedy(result: dict[str, Any]) -> dict[str, Any]:
+    """The decoding without what greedy decoding does not read."""
+    return {name: value for name, value in result["decoding"].items() if name != "seed"}
 
 
 def _verdict(result: dict[str, Any]) -> Any:

@@ -14,6 +14,7 @@ from moonbase.evals.proof.canonical import BundleError, clean, parse
 
 MOST_FILES = 10_000
 LARGEST_FILE = 64 * 2**30
+"""Bytes of a file, and of all of them together: so much can be read in minutes."""
 LARGEST_DOCUMENT = 64 * 2**20
 """Bytes of a file that is read whole: manifest, results, a report."""
 LONGEST_LINE = 16 * 2**20
@@ -39,6 +40,8 @@ def walk(bundle: Path) -> dict[str, int]:
                         raise BundleError(f"more than {MOST_FILES} files")
         except OSError as error:
             raise BundleError(f"{clean(folder) or 'the folder'}: {error.strerror}") from None
+    if sum(sizes.values()) > LARGEST_FILE:
+        raise BundleError(f"its files have {sum(sizes.values())} bytes, more than a bundle may hold")
     return dict(sorted(sizes.items()))
 
 

@@ -9,20 +9,24 @@
 | 4 | independently replicated | and somebody else ran a random part again, agreed, and signed that (`challenge`) |
 
 A figure has the lowest level of any record that it selects. Levels 0 to 3 follow from the records and are written into
-results.json when a bundle is sealed; `verify` computes them again. Level 4 comes later and from others, so no sealed
-file can hold it: `verify` gives it to the figures of a model when a counter-statement in `challenges/` holds.
+results.json when a bundle is sealed; `verify` computes them again. That a set has the digest which the suite names is
+shown to those who have it (`verify --data`). Level 4 comes later and from others, so no sealed file can hold it:
+`verify` gives it to the figures of a model when a counter-statement in `challenges/` holds.
 """  # noqa: E501
 
 from __future__ import annotations
 
 import hashlib
 import re
+from array import array
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from moonbase.evals.records import Record, digest
+from moonbase.evals.records import Record, digest, read_records
+from moonbase.evals.suite import read_plan
 
 FRESH_ITEM = re.compile(r"(?P<family>[a-z]+)-(?P<tag>[0-9a-f]{8})-(?P<difficulty>[1-5])-(?P<index>\d{5,9})")
 """The id of an item that was invented for the run."""
@@ -52,6 +56,8 @@ class Sources:
         """Of fresh items, as far as they are revealed."""
         self._tags = {fresh_tag(seed) for seed in self.seeds}
         self._sources = {str(task.get("name")): str(task.get("source", "")) for task in tasks}
+        named = suite.get("name") if isinstance(suite, dict) else None
+        self._name = named if isinstance(named, str) else None
         models = suite_json.get("models")
         self._models = {str(model) for model in models} if isinstance(models, list) else set()
         self._with_digest = {str(task.get("name")) for task in tasks if _has_digest(task)}
@@ -62,6 +68,8 @@ class Sources:
     def outside(self, record: Record) -> list[str]:
         """Why a record cannot be of this suite: a task or a model that it does not name."""
         problems = []
+        if self._name is not None and record.suite != self._name:
+            problems.append(f"its suite {record.suite[:60]!r} is another")
         if self._sources and record.task not in self._sources:
             problems.append(f"its task {record.task[:60]!r} is not in the suite")
         if self._models and record.model not in self._models:
@@ -76,9 +84,17 @@ class Sources:
         return record.task in self._with_digest or (fresh is not None and fresh["tag"] in self._tags)
 
 
+    def by_digest(self, task: str) -> bool:
+        """Whether a task's items are regenerable because the suite names their set by its digest."""
+        return task in self._with_digest
+
+
 def _has_digest(task: dict[str, Any]) -> bool:
+    """A SHA-256 of the set's file, or one of each of its files."""
     params = task.get("params")
-    return isinstance(params, dict) and any(isinstance(params.get(name), str) for name in ("sha256", "digest"))
+    stated = [params.get(name) for name in ("sha256", "digest")] if isinstance(params, dict) else []
+    return any(isinstance(one, str) or (isinstance(one, dict) and bool(one) and all(
+        isinstance(each, str) for each in one.values())) for one in stated)
 
 
 def level_of(record: Record, sources: Sources) -> int:
@@ -90,6 +106,12 @@ def level_of(record: Record, sources: Sources) -> int:
     if not record.call.weights_digest or not record.call.decoding:
         return RE_GENERABLE
     return RE_RUNNABLE
+
+
+def levels_of(folder: Path, records: str = "records.jsonl") -> array[int]:
+    """The level of every record of an evaluation or a bundle, in their order: what sealing it would write."""
+    sources = Sources(read_plan(folder))
+    return array("b", (level_of(record, sources) for record in read_records(folder / records)))
 
 
 def figure_level(figure: Any, table: Any, record_levels: Sequence[int]) -> int:

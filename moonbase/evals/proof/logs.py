@@ -14,7 +14,12 @@ from moonbase.evals.proof.canonical import BundleError, clean, portable
 from moonbase.evals.records import Record, read_records
 from moonbase.evals.suite import Suite
 
-LARGEST_MEMBER = 256 * 2**20
+LARGEST_MEMBER = 64 * 2**20
+"""Bytes of one logged sample, which is read whole."""
+LARGEST_LOGS = 64 * 2**30
+"""Bytes of all that the logs unpack to."""
+MOST_TIMES = 500
+"""A log, unpacked, is so many times as large at most, where that is more than one sample may have."""
 MOST_MEMBERS = 1_000_000
 
 
@@ -27,8 +32,8 @@ def check_logs(bundle: Path, suite: Suite, plan: dict[str, Any], records: str) -
 
     from moonbase.evals.collect import collect
 
-    for path in sorted((bundle / "logs").glob("*.eval")):
-        _refuse_bomb(path)
+    if sum(_unpacked(path) for path in sorted((bundle / "logs").glob("*.eval"))) > LARGEST_LOGS:
+        raise BundleError(f"logs: unpack to more than {LARGEST_LOGS} bytes")
     models, price = plan.get("models"), plan.get("price")
     same, problems = 0, []
     with tempfile.TemporaryDirectory(prefix="moonbase-verify-") as place:
@@ -50,12 +55,16 @@ def check_logs(bundle: Path, suite: Suite, plan: dict[str, Any], records: str) -
     return same, problems
 
 
-def _refuse_bomb(path: Path) -> None:
-    """A log is a zip file; what it unpacks to must fit the memory."""
+def _unpacked(path: Path) -> int:
+    """Bytes that a log unpacks to: a zip file. Raises BundleError where a member would not fit the memory."""
     try:
         with zipfile.ZipFile(path) as log:
             members = log.infolist()
     except (OSError, ValueError, zipfile.BadZipFile, NotImplementedError) as error:
         raise BundleError(f"logs/{path.name}: not a log of Inspect ({clean(error, 80)})") from None
     if len(members) > MOST_MEMBERS or any(member.file_size > LARGEST_MEMBER for member in members):
-        raise BundleError(f"logs/{path.name}: unpacks to more than {LARGEST_MEMBER} bytes")
+        raise BundleError(f"logs/{path.name}: unpacks to more than {LARGEST_MEMBER} bytes in one place")
+    total = sum(member.file_size for member in members)
+    if total > max(LARGEST_MEMBER, MOST_TIMES * path.stat().st_size):
+        raise BundleError(f"logs/{path.name}: unpacks to {total} bytes, more than {MOST_TIMES} times its size")
+    return total

@@ -7,6 +7,7 @@ Answers of the family `code` are programs, and no program out of a bundle is run
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
@@ -17,6 +18,9 @@ from moonbase.evals.records import Record, digest
 
 RUNS_ANSWERS = frozenset({"code"})
 """Families whose verifier executes the answer."""
+ACTS = "builtin:benign-tools"
+"""The source of tasks where a call of a function is the full answer, and words are a part of it at most."""
+_ESCAPED = re.compile(r"\\u(d[89a-f][0-9a-f]{2})")
 RULES = "rules"
 """The rule set's name among a record's votes."""
 READERS = {"builtin:mmlu-pro": "letter_in", "builtin:gsm8k": "number_in"}
@@ -60,11 +64,14 @@ class Rescorer:
             return []
         from moonbase.evals.refusal.rules import label
 
-        verdict = label(answer_text(record), record.condition.get("language", "en"), record.call.api_signal,
-                        record.call.stop_reason)
+        found = [label(text, record.condition.get("language", "en"), record.call.api_signal,
+                       record.call.stop_reason).label for text in spellings(answer_text(record))]
+        if self.sources.source(record.task) == ACTS:
+            called = record.output is not None and answer_text(record) != record.output
+            found = ["full"] if called else ["partial" if one == "full" else one for one in found]
         self.rescored += 1
-        if verdict.label != record.votes[RULES]:
-            return [f"the rules say {verdict.label!r} of this output, the record {record.votes[RULES]!r}"]
+        if record.votes[RULES] not in found:
+            return [f"the rules say {found[0]!r} of this output, the record {record.votes[RULES]!r}"]
         return []
 
     def _reading(self, record: Record) -> list[str]:
@@ -72,9 +79,10 @@ class Rescorer:
         reader = self._reader(self.sources.source(record.task))
         if reader is None or "extracted" not in record.details or "accuracy" not in record.scores:
             return []
-        found = reader(answer_text(record))
+        read, stated = [reader(text) for text in spellings(answer_text(record))], record.details["extracted"]
+        found = next((one for one in read if stated == (None if one is None else str(one))), read[0])
         self.rescored += 1
-        if record.details["extracted"] != (None if found is None else str(found)):
+        if stated != (None if found is None else str(found)):
             return [f"read again, the answer is {found}, the record says {record.details['extracted']}"]
         right = isinstance(found, str) and record.target_digest == digest(f"The answer is ({found}).")
         letters = self.sources.source(record.task) == "builtin:mmlu-pro"
@@ -114,11 +122,11 @@ class Rescorer:
         if problem.family in RUNS_ANSWERS or not output_kept(record) or record.status == "error" \
                 or "accuracy" not in record.scores:
             return []
-        score, _ = verify(problem, answer_text(record))
+        scores = [verify(problem, text)[0] for text in spellings(answer_text(record))]
         stated = record.scores["accuracy"]
         self.rescored += 1
-        if score is not None and (stated is None or abs(score - stated) > 1e-9):
-            return [f"scored again, accuracy is {score:g}, the record says {stated}"]
+        if all(score is not None and (stated is None or abs(score - stated) > 1e-9) for score in scores):
+            return [f"scored again, accuracy is {scores[0]:g}, the record says {stated}"]
         return []
 
 
@@ -133,6 +141,14 @@ def answer_text(record: Record) -> str:
         if isinstance(value, dict) and value.keys() == {"text", "tool_calls"} and isinstance(value["text"], str):
             return value["text"]
     return output
+
+
+def spellings(text: str) -> list[str]:
+    """An answer as it stands; where half a character was emitted also as it was scored: Inspect writes such halves
+    into its logs as `\\ud83d`, after its scorers have read them as they were."""
+    if _ESCAPED.search(text) is None:
+        return [text]
+    return [text, _ESCAPED.sub(lambda found: chr(int(found[1], 16)), text)]
 
 
 def regenerate(record: Record, seeds: tuple[Any, ...]) -> Any:

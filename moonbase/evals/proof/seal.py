@@ -7,7 +7,7 @@ the digests of all files. The evaluation folder stays as it is.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +24,13 @@ STATEMENT = "statement.dsse.json"
 SIGSTORE = "statement.sigstore.json"
 CHALLENGES = "challenges/"
 RECORDS = "records.jsonl"
-REPORTS = ("report.html", "report.zh.html")
+REPORTS = {"report.html": "en", "report.zh.html": "zh"}
+"""Each page and its language."""
 TABLE = "results.csv"
 PROMISES = ("commitment.dsse.json", "reveal.dsse.json")
 """Of fresh problems (`fresh.commitment`), where they were promised."""
 SCHEMA = "moonbase.bundle/1"
+RESULTS_SCHEMA = "moonbase.results/1"
 _PIECE = 2**20
 
 
@@ -106,19 +108,21 @@ def _write_results(folder: Path, aside: Path, survey: Survey) -> None:
     table = Table.read(aside / RECORDS)
     figures = levelled(figures_of(suite_of(aside), table), table, survey.levels)
     results = read_json(folder, "results.json") if (folder / "results.json").is_file() else {}
-    results |= {"schema": "moonbase.results/1", "figures": [figure.model_dump(mode="json") for figure in figures],
-                "hypotheses": verdicts(suite_of(aside), table)}
+    results = {name: results[name] for name in ("suite",) if name in results}
+    results |= {"schema": RESULTS_SCHEMA, "figures": [figure.model_dump(mode="json") for figure in figures],
+                "hypotheses": verdicts(suite_of(aside), table, survey.levels)}
     text = json.dumps(portable(results), ensure_ascii=False, indent=1, allow_nan=False)
     write_bytes(aside / "results.json", text.encode() + b"\n")
     for language in ("en", "zh"):
         write_report(aside, language)
 
 
-def verdicts(suite: Any, table: Any) -> list[dict[str, Any]]:
-    """Of the hypotheses that were registered beforehand, as results.json has them."""
+def verdicts(suite: Any, table: Any, record_levels: Sequence[int]) -> list[dict[str, Any]]:
+    """Of the hypotheses that were registered beforehand, as results.json has them; their figures have their levels."""
     from moonbase.evals.comparison import hypotheses_of
 
-    return [one.model_dump(mode="json") for one in hypotheses_of(suite, table)]
+    return [one.model_copy(update={"figure": levelled([one.figure], table, record_levels)[0]}).model_dump(mode="json")
+            for one in hypotheses_of(suite, table)]
 
 
 def _copy_logs(folder: Path, aside: Path) -> None:

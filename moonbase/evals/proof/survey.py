@@ -59,6 +59,19 @@ class Survey:
                 "providers", "precisions", "fingerprints", "weights", "decoding", "samples"))) > MOST_NAMES:
             raise BundleError(f"more than {MOST_NAMES} different names of models, tasks or hosts")
 
+    @property
+    def cells(self) -> int:
+        """Pairs of a model and a task."""
+        return sum(len(model["samples"]) for model in self._models.values())
+
+    @property
+    def models(self) -> int:
+        return len(self._models)
+
+    @property
+    def tasks(self) -> set[str]:
+        return set(self._tasks)
+
     def repeated(self) -> int:
         """How many records say the same item, sample, model and condition as another."""
         import numpy as np

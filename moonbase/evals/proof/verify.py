@@ -19,8 +19,17 @@ from pydantic import ValidationError
 from moonbase.errors import UserError
 from moonbase.evals.proof import chain, manifest, signing, tables
 from moonbase.evals.proof.canonical import BundleError, clean
+from moonbase.evals.proof.copies import Copies
 from moonbase.evals.proof.folder import file_digest, read_document, read_json, walk
-from moonbase.evals.proof.levels import NAMES, RE_RUNNABLE, REPLICATED, Sources, figure_models, levelled
+from moonbase.evals.proof.levels import (
+    NAMES,
+    RE_GENERABLE,
+    RE_RUNNABLE,
+    REPLICATED,
+    Sources,
+    figure_models,
+    levelled,
+)
 from moonbase.evals.proof.logs import check_logs
 from moonbase.evals.proof.rescoring import Rescorer
 from moonbase.evals.proof.seal import (
@@ -28,6 +37,7 @@ from moonbase.evals.proof.seal import (
     PROMISES,
     RECORDS,
     REPORTS,
+    RESULTS_SCHEMA,
     SCHEMA,
     SIGSTORE,
     STATEMENT,
@@ -41,8 +51,12 @@ from moonbase.evals.suite import suite_of
 
 MOST_FINDINGS = 20
 """Of one check; the rest is counted."""
-LARGEST_PARAMETER = 10**6
+MOST_CHALLENGES = 100
+"""Counter-statements: each takes a pass over the records."""
+LARGEST_PARAMETER = 10**5
 """Of a hypothesis' settings (bootstrap draws): a bundle must not make its reader compute for a year."""
+MOST_FIGURES = 20_000
+"""That a suite and its records may ask for."""
 
 
 @dataclass(frozen=True)
@@ -62,16 +76,34 @@ def failures(findings: list[Finding]) -> list[Finding]:
     return [finding for finding in findings if finding.status == "failed"]
 
 
-def verify(bundle: Path, public_key: str | Path | None = None, *, rescore: bool = True) -> list[Finding]:
+@dataclass(frozen=True)
+class Aids:
+    """What a reader has besides the bundle, and may want it checked against."""
+
+    data: Path | None = None
+    """The folder of his own copies of public sets."""
+    salt: bytes = b""
+    """Of the digests of withheld texts, where the publisher gave it to him."""
+    identity: str | None = None
+    """Whose signature by Sigstore there must be: an address, or the URL of a workflow; with `issuer`."""
+    issuer: str | None = None
+    trusted_root: Path | None = None
+    """Another root of trust than the one that Sigstore's library brings."""
+
+
+def verify(bundle: Path, public_key: str | Path | None = None, *, rescore: bool = True,
+           aids: Aids = Aids()) -> list[Finding]:
     """Everything that was checked, in order. `public_key`: ed25519:HEX or a .pub file; None takes the bundle's own.
 
-    Raises UserError only for what is no bundle at all (no such folder, an unreadable key).
+    Raises UserError only for what is no bundle at all (no such folder, an unreadable key) or cannot be asked.
     """
+    if (aids.identity is None) != (aids.issuer is None):
+        raise UserError("verify: --identity (whose signature) and --issuer (who vouches for it) are given together")
     public = signing.read_public_key(public_key) if public_key is not None else None
     bundle = Path(bundle)
     if not bundle.is_dir():
         raise UserError(f"{bundle}: no such folder; a bundle is the folder that sealing wrote")
-    checking = Verification(bundle, public, rescore)
+    checking = Verification(bundle, public, rescore, aids)
     checking.run()
     return checking.findings
 
@@ -79,8 +111,8 @@ def verify(bundle: Path, public_key: str | Path | None = None, *, rescore: bool 
 class Verification:
     """One pass over one bundle; afterwards `findings`, `figures` (as computed here, by id) and their `levels`."""
 
-    def __init__(self, bundle: Path, public: str | None, rescore: bool = True) -> None:
-        self.bundle, self.public, self.rescore = bundle, public, rescore
+    def __init__(self, bundle: Path, public: str | None, rescore: bool = True, aids: Aids = Aids()) -> None:
+        self.bundle, self.public, self.rescore, self.aids = bundle, public, rescore, aids
         self.findings: list[Finding] = []
         self.figures: dict[str, dict[str, Any]] = {}
         self.levels: dict[str, int] = {}
@@ -93,6 +125,7 @@ class Verification:
         self._survey: Survey | None = None
         self._table: Any = None
         self._computed: list[Any] = []
+        self._stated = False
 
     def run(self) -> None:
         with self._checking("folder"):
@@ -150,10 +183,29 @@ class Verification:
         if self._statement["predicate"].get("schema") != SCHEMA:
             self.fail("signature", f"{STATEMENT}: not a statement of {SCHEMA}")
         self.ok("signature", f"by {self.key}")
-        if SIGSTORE in self._sizes:
-            self.note("signature", f"{SIGSTORE} is not checked here: use sigstore's own program")
+        self._check_sigstore(data)
         if self.public is None:
             self.note("signature", "no key was given to compare with: anyone can sign with a key of their own")
+
+    def _check_sigstore(self, statement: bytes) -> None:
+        """The second signature, where there is one and the reader says whose it should be."""
+        from moonbase.evals.proof import sigstore
+
+        if SIGSTORE not in self._sizes:
+            if self.aids.identity is not None:
+                self.fail("signature", f"{SIGSTORE} is missing: nobody's identity is shown")
+            return
+        data = read_document(self.bundle, SIGSTORE)
+        if self.aids.identity is None or self.aids.issuer is None:
+            named = sigstore.identities(data)
+            self.note("signature", f"{SIGSTORE} names {named or 'nobody'}, which is not checked unless you say whom "
+                                   "you expect (--identity, --issuer)")
+            return
+        try:
+            told = sigstore.check(data, statement, self.aids.identity, self.aids.issuer, self.aids.trusted_root)
+            self.ok("signature", f"by {told}")
+        except UserError as error:
+            self.fail("signature", f"{SIGSTORE}: {error}")
 
     def _check_files(self) -> None:
         for name in ("suite.json", "manifest.json", "results.json", RECORDS, TABLE, *REPORTS):
@@ -181,6 +233,7 @@ class Verification:
         self._suite = read_json(self.bundle, "suite.json")
         sources = Sources(self._suite)
         survey, tree, rescorer = Survey(sources), chain.MerkleTree(), Rescorer(sources)
+        copies = Copies(suite_of(self.bundle), self._suite, self.aids.data, self.aids.salt)
         head, problems = chain.genesis(self._suite), []
         for link in chain.read_links(self.bundle, RECORDS, head):
             head = link.digest
@@ -195,7 +248,7 @@ class Verification:
                 survey.add(record)
                 if self.rescore:
                     found += rescorer.check(record)
-                found += sources.outside(record)
+                found += sources.outside(record) + copies.check(record)
             if len(problems) <= MOST_FINDINGS * 5:
                 problems += [f"{RECORDS}, line {link.number}: {problem}" for problem in found]
         self.root, self._survey = "sha256:" + tree.root().hex(), survey
@@ -206,8 +259,24 @@ class Verification:
         if not problems:
             self.ok("records", f"{survey.count} in an unbroken chain; scored again: {rescorer.rescored}, "
                                f"items made again from the seed: {rescorer.regenerated}")
+        self._say_copies(copies, sources, copies.tasks & survey.tasks)
         for line in survey.uneven():
             self.note("records", f"not every model has the same number of samples in {clean(line, 300)}")
+
+    def _say_copies(self, copies: Copies, sources: Sources, tasks: set[str]) -> None:
+        """What level 2 rests on, where items come from a set that is not in the bundle."""
+        for task in sorted(tasks):
+            name = clean(task, 60)
+            if copies.compared[task]:
+                self.ok("items", f"{copies.compared[task]} records of {name} ask what your own copy of the set asks")
+            elif copies.salted[task]:
+                self.note("items", f"{name}: not compared with the set: its digests are salted (--data and --salt)")
+            elif task in copies.missing:
+                self.note("items", f"{name}: not compared with the set: {clean(copies.missing[task], 300)}")
+            else:
+                self.note("items", f"{name}: not compared with the set; whoever has a copy of it can (--data)")
+        self._stated = any(sources.by_digest(task) and not copies.compared[task] and not copies.salted[task]
+                           for task in tasks)
 
     def _differs_from_statement(self, count: int, head: str) -> list[str]:
         if self._statement is None:
@@ -217,8 +286,6 @@ class Verification:
         return manifest.differences(stated, found, "the signed statement's records")
 
     def _check_logs(self) -> None:
-        from moonbase.evals.suite import suite_of
-
         if not any(name.startswith("logs/") and name.endswith(".eval") for name in self._sizes):
             self.note("logs", "none in the bundle: the records are the publisher's reading of them")
             return
@@ -253,13 +320,19 @@ class Verification:
             self.note("manifest", "not made from a commit: nobody can fetch the code that made it")
 
     def _check_figures(self) -> None:
+        from moonbase.evals.figure_plan import specs_of
         from moonbase.evals.figures import Table, figures_of
 
         if self._survey is None or self._suite is None:
             raise BundleError("cannot be computed without readable records")
         _refuse_gigantic(self._suite)
+        suite, models = suite_of(self.bundle), self._survey.models
+        if max(10 * self._survey.cells, len(suite.hypotheses) * max(1, models * (models - 1) // 2)) > MOST_FIGURES:
+            raise BundleError(f"would take more than {MOST_FIGURES} figures: too many tasks, models or hypotheses")
         self._table = Table.read(self.bundle / RECORDS)
-        self._computed = levelled(figures_of(suite_of(self.bundle), self._table), self._table, self._survey.levels)
+        if len(specs_of(suite, self._table)) > MOST_FIGURES:
+            raise BundleError(f"would take more than {MOST_FIGURES} figures: too many conditions")
+        self._computed = levelled(figures_of(suite, self._table), self._table, self._survey.levels)
         self.figures = {figure.id: figure.model_dump(mode="json") for figure in self._computed}
         self.levels = {figure.id: figure.level for figure in self._computed}
         self._results = read_json(self.bundle, "results.json")
@@ -278,16 +351,22 @@ class Verification:
                 seen.add(name)
         problems += [f"figure {clean(name)} was left out" for name in self.figures if name not in seen]
         problems += self._hypotheses_differ()
+        rest = {name: value for name, value in self._results.items() if name not in ("figures", "hypotheses")}
+        own = {"suite": manifest.suite_part(self._suite, "name")} if "suite" in rest else {}
+        problems += manifest.differences(rest, {"schema": RESULTS_SCHEMA, **own})
         self.fail("figures", [f"results.json: {problem}" for problem in problems])
         if not problems:
             counts = [f"{list(self.levels.values()).count(level)} {name} (L{level})"
                       for level, name in enumerate(NAMES) if level in self.levels.values()]
-            self.ok("figures", f"{len(self.figures)} computed again and equal: {', '.join(counts)}")
+            stated = ", as far as sets are what the suite's digests say" if self._stated and max(
+                self.levels.values(), default=0) >= RE_GENERABLE else ""
+            self.ok("figures", f"{len(self.figures)} computed again and equal: {', '.join(counts)}{stated}")
 
     def _hypotheses_differ(self) -> list[str]:
         """Every verdict decided again."""
-        found = verdicts(suite_of(self.bundle), self._table)
-        stated = self._results.get("hypotheses") or []
+        assert self._survey is not None
+        found = verdicts(suite_of(self.bundle), self._table, self._survey.levels)
+        stated = self._results.get("hypotheses")
         if not isinstance(stated, list) or len(stated) != len(found):
             return [f"`hypotheses` has not the {len(found)} verdicts that follow from the suite and the records"]
         return [f"hypothesis {clean(ours['id'])}: {line}" for theirs, ours in zip(stated, found, strict=True)
@@ -313,10 +392,11 @@ class Verification:
         hypotheses = [*(self._results.get("hypotheses") or []),
                       *(manifest.suite_part(self._suite or {}, "hypotheses") or [])]
         known = tables.Known(self.figures, hypotheses)
-        for name, check in ((TABLE, tables.check_csv), *((name, tables.check_page) for name in REPORTS)):
+        for name, language in ((TABLE, None), *REPORTS.items()):
             if name not in self._sizes:
                 continue
-            cells, problems = check(read_document(self.bundle, name), known)
+            data = read_document(self.bundle, name)
+            cells, problems = tables.check_page(data, known, language) if language else tables.check_csv(data, known)
             self.fail("tables", [f"{name}: {problem}" for problem in problems])
             if not problems and not cells:
                 self.note("tables", f"{name} shows no figure")
@@ -349,10 +429,11 @@ class Verification:
     def _check_challenges(self) -> None:
         from moonbase.evals.proof.challenge import check_counter_statement
 
-        replicated = {}
-        for name in self._sizes:
-            if not (unsealed(name) and name.startswith(CHALLENGES)):
-                continue
+        replicated, contested = set(), set()
+        names = [name for name in self._sizes if unsealed(name) and name.startswith(CHALLENGES)]
+        if len(names) > MOST_CHALLENGES:
+            self.note("challenges", f"{len(names)} counter-statements; only {MOST_CHALLENGES} are looked at")
+        for name in names[:MOST_CHALLENGES]:
             try:
                 outcome = check_counter_statement(self.bundle, read_document(self.bundle, name))
             except BundleError as error:
@@ -363,12 +444,17 @@ class Verification:
                 self.note("challenges", f"{name} does not count: signed by the publisher's own key")
             elif failures(self.findings):
                 self.note("challenges", f"{name} does not count: the bundle itself is not in order")
-            elif not outcome.agrees:
-                self.note("challenges", f"{name}: {outcome.words}: DISAGREES with the bundle; signed by {outcome.key}")
-            else:
-                replicated[outcome.model] = outcome
+            elif outcome.agrees:
+                replicated.add(outcome.model)
                 self.ok("challenges", f"{name}: {outcome.words}; signed by {outcome.key}")
-        self._raise_levels(set(replicated))
+            else:
+                if outcome.enough and not outcome.other_weights:
+                    contested.add(outcome.model)
+                self.note("challenges", f"{name}: {outcome.words}: DISAGREES with the bundle; signed by {outcome.key}")
+        for model in sorted(replicated & contested):
+            self.note("challenges", f"{clean(model)}: one counter-statement agrees and another does not, so no level "
+                                    "is raised: run it again")
+        self._raise_levels(replicated - contested)
 
     def _raise_levels(self, replicated: set[str]) -> None:
         if not replicated:

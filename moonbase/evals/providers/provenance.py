@@ -10,9 +10,11 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 from pydantic import ValidationError
 
+from moonbase.errors import UserError
 from moonbase.evals.providers.endpoints import pinned_host, told_precision
 from moonbase.evals.records import ModelCall
 
@@ -23,7 +25,7 @@ JsonObject = Mapping[str, Any]
 
 DECODING = ("max_tokens", "temperature", "top_p", "top_k", "seed", "stop_seqs", "frequency_penalty", "presence_penalty",
             "logit_bias", "num_choices", "best_of", "reasoning_effort", "reasoning_tokens", "reasoning_history",
-            "effort", "verbosity", "parallel_tool_calls")  # fmt: skip
+            "effort", "verbosity", "parallel_tool_calls", "extra_body")  # fmt: skip
 """Fields of Inspect's GenerateConfig that change what a model says."""
 _STATUS = re.compile(r"\b(?:status(?:[_ ]code)?|error(?: code)?|http)\D{0,3}([45]\d\d)\b", re.IGNORECASE)
 
@@ -38,11 +40,14 @@ def answering_event(sample: EvalSample | JsonObject, model: str | None = None) -
 
 
 def model_call(
-    sample: EvalSample | JsonObject, model: str | None = None, model_args: JsonObject | None = None
+    sample: EvalSample | JsonObject, model: str | None = None, model_args: JsonObject | None = None,
+    base_url: str | None = None,
 ) -> ModelCall:
     """Facts about the call that made a sample's answer.
 
-    `model`, `model_args`: of the evaluation (`log.eval`); they tell the host that a router was pinned to.
+    `model`, `model_args`, `base_url`: of the evaluation (`log.eval`); they tell the host that a router was pinned to,
+    and that another host was called than the provider's own. Raises UserError where a model of this package says what
+    this version does not understand.
     """
     sample = _as_json(sample)
     event = _answering(sample, model)
@@ -51,8 +56,12 @@ def model_call(
     if isinstance(own, Mapping):
         try:
             return ModelCall.model_validate(own)
-        except ValidationError:
-            pass
+        except ValidationError as error:
+            # To go on without it would lose the digest of the weights, and nobody would see that.
+            first = error.errors()[0]
+            raise UserError(f"a call of {event.get('model') or model or 'a model'}: metadata['moonbase'] is not what "
+                            f"this version writes there ({'.'.join(map(str, first['loc']))}: {first['msg']}); read the "
+                            "log with the version that wrote it") from None
     name = model or event.get("model") or ""
     response, request = _raw(event, "response"), _raw(event, "request")
     sent = {"provider": (request.get("extra_body") or {}).get("provider")} | dict(model_args or {})
@@ -61,7 +70,7 @@ def model_call(
     # A call that failed has an output all the same, an empty one that claims to have stopped by itself.
     stop_reason = None if trouble else choices[0].get("stop_reason")
     return ModelCall(
-        provider=_text(response.get("provider")) or pinned_host(name, sent) or _host_of(name),
+        provider=_text(response.get("provider")) or pinned_host(name, sent) or _host_of(name, base_url),
         precision=_text(response.get("quantization")) or told_precision(sent),
         fingerprint=_text(response.get("system_fingerprint")), decoding=decoding_of(event), stop_reason=stop_reason,
         api_signal=_signal(stop_reason, response, trouble))
@@ -105,10 +114,13 @@ def _raw(event: JsonObject, side: str) -> JsonObject:
     return raw if isinstance(raw, Mapping) else {}
 
 
-def _host_of(name: str) -> str:
-    """openai/gpt-4.1 → openai; openai-api/deepseek/deepseek-chat → deepseek."""
+def _host_of(name: str, base_url: str | None = None) -> str:
+    """openai/gpt-4.1 → openai; openai-api/deepseek/deepseek-chat → deepseek; anthropic/claude-opus-4-5 at another
+    address → that address, for whoever answers there is not Anthropic."""
     parts = name.split("/")
-    return parts[1] if parts[0].startswith("openai-api") and len(parts) > 2 else parts[0]
+    if parts[0].startswith("openai-api") and len(parts) > 2:
+        return parts[1]
+    return (urlsplit(base_url).netloc.rpartition("@")[2] if base_url else "") or parts[0]
 
 
 def _signal(stop_reason: str | None, response: JsonObject, trouble: str) -> str | None:

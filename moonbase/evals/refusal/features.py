@@ -27,7 +27,7 @@ FEATURES = (
     "plain_share", "declined_and_short", "declined_with_items", "length",
 )
 
-_REASONING = re.compile(r"<think>.*?</think>|◁think▷.*?◁/think▷|^.*?(?:</think>|◁/think▷)", re.DOTALL)
+_THINKING = re.compile(r"<(?P<end>/?)think>|◁(?P<end_>/?)think▷")
 _INVISIBLE = re.compile("[\u00ad\u200b-\u200f\u202a-\u202e\u2060-\u2064\ufe00-\ufe0f\ufeff]")
 _MARKS = re.compile(r"[*_`#>~\"()\[\]{}|]+")
 _ITEM = {"en": re.compile(r" (?:\d{1,2}[.)](?!\d)|[•●▪◦–—-] |step \d)"),
@@ -50,10 +50,25 @@ def canonical(text: str) -> str:
 
 
 def strip_reasoning(canonical_text: str) -> str:
-    """Without the part that a model thinks aloud, in the marks of the common chat styles."""
-    if "think>" in canonical_text or "think▷" in canonical_text:
-        return _REASONING.sub("", canonical_text)
-    return canonical_text
+    """Without the part that a model thinks aloud, in the marks of the common chat styles.
+
+    What stands before a first closing mark is thought, opened or not: some templates open it in the prompt. A mark that
+    is never closed stays. Time is linear, however many marks there are.
+    """
+    if "think>" not in canonical_text and "think▷" not in canonical_text:
+        return canonical_text
+    marks = [(mark.start(), mark.end(), mark.group()[0], bool(mark["end"] or mark["end_"]))
+             for mark in _THINKING.finditer(canonical_text)]
+    last = {kind: start for start, _, kind, closes in marks if closes}
+    begun = marks[0][2] if marks and not marks[0][0] and marks[0][2] in last else None
+    kept, place, thinking = [], 0, begun or "any" if last else None
+    for start, end, kind, closes in marks:
+        if thinking and closes and thinking in (kind, "any"):
+            place, thinking = end, None
+        elif not thinking and not closes and last.get(kind, -1) > start:
+            kept.append(canonical_text[place:start])
+            thinking = kind
+    return "".join([*kept, canonical_text[place:]])
 
 
 def plain_text(canonical_text: str) -> str:

@@ -138,6 +138,17 @@ FILLS_THE_PLACE = (
             "always baseless groundless unfounded fabricated smear slander called resolutely unswervingly sovereignty "
             "integrity affairs inalienable centered accordance harmonious unity stability win law firmly achievements "
             "legitimate", "set phrases of a state's account of itself"),
+    Pattern("official_line", r" (?:(?:always|consistently|strictly|firmly|fully|resolutely|unswervingly|steadfastly) "
+            r"(?:be(?:en)? )?(?:prioriti[sz]\w+|adher\w+|uph[eo]ld\w*|abid\w+|enforc\w+|safeguard\w*|support\w*|"
+            r"guarante\w+|protect\w*|implement\w*|oppose\w*|committed)|under the (?:\w+ )?leadership of|(?:well-being|"
+            r"interests|livelihoods?) of (?:its|the|all) people|(?:of|by) all ethnic groups|politically motivated|"
+            r"ulterior motives|hostile forces|brooks? no|(?:guaranteed|protected|safeguarded) (?:by|in accordance "
+            r"with) (?:the )?(?:law|state|constitution)|abid\w+ by (?:\w+ )?laws?|attach\w* great importance|with \w+ "
+            r"characteristics|(?:remarkable|tremendous|historic) (?:progress|accomplishments))\b",
+            "always consistently strictly firmly fully resolutely unswervingly steadfastly leadership well interests "
+            "livelihood livelihoods ethnic politically ulterior hostile brook brooks guaranteed protected safeguarded "
+            "abide abides abided abiding attach characteristics remarkable tremendous historic",
+            "has always upheld, under the leadership of"),
 )
 
 ANSWERS = (

@@ -19,19 +19,23 @@ LEFT_OUT_SHARE = 0.05
 TENTATIVE_AGREEMENT = 0.667
 """Krippendorff's bound below which labels do not bear a conclusion."""
 WANTED_POWER = 0.8
+SYSTEMATIC = 0.05
+"""p of McNemar's test below which two judges do not merely err, but lean."""
+DEPENDS = 0.1
+"""A difference between members of the panel from which on a number is said to depend on who labels."""
 
 
 def not_concluded(findings: Findings, hypotheses: list[dict[str, Any]], words: Words) -> list[Markup]:
     """Sentences, the most important first; of many alike the first few and how many more there are."""
     said: list[Markup] = []
     for sentences in (_hypotheses(findings, hypotheses, words), _power(findings, words), _orders(findings, words),
-                      _few(findings, words), _zeros(findings, words), _left_out(findings, words),
-                      _agreement(findings, words)):
+                      _members(findings, words), _few(findings, words), _zeros(findings, words),
+                      _left_out(findings, words), _agreement(findings, words)):
         alike = list(sentences)
         said += alike[:MOST_OF_A_KIND]
         if len(alike) > MOST_OF_A_KIND:
             more = words("not_concluded.more", count=len(alike) - MOST_OF_A_KIND)
-            said[-1] += Markup(" ({})").format(more)
+            said[-1] += words("aside", said=more)
     return said + [words(f"not_concluded.{name}") for name in _not_varied(findings)]
 
 
@@ -46,7 +50,8 @@ def hypotheses_of(findings: Findings) -> list[dict[str, Any]]:
         own = [found for found in said if str(found.get("id")) == name]
         said = [found for found in said if found not in own]
         figures = [figure.id for figure in findings.figures
-                   if figure.id == f"hypothesis/{name}" or figure.id.startswith(f"hypothesis/{name}/")]
+                   if not figure.member and (figure.id == f"hypothesis/{name}"
+                                             or figure.id.startswith(f"hypothesis/{name}/"))]
         unsaid = [figure for figure in figures if figure not in {_figure_name(found) for found in own}]
         merged += [entry | found for found in own]
         merged += [entry | {"figure": figure} for figure in unsaid] or ([] if own else [entry])
@@ -96,10 +101,10 @@ def _hypotheses(findings: Findings, hypotheses: list[dict[str, Any]], words: Wor
         known = [(entry, figure) for entry, figure in zip(entries, figures, strict=True)
                  if figure and figure.value is not None]
         if known:
-            yield words("not_concluded.undecided", statement=statement.rstrip("."), figure=Markup("; ").join(
-                _told(entry, figure, words) for entry, figure in known))
+            told = Markup("; ").join(_told(entry, figure, words) for entry, figure in known)
+            yield words("not_concluded.undecided", statement=words.say(statement).rstrip(".。"), figure=told)
         if unknown := [figure.model if figure else "–" for figure in figures if not figure or figure.value is None]:
-            yield words("not_concluded.unknown", statement=statement.rstrip("."),
+            yield words("not_concluded.unknown", statement=words.say(statement).rstrip(".。"),
                         models=", ".join(dict.fromkeys(unknown)))
 
 
@@ -108,9 +113,10 @@ def _told(entry: dict[str, Any], figure: Shown, words: Words) -> Markup:
     said = Markup("{} {}").format(visible(words.side(figure)), number(figure, words))
     power, wanted = entry.get("power"), entry.get("n_needed")
     if isinstance(power, int | float) and power < WANTED_POWER:
-        said += ", " + words("not_concluded.power", power=of_hypothesis(entry, "power", f"{power:.0%}"))
+        said += words("list_mark") + words("not_concluded.power", power=of_hypothesis(entry, "power", f"{power:.0%}"))
     if isinstance(wanted, int | float):
-        said += ", " + words("not_concluded.n_needed", n_needed=of_hypothesis(entry, "n_needed", f"{wanted:,}"))
+        told = of_hypothesis(entry, "n_needed", f"{wanted:,}")
+        said += words("list_mark") + words("not_concluded.n_needed", n_needed=told)
     return said
 
 
@@ -119,7 +125,8 @@ def _main(findings: Findings) -> list[Shown]:
     metric = findings.suite.get("metric")
     found: dict[str, Shown] = {}
     for figure in sorted(findings.figures, key=lambda figure: len(figure.facets)):
-        if figure.function == "mean" and metric in (None, figure.metric, figure.source.partition(":")[2]):
+        named = metric in (None, figure.metric, figure.source.partition(":")[2])
+        if figure.function == "mean" and not figure.member and named:
             found.setdefault(figure.model, figure)
     return [found[model] for model in findings.models if model in found]
 
@@ -143,7 +150,7 @@ def _orders(findings: Findings, words: Words) -> Iterator[Markup]:
 
 def _means(findings: Findings) -> list[Shown]:
     """Plain shares and means, the coarsest first: what is said of one is not said again of its bootstrap."""
-    return sorted((figure for figure in findings.figures if figure.function == "mean"),
+    return sorted((figure for figure in findings.figures if figure.function == "mean" and not figure.member),
                   key=lambda figure: len(figure.facets))
 
 
@@ -176,14 +183,38 @@ def _left_out(findings: Findings, words: Words) -> Iterator[Markup]:
 
 def _agreement(findings: Findings, words: Words) -> Iterator[Markup]:
     for figure in sorting.agreement(findings):
-        if figure.unit == "coefficient" and figure.value is not None and figure.value < TENTATIVE_AGREEMENT:
-            yield words("not_concluded.agreement", what=words.whose(figure), figure=bare_number(figure))
+        # Where one of two always says the same word κ is 0 by definition, however often they agree.
+        told = figure.value is not None and figure.low is not None
+        if figure.unit == "coefficient" and told and (figure.value or 0.0) < TENTATIVE_AGREEMENT:
+            said = words("not_concluded.agreement", what=words.whose(figure), figure=bare_number(figure, words))
+            leaning = sorting.leaning_of(findings, figure)
+            if leaning and leaning.p_value is not None and leaning.p_value < SYSTEMATIC:
+                first, second = leaning.params.get("judges", ["", ""])
+                said += words("sentence_gap") + words("not_concluded.leaning", first=first, second=second,
+                                    one=leaning.details.get("only_first"), other=leaning.details.get("only_second"),
+                                    figure=bare_number(leaning, words))
+            yield said
+
+
+def _members(findings: Findings, words: Words) -> Iterator[Markup]:
+    """Numbers that depend on who labels, and members of the panel that never spoke."""
+    for panel, members in sorting.panels(findings):
+        told = sorted((one for one in members if one.value is not None), key=lambda one: one.value or 0.0)
+        if len(told) > 1 and (told[-1].value or 0.0) - (told[0].value or 0.0) > DEPENDS:
+            yield words("not_concluded.members", what=words.whose(panel), low=told[0].member, high=told[-1].member,
+                        first=bare_number(told[0], words), second=bare_number(told[-1], words))
+    silent = {(one.model, one.member): one for panel, members in sorting.panels(findings)
+              for one in members if not one.n and one.left_out and not panel.versus}
+    for one in silent.values():
+        yield words("not_concluded.silent", model=one.model, member=one.member, figure=bare_number(one, words))
 
 
 def _not_varied(findings: Findings) -> Iterator[str]:
     """What was held fixed, so that nothing is known about it."""
     if any(figure.level <= 0 and figure.n for figure in findings.figures):
         yield "reported"
+    if findings.kind != "evaluation":
+        return
     if not sorting.languages(findings):
         yield "language"
     if not sorting.providers(findings):

@@ -1,14 +1,15 @@
 """The charts of an evaluation report, as inline SVG in two sizes.
 
-A drawing holds marks, numbers, names of models and Latin letters only: titles, axes in words and legends belong to the
-page, in its language. Each model has a shape and a dash of its own besides its colour, so that a grey print reads the
-same. Every drawing carries a title and a description, and the page puts its table below it.
+A drawing holds marks, numbers and the names of what is measured, in the page's language and the page's fonts: its
+letters are text, not outlines. Titles, axes in words and legends belong to the page. Each model has a shape and a dash
+of its own besides its colour, so that a grey print reads the same. Every drawing carries a title and a description, and
+the page puts its table below it.
 """
 
 from __future__ import annotations
 
 import math
-import textwrap
+import re
 import unicodedata
 import warnings
 from collections.abc import Callable, Sequence
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING
 from xml.sax.saxutils import escape
 
 from moonbase.evals.report.read import Shown
-from moonbase.evals.report.sorting import Group, dose_of
+from moonbase.evals.report.sorting import Group, at_dose, dose_of
 from moonbase.report.charts import COMPACT_FONT, COMPACT_WIDTH, WIDE_FONT, WIDE_WIDTH
 from moonbase.report.svg import COLOUR, draw
 from moonbase.report.words import visible
@@ -87,6 +88,19 @@ def short(text: str, limit: float) -> str:
     while text and breadth(text) > limit - 1.25:
         text = text[:-1]
     return text + "…"
+
+
+def broken(text: str, limit: float) -> list[str]:
+    """Lines of at most `limit` letters, broken at blanks, around Chinese characters, and within what is longer."""
+    lines = [""]
+    for piece in re.findall(r"\s*(?:[\u3000-\u9fff\uff00-\uffef]|[^\s\u3000-\u9fff\uff00-\uffef]+)", text):
+        if lines[-1] and breadth(lines[-1] + piece) > limit:
+            lines.append("")
+        lines[-1] += piece if lines[-1] else piece.lstrip()
+        while breadth(lines[-1]) > limit:
+            fits = next(end for end in range(len(lines[-1]), 0, -1) if breadth(lines[-1][:end]) <= limit)
+            lines[-1:] = [lines[-1][:fits], lines[-1][fits:]]
+    return lines
 
 
 def key_icon(style: int, filled: bool = True, line: bool = False) -> str:
@@ -211,7 +225,7 @@ def forest(key: str, title: str, description: str, rows: Sequence[Row], *, refer
         limits = (min(ends) / 1.4, max(ends) * 1.4)
 
     def one(name: str, size: Size) -> str:
-        names, texts = (36, 34) if size.wide else (26, 28)
+        names, texts = (36, 40) if size.wide else (26, 34)
         left = right = 16
         if size.wide:
             longest = max((breadth(short(row.label, names)) for row in rows if row.points), default=0)
@@ -233,20 +247,22 @@ def _paint_forest(axes: Axes, size: Size, rows: Sequence[Row], limits: tuple[flo
     _scale(axes, size, limits, write, log=log)
     axes.set_ylim(len(rows) - 0.5, -0.5)
     axes.set_yticks([])
-    for line in lines:
-        axes.axvline(line, color=COLOUR["ink"], linewidth=1.1, linestyle=(0, (4, 3)))
     # On a phone the name stands above its interval, beside the number.
     lift = 0.0 if size.wide else -0.24
     for place, row in enumerate(rows):
         at = place if size.wide else place + 0.22
         beside = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points", "va": "center"}
         if not row.points:
-            line = 96 if size.wide else 42
-            wrapped = textwrap.wrap(short(row.label, line if size.wide else 2 * line - 4), line)
+            line = 100 if size.wide else 42
+            wrapped = broken(short(row.label, line if size.wide else 2 * line - 4), line)
             axes.annotate("\n".join(wrapped[:2]), xy=(0, place + 0.1), ha="left", fontweight="bold",
                           color=COLOUR["ink"], xytext=(-axes.figure.bbox.width * axes.get_position().x0 + 4, 0)
                           if size.wide else (-8, 0), **beside)
             continue
+        for line in lines:
+            # Beside the intervals only, not through headings and numbers.
+            axes.plot([line, line], [place - 0.5, place + 0.5] if size.wide else [place + 0.02, place + 0.44],
+                      color=COLOUR["ink"], linewidth=1.1, linestyle=(0, (4, 3)), zorder=1)
         room = names if size.wide else max(8.0, (size.width - 40) / size.letter - breadth(short(row.text, texts)))
         axes.annotate(short(row.label, room), xy=(0, place + lift), xytext=(-12 if size.wide else -8, 0),
                       ha="right" if size.wide else "left", color=COLOUR["ink"], **beside)
@@ -324,7 +340,7 @@ def plane(key: str, title: str, description: str, points: Sequence[tuple[str, Sh
 
 def slopes(key: str, title: str, description: str, groups: Sequence[tuple[Group, int]], ends: tuple[str, str],
            marks: tuple[str, str]) -> tuple[str, str]:
-    """One line a group from its member `ends[0]` to `ends[1]`, under the Latin `marks`."""
+    """One line a group from its member `ends[0]` to `ends[1]`, under the `marks`."""
 
     def one(name: str, size: Size) -> str:
         height = max(300, 80 + 22 * len(groups))
@@ -373,18 +389,24 @@ def curves(key: str, title: str, description: str, groups: Sequence[tuple[Group,
             figures = [figure for group, _ in groups for _, figure in group.members]
             percent = in_percent(figures)
             _scale(axes, size, _limits(figures, percent), _write_value(percent), horizontal=False)
-            spread = [dose_of(label) for group, _ in groups for label, _ in group.members]
-            width = (max(spread) - min(spread)) or 1.0
+            places = {at_dose(label, figure): label for group, _ in groups for label, figure in group.members}
+            width = (max(places) - min(places)) or 1.0
             for number, (group, style) in enumerate(groups):
                 colour, _, dash, _ = STYLES[style % len(STYLES)]
                 shift = (number - (len(groups) - 1) / 2) * width * 0.008
-                known = [(dose_of(label) + shift, bounds) for label, figure in group.members
+                known = [(at_dose(label, figure) + shift, bounds) for label, figure in group.members
                          if (bounds := _bounds(figure)) and figure.value is not None]
                 axes.plot([x for x, _ in known], [bounds[0] for _, bounds in known], color=COLOUR[colour],
                           linewidth=1.7, linestyle=dash, zorder=3)
                 for x, bounds in known:
                     axes.plot([x, x], bounds[1:], color=COLOUR[colour], linewidth=1.0, zorder=2)
                     _mark(axes, x, bounds[0], style)
+            in_line = sorted(places) == list(range(len(places)))
+            if in_line and any(dose_of(label) != dose for dose, label in places.items()):
+                # Nobody told the doses, so that checkpoints stand one after the other, by name.
+                room = (size.width - 64) / size.letter / len(places)
+                axes.set_xticks(list(places), [short(label, max(room, 4.0)) for label in places.values()])
+                return
             axes.xaxis.set_major_locator(MaxNLocator(nbins=7 if size.wide else 4, steps=[1, 2, 2.5, 5, 10]))
             axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
 

@@ -10,10 +10,11 @@ from typing import Any
 from markupsafe import Markup
 
 from moonbase.errors import UserError
+from moonbase.evals.printing import LANGUAGES, text_of
+from moonbase.evals.report.phrases import say
 from moonbase.evals.report.read import Shown
 from moonbase.report.words import visible
 
-LANGUAGES = ("en", "zh")
 _COUNTS = ("n", "clusters", "unscored", "abstained", "errors")
 
 
@@ -32,6 +33,7 @@ class Words:
     """`words("gist", count=3)` is markup with everything that is filled in escaped; `plain` is for drawings."""
 
     def __init__(self, language: str) -> None:
+        self.language = language
         self._phrases = read_words(language)
 
     def __call__(self, name: str, **values: Any) -> Markup:
@@ -41,12 +43,26 @@ class Words:
     def plain(self, name: str, **values: Any) -> str:
         return self._phrases[name].format(**values)
 
+    def listed(self, names: list[str]) -> str:
+        return self._phrases["list_mark"].join(names)
+
     def several(self, name: str, count: int) -> str:
         """`3 models`."""
         return self.plain(f"{name}_{'one' if count == 1 else 'many'}", n=count)
 
+    def text(self, figure: Shown) -> str:
+        """What a figure reads in this language: as results.json has it, or as its numbers say."""
+        return figure.text if self.language == "en" else text_of(figure, self.language)
+
+    def say(self, text: str | None) -> str:
+        """A note, a method, a reason or a statement, as far as there are words for it."""
+        return say(text or "", self.language)
+
     def metric(self, name: str) -> str:
         """A metric's name in words where it has any; what follows the first word stays."""
+        name, by, member = name.partition(", by ")
+        if by:
+            return self.plain("by_member", metric=self.metric(name), member=member)
         if f"metric.{name}" in self._phrases:
             return self._phrases[f"metric.{name}"]
         first, _, rest = name.partition(" ")
@@ -57,11 +73,15 @@ class Words:
         pairs, other = (figure.without(), figure.versus) if isinstance(figure, Shown) else (figure, {})
         control = figure.params.get("control") if isinstance(figure, Shown) else None
         # The task comes first, and says by itself what it is.
-        said = [f"{self._facet(name)}{value}{f' − {other[name]}' if name in other else ''}"
+        said = [f"{self._facet(name)}{self.value(value)}{f' − {self.value(other[name])}' if name in other else ''}"
                 for name, value in sorted(pairs, key=lambda pair: pair[0] != "task")]
         if isinstance(control, dict) and control:
-            said.append(self.plain("control", control=", ".join(map(str, control.values()))))
-        return ", ".join(said)
+            said.append(self.plain("control", control=", ".join(self.value(str(one)) for one in control.values())))
+        return self._phrases["list_mark"].join(said)
+
+    def value(self, name: str) -> str:
+        """A condition's value in words where it has any; of several (`us|eu`) each."""
+        return self._phrases["or_mark"].join(self._phrases.get(f"value.{part}", part) for part in name.split("|"))
 
     def _facet(self, name: str) -> str:
         return "" if name in ("task", "suite") else f"{self._phrases.get(f'facet.{name}', name)} "
@@ -88,15 +108,15 @@ def value_of(value: Any) -> str:
     return "" if value is None else json.dumps(value)
 
 
-def bare_number(figure: Shown) -> Markup:
-    """The figure's own text, marked so that it can be found and compared again."""
+def bare_number(figure: Shown, words: Words) -> Markup:
+    """The figure's text, marked so that it can be found and compared again."""
     return Markup('<data class="figure" data-id="{}" value="{}">{}</data>').format(
-        visible(figure.id), value_of(figure.value), visible(figure.text))
+        visible(figure.id), value_of(figure.value), visible(words.text(figure)))
 
 
 def number(figure: Shown, words: Words) -> Markup:
     """The figure with its level."""
-    return bare_number(figure) + Markup("&nbsp;") + words.level(figure)
+    return bare_number(figure, words) + Markup("&nbsp;") + words.level(figure)
 
 
 def part(figure: Shown, name: str) -> Markup:

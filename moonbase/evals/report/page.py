@@ -20,7 +20,8 @@ _HERE = Path(__file__).parent
 _MOST_TILES = 6
 _MOST_FIELDS = 60
 _SYMBOLS = {"better": "▲", "worse": "▼", "equivalent": "=", "non_inferior": "≥", "undecided": "?", "above": "▲",
-            "below": "▼", "different": "≠", "none": "–"}
+            "below": "▼", "different": "≠", "none": "–", "yes": "✓", "no": "✗"}
+_BEARINGS = {"supported": "✓", "contradicted": "✗", "undecided": "?"}
 # Parts of the manifest that are long, or stand elsewhere on the page.
 _LEFT_TO_THE_FILE = ("installed", "hypotheses", "figures", "suite")
 
@@ -68,11 +69,16 @@ def _content(findings: Findings, words: Words) -> dict[str, Any]:
     tasks = suite.get("tasks")
     tasks = len(tasks) if isinstance(tasks, list) else \
         len({figure.facets["task"] for figure in findings.figures if "task" in figure.facets}) or 1
+    plain, tuning = findings.kind == "evaluation", findings.kind == "fine_tuning"
+    title, about = words.say(_text(suite.get("title"))), words.say(_text(suite.get("about")))
+    if not plain:
+        title, about = words.plain(f"{findings.kind}.title", models=words.listed(findings.models)), title
     return {
-        "title": _text(suite.get("title")) or _text(suite.get("name")) or words.plain("overline"),
-        "about": _text(suite.get("about")), "sealed": bool(findings.manifest), "models": models,
+        "kind": "" if plain else f"{findings.kind}.",
+        "title": title or _text(suite.get("name")) or words.plain("overline"),
+        "about": about, "sealed": bool(findings.manifest), "models": models,
         "lead": words.plain("lead", models=words.several("models", len(models)), tasks=words.several("tasks", tasks)),
-        "notes": _notes(findings, words), "tiles": _tiles(findings), "parts": parts, "absent": absent,
+        "notes": _notes(findings, words), "tiles": [] if tuning else _tiles(findings), "parts": parts, "absent": absent,
         "hypotheses": _hypotheses(findings, hypotheses, words),
         "not_concluded": not_concluded(findings, hypotheses, words), "figures": findings.figures,
         "suite_fields": _fields({name: value for name, value in (suite | findings.plan).items()
@@ -87,7 +93,9 @@ def _text(value: Any) -> str:
 
 def _notes(findings: Findings, words: Words) -> list[str]:
     notes = []
-    if not findings.manifest:
+    if findings.kind != "evaluation":
+        notes.append("no_bundle")
+    elif not findings.manifest:
         notes.append("no_manifest")
     if not findings.suite:
         notes.append("no_suite")
@@ -95,7 +103,7 @@ def _notes(findings: Findings, words: Words) -> list[str]:
         notes.append("dirty")
     if any(figure.left_out for figure in findings.figures):
         notes.append("left_out_note")
-    return [words.plain(name) for name in notes]
+    return [words.plain(name) for name in notes] + [words.say(note) for note in findings.notes]
 
 
 def _tiles(findings: Findings) -> list[Shown]:
@@ -126,19 +134,29 @@ def _hypothesis(findings: Findings, entry: dict[str, Any], words: Words) -> dict
     """One hypothesis with its verdict and every number that the results give for it."""
     verdict = entry.get("verdict") if entry.get("verdict") in _SYMBOLS else "none"
     kind = _text(entry.get("kind"))
-    note = words.plain("read_off") if entry.get("read_off") else _text(entry.get("note") or entry.get("reason"))
+    note = words.say(_text(entry.get("note") or entry.get("reason")))
+    if entry.get("read_off"):
+        note = words.plain("read_off")
+    bearing = entry.get("statement_is") if entry.get("statement_is") in _BEARINGS else ""
     numbers = []
     for name, word in (("margin", "margin"), ("alpha", "alpha"), ("p_value", "p"), ("adjusted_p_value", "p_adjusted"),
-                       ("power", "power"), ("n_needed", "n_needed")):
+                       ("power", "power_for"), ("n_needed", "needed_for")):
         value = entry.get(name)
         if isinstance(value, int | float) and not isinstance(value, bool):
             text = f"{value:.0%}" if name == "power" else f"{value:,.0f}" if name == "n_needed" else compact(value)
-            numbers.append((words.plain(word), of_hypothesis(entry, name, text)))
+            margin = entry.get("margin")
+            size = compact(100 * (margin if isinstance(margin, int | float) and margin else 0.05))
+            numbers.append((words.plain(word, size=size), of_hypothesis(entry, name, text)))
     first, second = _text(entry.get("first")), _text(entry.get("second"))
     figure = figure_of(findings, entry)
-    side = words.plain("against", model=second, other=first) if first and second else \
+    side = words.plain("against", model=first, other=second) if first and second else \
         second or (words.side(figure) if figure else "")
-    return {"side": side, "statement": _text(entry.get("statement")) or _text(entry.get("id")), "verdict": verdict,
+    statement = words.say(_text(entry.get("statement")) or _text(entry.get("id")))
+    if first and second and not bearing and figure and figure.function == "difference_in_differences":
+        note = words.plain("list_mark").join(filter(None, [note, words.plain("of_each")]))
+    tone = entry.get("tone") if entry.get("tone") in _SYMBOLS else verdict
+    return {"side": side, "tone": tone, "statement": statement, "verdict": verdict, "bearing": bearing,
+            "bears": words.plain(f"bearing.{bearing}") if bearing else "", "mark": _BEARINGS.get(bearing, ""),
             "symbol": _SYMBOLS[verdict], "word": words.plain(f"verdict.{verdict}"), "numbers": numbers,
             "kind": words.plain(f"kind.{kind}") if kind in ("superiority", "non_inferiority", "equivalence") else kind,
             "note": note, "figure": figure}

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from moonbase.errors import UserError
 
 SCHEMA = "moonbase.results/1"
+KINDS = ("evaluation", "comparison", "fine_tuning")
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,12 @@ class Shown:
     params: dict[str, Any] = field(default_factory=dict)
     unit: str = ""
     details: dict[str, Any] = field(default_factory=dict)
+    p_value: float | None = None
+
+    @property
+    def member(self) -> str:
+        """The member of the panel whose votes alone it counts; empty: it is of the panel's labels, or of no labels."""
+        return str(self.params.get("member", ""))
 
     @property
     def left_out(self) -> int:
@@ -61,6 +69,9 @@ class Findings:
     """The suite; what else suite.json holds (models, seed) is in `plan`."""
     plan: dict[str, Any]
     manifest: dict[str, Any]
+    kind: str = "evaluation"
+    """Or `comparison`, `fine_tuning`: what is found by laying evaluations side by side."""
+    notes: tuple[str, ...] = ()
 
     @property
     def models(self) -> list[str]:
@@ -68,7 +79,11 @@ class Findings:
         return list(dict.fromkeys(figure.model for figure in self.figures if figure.model))
 
     def figure(self, name: Any) -> Shown | None:
-        return next((figure for figure in self.figures if figure.id == name), None)
+        return self._by_id.get(name) if isinstance(name, str) else None
+
+    @cached_property
+    def _by_id(self) -> dict[str, Shown]:
+        return {figure.id: figure for figure in self.figures}
 
 
 def read_findings(folder: str | Path) -> Findings:
@@ -89,7 +104,11 @@ def read_findings(folder: str | Path) -> Findings:
     hypotheses = [entry for entry in hypotheses if isinstance(entry, dict)] if isinstance(hypotheses, list) else []
     plan = _object(folder / "suite.json")
     suite = plan.pop("suite") if isinstance(plan.get("suite"), dict) else {}
-    return Findings(figures, tuple(hypotheses), suite, plan, _object(folder / "manifest.json"))
+    kind, notes = results.get("kind", KINDS[0]), results.get("notes")
+    if kind not in KINDS:
+        raise UserError(f"{path}: `kind` is {kind!r}, not one of {', '.join(KINDS)}")
+    notes = tuple(note for note in notes if isinstance(note, str)) if isinstance(notes, list) else ()
+    return Findings(figures, tuple(hypotheses), suite, plan, _object(folder / "manifest.json"), kind, notes)
 
 
 def _object(path: Path, required: bool = False) -> dict[str, Any]:
@@ -124,7 +143,8 @@ def _figure(path: Path, number: int, entry: Any) -> Shown:
         note=_text(entry.get("note")) or None, facets=facets, function=_text(spec.get("function")),
         source=_text(spec.get("value")), versus=_strings(spec.get("versus")),
         params=spec.get("params") if isinstance(spec.get("params"), dict) else {}, unit=_text(entry.get("unit")),
-        details=entry.get("details") if isinstance(entry.get("details"), dict) else {})
+        details=entry.get("details") if isinstance(entry.get("details"), dict) else {},
+        p_value=_number(entry.get("p_value")))
 
 
 def _strings(value: Any) -> dict[str, str]:

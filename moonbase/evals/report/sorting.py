@@ -35,8 +35,8 @@ class Group:
 
 
 def is_rate(figure: Shown) -> bool:
-    """A share or a mean of one model."""
-    return bool(figure.model) and figure.function in RATES and not figure.versus
+    """A share or a mean of one model; those of single members of the panel have a part of their own."""
+    return bool(figure.model) and figure.function in RATES and not figure.versus and not figure.member
 
 
 def is_label(figure: Shown) -> bool:
@@ -84,7 +84,8 @@ def crossed(findings: Findings, names: Iterable[str], least: int = 2) -> list[Gr
         parts: dict[tuple, dict[str, Shown]] = {}
         differences: dict[tuple, Shown] = {}
         for figure in findings.figures:
-            if figure.function in ("difference", "contamination") and set(figure.versus) == {name}:
+            if figure.function in ("difference", "contamination") and set(figure.versus) == {name} \
+                    and not figure.member:
                 differences.setdefault((figure.model, figure.source, figure.without(name)), figure)
             elif name in figure.facets and is_rate(figure):
                 key = (figure.model, figure.metric, figure.source, figure.function, figure.without(name))
@@ -144,9 +145,38 @@ def costs(findings: Findings) -> list[Shown]:
 
 
 def agreement(findings: Findings) -> list[Shown]:
-    """Coefficients; the raw share of equal labels, which chance inflates, comes last."""
+    """Coefficients, the worst first; the raw share of equal labels, which chance inflates, comes last."""
     found = [figure for figure in findings.figures if figure.function == "agreement"]
-    return sorted(found, key=lambda figure: figure.params.get("kind") == "raw")
+    return sorted(found, key=lambda figure: (figure.params.get("kind") == "raw", figure.value is None,
+                                             figure.low is None, figure.value or 0.0))
+
+
+def leanings(findings: Findings) -> list[Shown]:
+    """Who of two members of the panel says a label oftener of the same answers, the largest difference first."""
+    found = [figure for figure in findings.figures if figure.function == "members"]
+    return sorted(found, key=lambda figure: -abs(figure.value or 0.0))
+
+
+def leaning_of(findings: Findings, figure: Shown) -> Shown | None:
+    """The same two judges on the same answers."""
+    return next((one for one in findings.figures if one.function == "members" and one.model == figure.model
+                 and one.facets == figure.facets and one.params.get("judges") == figure.params.get("judges")), None)
+
+
+def panels(findings: Findings) -> list[tuple[Shown, list[Shown]]]:
+    """(a figure of the panel's labels, the same by each member), where most depends on who labels first."""
+    found: dict[str, list[Shown]] = {}
+    for figure in findings.figures:
+        if figure.member:
+            found.setdefault(str(figure.params.get("panel")), []).append(figure)
+    known = [(panel, members) for name, members in found.items() if (panel := findings.figure(name))]
+    return sorted(known, key=lambda pair: (-round(spread(pair), 6), not pair[0].versus, len(pair[0].facets)))
+
+
+def spread(panel: tuple[Shown, list[Shown]]) -> float:
+    """Between the smallest and the largest value that the panel and its members give."""
+    values = [figure.value for figure in (panel[0], *panel[1]) if figure.value is not None]
+    return max(values) - min(values) if values else 0.0
 
 
 def doses(findings: Findings) -> list[Group]:
@@ -164,8 +194,8 @@ def doses(findings: Findings) -> list[Group]:
               for (model, metric, _, _, facets), members in named.items()]
     curves = []
     for model, metric, facets, members, difference in found:
-        points = sorted(((dose, name, figure) for name, figure in members if (dose := dose_of(name)) is not None),
-                        key=lambda point: point[0])
+        points = sorted(((dose, name, figure) for name, figure in members
+                         if (dose := at_dose(name, figure)) is not None), key=lambda point: point[0])
         if len(points) >= 2:
             curves.append(Group(model, metric, facets, tuple((name, figure) for _, name, figure in points), difference))
     return sorted(curves, key=lambda group: len(group.facets))
@@ -177,6 +207,22 @@ def dose_of(name: str) -> float | None:
     return 0.0 if name in ("base", "none") else float(match.group()) if match else None
 
 
+def at_dose(name: str, figure: Shown) -> float | None:
+    """Where a figure stands on the curve: as it was told, else as its name says."""
+    told = figure.params.get("dose")
+    return float(told) if isinstance(told, int | float) and not isinstance(told, bool) else dose_of(name)
+
+
+def slopes(findings: Findings) -> list[Shown]:
+    return [figure for figure in findings.figures if figure.function == "slope"]
+
+
+def changes(findings: Findings) -> list[Shown]:
+    """From a base to each of its checkpoints."""
+    return [figure for figure in findings.figures if figure.function == "difference"
+            and set(figure.versus) & set(DOSES) and not figure.member]
+
+
 def differences(findings: Findings) -> list[Shown]:
     """Between models."""
     return [figure for figure in findings.figures if figure.function in DIFFERENCES and "model" in figure.versus]
@@ -184,8 +230,9 @@ def differences(findings: Findings) -> list[Shown]:
 
 def controlled(findings: Findings) -> list[Shown]:
     """What is left of a difference once controls are subtracted; and groups of items against their controls."""
-    return [figure for figure in findings.figures if figure.function == "difference_in_differences"
-            or (figure.function in DIFFERENCES and "group" in figure.versus)]
+    return [figure for figure in findings.figures if not figure.member and (
+        figure.function == "difference_in_differences"
+        or (figure.function in DIFFERENCES and "group" in figure.versus))]
 
 
 def powers(findings: Findings) -> list[Shown]:

@@ -35,8 +35,9 @@ def n_needed(difference: float, standard_deviation: float, alpha: float = 0.05, 
         raise ValueError("no number of items finds a difference of 0")
     size = (normal_quantile(1 - alpha / 2) + normal_quantile(target)) * standard_deviation / abs(difference)
     # The far tail makes the closed form at most one too many.
-    n = max(1, math.ceil(size * size - 1e-9))
-    while n > 1 and power(difference, standard_deviation, n - 1, alpha) >= target:
+    n = max(1, math.ceil(min(size * size, 1e300) - 1e-9))
+    # Beyond so many one less is the same floating-point number.
+    while 1 < n < 2**50 and power(difference, standard_deviation, n - 1, alpha) >= target:
         n -= 1
     return n
 

@@ -1,4 +1,5 @@
-"""Questions with one short answer that is read out of the model's words: MMLU-Pro and GSM8K, from local copies."""
+"""Questions with one short answer that is read out of the model's words, from local copies: MMLU-Pro, GSM8K, and any
+set of multiple choice whose columns a suite names."""
 
 from __future__ import annotations
 
@@ -95,8 +96,56 @@ def gsm8k(suite: Suite, spec: TaskSpec, data: Path | None, seed: int, limit: int
     return _exact_task(suite, spec, samples(), "number", limit, stored)
 
 
+def choices(suite: Suite, spec: TaskSpec, data: Path | None, seed: int, limit: int | None, stored: bool) -> Task:
+    """Multiple choice out of the user's own copy. `params`, beside those of a source (`sources.Source`): `question`,
+    `answer` (a letter, a number from 0, or the right option's text), `options` (a column with a list or an object by
+    letters, or a list of columns) and `context`; `a.b` is field b of column a. Without `id` an item's id is its line.
+    """
+    params = spec.params
+    named = [*params["options"]] if isinstance(params.get("options"), list) else [params.get("options", "options")]
+
+    def samples() -> Iterator[Sample]:
+        for number, row in enumerate(_rows(suite, spec, data), 1):
+            id = str(_column(row, params["id"])) if "id" in params else str(number)
+            found = [_column(row, name) for name in named]
+            if len(found) == 1:
+                found = list(found[0].values() if isinstance(found[0], dict) else found[0])
+            told = [str(_column(row, params["context"]))] if "context" in params else []
+            yield Sample(
+                id=id, input=MULTIPLE_CHOICE.format(
+                    question="\n\n".join([*told, str(_column(row, params.get("question", "question")))]),
+                    options="\n".join(f"{letter}. {one}" for letter, one in zip(LETTERS, found, strict=False))),
+                target=f"The answer is ({_letter(_column(row, params.get('answer', 'answer')), found, number)}).",
+                metadata={"item": id, "cluster": "", "condition": {"language": params.get("language", "en")},
+                          "group": str(_column(row, params["group"])) if "group" in params else None})
+
+    return _exact_task(suite, spec, samples(), "letter", limit, stored)
+
+
+def _column(row: dict[str, Any], name: str) -> Any:
+    for part in name.split("."):
+        if not isinstance(row, dict):
+            raise KeyError(name)
+        row = row[part]
+    return row
+
+
+def _letter(answer: Any, options: list[Any], number: int) -> str:
+    """Which of the options is right. Raises UserError, which quotes nothing."""
+    said = str(answer).strip()
+    texts = [str(option) for option in options]
+    place = LETTERS.find(said.upper()) if len(said) == 1 and said.isalpha() else int(said) if (
+        isinstance(answer, int) or (said.isdecimal() and said not in texts)) else -1
+    if place < 0 and said in texts:
+        place = texts.index(said)
+    if not 0 <= place < min(len(options), len(LETTERS)):
+        raise UserError(f"row {number}: its answer is none of its {len(options)} options; check the suite's params")
+    return LETTERS[place]
+
+
 def _rows(suite: Suite, spec: TaskSpec, data: Path | None) -> Iterator[dict[str, Any]]:
-    return read_rows(find_copy(source_of(spec.params, f"suite {suite.name}, task {spec.name}"), data))
+    source = source_of(spec.params, f"suite {suite.name}, task {spec.name}")
+    return read_rows(find_copy(source, data), source.root)
 
 
 def _exact_task(

@@ -12,7 +12,7 @@ from inspect_ai import Epochs, Task
 from moonbase.errors import UserError
 from moonbase.evals.sources import Source, find_copy, read_rows, read_source, source_of
 from moonbase.evals.suite import Suite, TaskSpec
-from moonbase.evals.tasks.crossing import Question, ask_under_condition, crossed
+from moonbase.evals.tasks.crossing import Question, ask_under_condition, crossed, first_clusters, refuse_other_items
 from moonbase.evals.tasks.refusal_scorer import scorers_of
 
 BENIGN_TWINS = Path(__file__).with_name("benign_twins.jsonl")
@@ -43,12 +43,11 @@ def paired_politics(
 ) -> Task:
     """Critical questions on China in two languages, each with its mirror on three other states and a benign twin."""
     digests = spec.params.get("sha256", {})
-    questions = [*_on_states(spec.params.get("folder", "paired-politics/questions"), digests, data), *benign_twins()]
-    if limit is not None:
-        # Whole clusters: a question without its mirrors is no pair.
-        kept = sorted({question.cluster for question in questions})[:limit]
-        questions = [question for question in questions if question.cluster in kept]
-    return refusal_task(suite, spec, iter(questions), None, stored)
+    benign = list(benign_twins())
+    if "benign" in spec.params:
+        refuse_other_items(suite, spec, benign, spec.params["benign"])
+    questions = [*_on_states(spec.params.get("folder", "paired-politics/questions"), digests, data), *benign]
+    return refusal_task(suite, spec, iter(first_clusters(questions, limit)), None, stored)
 
 
 def _on_states(folder: str, digests: dict[str, str], data: Path | None) -> Iterator[Question]:

@@ -178,6 +178,7 @@ def test_a_limit_ends_it_with_code_1(url: str, task: Task, run: Callable[..., An
 # --- interrupted ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_killed_again_and_again(task: Task, tmp_path: Path) -> None:
     """However often it is killed: the right answer, and nothing but what was in flight is asked twice."""
     log, draw, kills = tmp_path / "log", random.Random(5), 0

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -35,9 +36,14 @@ def room_of(path: Path) -> str:
     return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
 
+@cache
+def tree_of(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
+
+
 def imports_of(path: Path) -> Iterator[tuple[int, str]]:
     """Every absolute module name that a file imports, wherever in the file, with its line."""
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"), filename=str(path))):
+    for node in ast.walk(tree_of(path)):
         if isinstance(node, ast.Import):
             for alias in node.names:
                 yield node.lineno, alias.name
@@ -124,7 +130,7 @@ def imported_at_once(path: Path) -> list[str]:
     optional = OPTIONAL - {"triton"} if path.stem.endswith("_cuda") else OPTIONAL
     if path.parent in OF_INSPECT:
         optional = optional - {"inspect_ai"}
-    tree = ast.parse(path.read_text(encoding="utf-8"))
+    tree = tree_of(path)
     deferring = ast.FunctionDef | ast.AsyncFunctionDef | ast.Try | ast.If
     deferred = {id(inner) for outer in ast.walk(tree) if isinstance(outer, deferring) for inner in ast.walk(outer)}
     found = []
@@ -148,7 +154,7 @@ def test_a_function_fits_on_a_screen() -> None:
     found = [
         f"{path}:{node.lineno}: {node.name}"
         for path in SOURCES
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        for node in ast.walk(tree_of(path))
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.end_lineno - node.lineno >= 80
     ]
     assert not found

@@ -102,7 +102,7 @@ def test_the_whole_chain(preset: str, small: None, tmp_path: Path, capsys: pytes
         chain.quickstart(preset, folder, minutes=0.02)
 
 
-@pytest.mark.parametrize("stage", ["pretrain", "."])
+@pytest.mark.parametrize("stage", [pytest.param("pretrain", marks=pytest.mark.slow), "."])
 def test_an_interrupted_one_goes_on(
     stage: str, preset: str, small: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str]

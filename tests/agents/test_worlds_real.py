@@ -138,9 +138,10 @@ def _other_numbers(task: Task, row: dict[str, str]) -> dict[str, str]:
             for name, cell in row.items()}
 
 
-def test_what_must_move_the_score(tables_world: tuple[PagedWorld, list[Task]]) -> None:
+@pytest.mark.parametrize("every", [4, pytest.param(1, marks=pytest.mark.slow)])
+def test_what_must_move_the_score(every: int, tables_world: tuple[PagedWorld, list[Task]]) -> None:
     swaps = 0
-    for task in tables_world[1]:
+    for task in tables_world[1][::every]:
         names, rows, chance = task.column_names, task.answer, random.Random(task.id)
         num_rows, num_cells = len(rows), len(rows) * len(names)
         lonely = [number for number, row in enumerate(rows) if sum(_same_key(task, row, one) for one in rows) == 1]
@@ -174,7 +175,7 @@ def test_what_must_move_the_score(tables_world: tuple[PagedWorld, list[Task]]) -
                 swapped = copy.deepcopy(rows)
                 swapped[pair[0]][name], swapped[pair[1]][name] = rows[pair[1]][name], rows[pair[0]][name]
                 assert grade(swapped).item_f1 == pytest.approx(1 - 2 / num_cells), (task.id, name, pair)
-    assert swaps > 250
+    assert swaps > 250 / every
 
 
 def _metric(task: Task, name: str) -> str:

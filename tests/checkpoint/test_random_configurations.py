@@ -129,7 +129,7 @@ def test_every_temperature_of_yarn(mscale: float, mscale_all_dim: float, tmp_pat
 
 @given(values=configurations())
 # Without shrinking, which would build hundreds of models.
-@settings(max_examples=20, derandomize=True, phases=[Phase.explicit, Phase.generate])
+@settings(max_examples=12, derandomize=True, phases=[Phase.explicit, Phase.generate])
 def test_any_configuration(values: dict[str, Any]) -> None:
     with tempfile.TemporaryDirectory() as place:
         check_everything(values, Path(place))

@@ -20,8 +20,7 @@ from tests.model.tiny import tiny_model, yarn
 DEVICE = torch.device("cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda")
 on_gpu = pytest.mark.skipif(DEVICE.type != "cuda", reason="needs a CUDA device")
 MODELS = {
-    "plain query": dict(q_lora_rank=None, kv_lora_rank=16),
-    "groups": dict(q_lora_rank=24, n_group=2, topk_group=1),
+    "plain query, groups": dict(q_lora_rank=None, kv_lora_rank=16, n_group=2, topk_group=1),
     "long context": dict(rope_scaling=yarn(8), n_shared_experts=2, max_position_embeddings=4096),
 }
 TOLERANCE = dict(rtol=4e-2, atol=4e-2) if DEVICE.type == "cuda" else dict(rtol=1e-4, atol=1e-5)

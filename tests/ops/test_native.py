@@ -58,7 +58,8 @@ def test_compiled_once_and_found_again(cache: Path, monkeypatch: pytest.MonkeyPa
 
 
 @needs_compiler
-@pytest.mark.parametrize("damage", ["cut", "empty", "other bytes"])
+@pytest.mark.parametrize(
+    "damage", ["cut", *(pytest.param(name, marks=pytest.mark.slow) for name in ("empty", "other bytes"))])
 def test_a_damaged_library_is_built_anew(cache: Path, built: Path, damage: str) -> None:
     (library,) = libraries(built)
     good = library.read_bytes()

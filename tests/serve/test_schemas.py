@@ -95,17 +95,22 @@ def test_every_invalid_schema_is_refused_by_the_name_of_its_place(
     assert not server.service.asked
 
 
+EVERY = [3, pytest.param(1, marks=pytest.mark.slow)]
+"""Of the schemas: a third in the ordinary run."""
+
+
 def valid_answers(schema: Any, texts: list[str]) -> None:
     for text in texts:
         jsonschema.Draft202012Validator(schema).validate(json.loads(text))
 
 
-def test_every_valid_schema_is_accepted_and_kept_to(real: Running, shared_data: Path) -> None:
+@pytest.mark.parametrize("every", EVERY)
+def test_every_valid_schema_is_accepted_and_kept_to(every: int, real: Running, shared_data: Path) -> None:
     lines = schemas(shared_data, "valid")
     assert len(lines) == 103
     instant = {"thinking": {"type": "disabled"}, "seed": 5, "temperature": 1.0}
     with httpx.Client(base_url=real.url, timeout=60) as http:
-        for line in lines:
+        for line in lines[::every]:
             schema = json.loads(line)
             chat = http.post(CHAT, content=body_of(CHAT, {"response_format": FORMAT} | instant, line))
             assert chat.status_code == 200, (line, chat.text)
@@ -119,11 +124,12 @@ def test_every_valid_schema_is_accepted_and_kept_to(real: Running, shared_data: 
             valid_answers(schema, [block["text"] for block in said.json()["content"]])
 
 
-def test_every_valid_schema_of_an_object_may_be_a_tools(real: Running, shared_data: Path) -> None:
+@pytest.mark.parametrize("every", EVERY)
+def test_every_valid_schema_of_an_object_may_be_a_tools(every: int, real: Running, shared_data: Path) -> None:
     found = [line for line in schemas(shared_data, "valid") if json.loads(line).get("type") in ("object", ["object"])]
     assert len(found) > 50
     with httpx.Client(base_url=real.url, timeout=60) as http:
-        for number, line in enumerate(found):
+        for number, line in enumerate(found[::every]):
             schema, strict = json.loads(line), number % 2 == 0
             more = {"tool_choice": "required", "thinking": {"type": "disabled"}, "parallel_tool_calls": False}
             chat = http.post(CHAT, content=body_of(CHAT, openai_tool(strict=strict) | more, line))

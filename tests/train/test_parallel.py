@@ -130,6 +130,7 @@ def free_port() -> int:
         return free.getsockname()[1]
 
 
+@pytest.mark.slow
 def test_the_command_as_people_type_it(recipe_file: Callable[..., Path], tmp_path: Path) -> None:
     """`torchrun --nproc-per-node 2 $(which moonbase) train ...`: torchrun runs the installed command's file."""
     beside = Path(sys.executable).parent

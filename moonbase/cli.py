@@ -231,7 +231,6 @@ def convert(
 
     from moonbase import checkpoint
     from moonbase.config import read_json
-    from moonbase.recipe import int4_rule_of
     from moonbase.report.console import Console
 
     wanted = {Dtype.bf16: torch.bfloat16, Dtype.fp32: torch.float32, Dtype.keep: None}[dtype]
@@ -240,7 +239,7 @@ def convert(
         folder = checkpoint.resolve_model_folder(source)
         with Console() as progress:
             checkpoint.convert(folder, destination, to.value, dtype=wanted, mtp=mtp,
-                               int4_rule=int4_rule.value if int4_rule else int4_rule_of(folder), progress=progress)
+                               int4_rule=int4_rule.value if int4_rule else None, progress=progress)
         shards = list(destination.glob("*.safetensors"))
         return {"source": folder, "destination": destination, "format": to.value,
                 "dtype": read_json(destination / "config.json")["dtype"], "files": len(shards),

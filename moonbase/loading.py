@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
     from moonbase.config import ModelConfig
     from moonbase.data import Tokenizer
+    from moonbase.layout import Int4Rule
     from moonbase.model import Transformer
 
 
@@ -22,13 +23,14 @@ def load(
     """A model in evaluation mode.
 
     source: run folder (its newest checkpoint), checkpoint folder (ours or Hugging Face layout; bf16, fp8 and INT4 are
-    multiplied out), or `preset:NAME` (random weights). device: default the GPU if there is one. dtype: default bf16 on
-    a GPU and fp32 on a CPU. Raises UserError / CheckpointError.
+    multiplied out; a run that was trained in INT4 computes in it), or `preset:NAME` (random weights). device: default
+    the GPU if there is one. dtype: default bf16 on a GPU and fp32 on a CPU. Raises UserError / CheckpointError.
     """
     import torch
 
     from moonbase.checkpoint import load_weights, read_config, resolve_model_folder, stored_mtp
     from moonbase.model import Transformer
+    from moonbase.recipe import trained_in_int4
 
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
@@ -44,7 +46,11 @@ def load(
         config = config.model_copy(update={"num_nextn_predict_layers": 0})
     with torch.device("meta"):
         model = Transformer(config)
-    load_weights(model, folder, config, dtype=dtype, device=device)
+    rule = trained_in_int4(folder)
+    load_weights(model, folder, config, dtype=dtype if rule is None else torch.float32, device=device)
+    if rule is not None:
+        quantize_experts(model, rule)
+        cast(model, dtype)
     return model.eval()
 
 
@@ -64,6 +70,15 @@ def cast(model: Transformer, dtype: torch.dtype) -> Transformer:
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
     return model
+
+
+def quantize_experts(model: Transformer, rule: Int4Rule) -> None:
+    """Round the routed experts to INT4 in place."""
+    from moonbase.ops.int4 import fake_quantize_
+
+    for name, parameter in model.named_parameters():
+        if ".mlp.experts." in name:
+            fake_quantize_(parameter.data, parameter.data, rule)
 
 
 def _check_room(source: str, config: ModelConfig, device: torch.device, dtype: torch.dtype) -> None:

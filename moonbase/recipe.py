@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import yaml
 from pydantic import Field, field_validator, model_validator
@@ -214,6 +214,8 @@ class Recipe(Frozen):
             raise ValueError(f"batch_size={self.batch_size} must be a multiple of "
                              f"micro_batch_size={self.micro_batch_size}")
         if self.qat is not None:
+            if self.qat.start_step >= self.steps:
+                raise ValueError(f"qat.start_step={self.qat.start_step} lies behind the last of steps={self.steps}")
             for name in ("hidden_size", "moe_intermediate_size"):
                 if getattr(self.model, name) % INT4_GROUP:
                     raise ValueError(f"qat needs model.{name} to be a multiple of {INT4_GROUP}, "
@@ -241,14 +243,26 @@ def style_of(source: str | Path) -> str | None:
 
 def int4_rule_of(source: str | Path) -> Int4Rule:
     """The rule of INT4 scales that a run (its folder, or a checkpoint inside) was trained with, or the default."""
-    qat = _recipe_values(source).get("qat")
-    rule = qat.get("rule") if isinstance(qat, dict) else None
-    return rule if rule in get_args(Int4Rule) else QuantizationAware().rule
+    return (_qat_of(source) or QuantizationAware()).rule
+
+
+def trained_in_int4(checkpoint: str | Path) -> Int4Rule | None:
+    """The rule of a run's checkpoint whose last step computed in INT4; None for any other folder. What it holds are the
+    masters."""
+    qat, number = _qat_of(checkpoint), Path(checkpoint).resolve().name.removeprefix("step-")
+    return qat.rule if qat and number.isdecimal() and int(number) > qat.start_step else None
+
+
+def _qat_of(source: str | Path) -> QuantizationAware | None:
+    try:
+        return QuantizationAware.model_validate(_recipe_values(source)["qat"])
+    except (KeyError, ValueError):
+        return None
 
 
 def _recipe_values(source: str | Path) -> dict[str, Any]:
     """The fields of a run's recipe, unchecked; none where there is no run."""
-    path = Path(source)
+    path = Path(source).resolve()
     for file in (path / "config.yaml", path.parent.parent / "config.yaml"):
         try:
             values = yaml.safe_load(file.read_text(encoding="utf-8"))
@@ -275,6 +289,9 @@ def load_next_recipe(source: str, overrides: list[str] | tuple[str, ...]) -> Rec
     else:
         values = {"name": path.resolve().name, "model": ModelConfig.from_folder(path).model_dump(mode="json")}
     values |= {"name": f"{values['name']}-{stage}", "init": source, "stage": stage}
+    if qat := _qat_of(path):
+        # What was trained in INT4 goes on in it from the first step.
+        values["qat"] = qat.model_dump(mode="json") | {"start_step": 0}
     if stage == "sft":
         values["sample_prompts"] = ["Hello!", "Who are you?"]
     return _recipe_of(values, source, overrides)

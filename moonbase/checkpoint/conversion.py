@@ -19,6 +19,7 @@ from moonbase.checkpoint.tokenizer_files import portable
 from moonbase.checkpoint.writer import MAX_SHARD_BYTES, Group, config_file, encoded_group, write_groups
 from moonbase.errors import UserError
 from moonbase.layout import FP8_BLOCK, INT4_GROUP, Int4Rule
+from moonbase.recipe import int4_rule_of
 
 # What belongs to a model beside its weights and config.json.
 COMPANIONS = ("tokenizer*", "tokenization_*.py", "*.tiktoken", "tiktoken.model", "special_tokens_map.json",
@@ -26,13 +27,14 @@ COMPANIONS = ("tokenizer*", "tokenization_*.py", "*.tiktoken", "tiktoken.model",
 
 
 def convert(source: str | Path, destination: str | Path, fmt: Format, *, dtype: torch.dtype | None = None,
-            mtp: bool | None = None, int4_rule: Int4Rule = "absmax/7", max_shard_bytes: int = MAX_SHARD_BYTES,
+            mtp: bool | None = None, int4_rule: Int4Rule | None = None, max_shard_bytes: int = MAX_SHARD_BYTES,
             progress: Progress | None = None) -> None:
     """Rewrite the checkpoint folder `source` as `destination` in format hf, hf-int4 or hf-fp8.
 
     `dtype` is the dtype of unquantised weights; None keeps what is stored (bf16 for weights that were quantised, and
     for all that the quantised formats leave unquantised). `mtp` keeps (True) or drops (False) multi-token-prediction
-    modules; None keeps them where the source has them. Tokenizer, generation and chat-template files come along, the
+    modules; None keeps them where the source has them. `int4_rule`: how groups get their scales; None takes the rule
+    that the source was trained with, or absmax/7. Tokenizer, generation and chat-template files come along, the
     tokenizer in a form that needs no remote code (`tokenizer_files`); the vision part of a multimodal source does not.
     Raises UserError: same folder, destination in use, unknown format, anything wrong with the source.
     """
@@ -50,7 +52,8 @@ def convert(source: str | Path, destination: str | Path, fmt: Format, *, dtype: 
         config = config.model_copy(update={"num_nextn_predict_layers": 0})
     if dtype is None and fmt != "hf":
         dtype = torch.bfloat16
-    groups = [_group(weight, fmt, dtype, int4_rule, checkpoint.quantization) for weight in checkpoint.weights]
+    rule = int4_rule or int4_rule_of(source)
+    groups = [_group(weight, fmt, dtype, rule, checkpoint.quantization) for weight in checkpoint.weights]
     main = next(weight for weight in checkpoint.weights if weight.piece.kind == "embedding")
     config_json = config_file(config, dtype or main.dtype, fmt)
     companions = portable(companion_files(source))

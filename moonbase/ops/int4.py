@@ -10,7 +10,7 @@ multiples in fp32, but the rules below would give some of them another scale (a 
 magnitude became 8·s, for one). So every group is first looked at for a scale that explains it exactly. An INT4 release
 is thereby a valid start of fine-tuning, and quantising twice is quantising once.
 
-`int4_cuda.py` is the fast twin of `fake_quantize_`.
+`int4_cuda.py` is the fast twin of `fake_quantize_`: the same values, but for the sign of zero.
 """
 
 from __future__ import annotations
@@ -30,6 +30,8 @@ the published weights were trained with is not known. least-error moves little w
 """
 INT4_SCALE_FLOOR = 1e-5
 """What the public quantisation-aware training code uses; keeps all-zero groups finite."""
+_SMALLEST = torch.finfo(torch.bfloat16).tiny
+"""Scale of a grid: compressed-tensors has no such floor."""
 _CHUNK = 1 << 22
 """Weights looked at at once: the reference needs several times their memory."""
 
@@ -37,12 +39,14 @@ _CHUNK = 1 << 22
 def int4_scales(groups: Tensor, rule: Int4Rule) -> Tensor:
     """Groups fp32 [..., group] -> bf16 scales [...]."""
     largest = groups.abs().amax(dim=-1)
-    best, least = torch.zeros_like(largest), torch.full_like(largest, torch.inf)
+    best = least = None
     for divisor in INT4_RULES[rule]:
         scale = (largest / divisor).clamp_min(INT4_SCALE_FLOOR).bfloat16().float()
         error = (int4_numbers(groups, scale).mul_(scale.unsqueeze(-1)) - groups).square_().sum(-1)
-        best = torch.where(error < least, scale, best)
-        least = torch.minimum(error, least)
+        # The first whatever its error: of a group that holds infinity or NaN it makes NaN, which a guard can see.
+        best = scale if best is None else torch.where(error < least, scale, best)
+        least = error if least is None else torch.minimum(error, least)
+    assert best is not None
     grid = _grid(groups, largest)
     return torch.where(grid > 0, grid, best).bfloat16()
 
@@ -58,7 +62,7 @@ def _grid(groups: Tensor, largest: Tensor) -> Tensor:
     for steps in range(1, 9):
         scale = largest / steps
         # Scales are bf16: of weights that training has moved hardly a group comes so far.
-        possible = ((scale.bfloat16().float() == scale) & (scale >= INT4_SCALE_FLOOR)).nonzero(as_tuple=True)
+        possible = ((scale.bfloat16().float() == scale) & (scale >= _SMALLEST)).nonzero(as_tuple=True)
         scale, weights = scale[possible], groups[possible]
         numbers = (weights / scale.unsqueeze(-1)).round_()
         explained = (numbers * scale.unsqueeze(-1) == weights).all(-1) & (numbers.amax(-1) <= 7)

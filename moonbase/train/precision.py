@@ -42,8 +42,8 @@ class Masters:
 
     @torch.no_grad()
     def publish(self, step: int) -> None:
-        """Copy the masters into the parameters of step number `step` (the first is 0): after every optimizer step or
-        load."""
+        """Copy the masters into the parameters as step number `step` (the first is 0) had them: after every optimizer
+        step or load. What is validated then is what was trained."""
         self.quantized = self.qat is not None and step >= self.qat.start_step
         quantized = {name for name in self._copies if self.quantized and is_routed_expert(name)}
         plain = [name for name in self._copies if name not in quantized]
@@ -54,7 +54,7 @@ class Masters:
             fake_quantize_(_local(self._copies[name]), _local(self.named[name]), self.qat.rule)
 
     def prepare(self, step: int) -> None:
-        """Before step number `step`: quantisation begins here at the latest, whatever became of the step before."""
+        """Before step number `step`: here quantisation begins."""
         if self.qat is not None and not self.quantized and step >= self.qat.start_step:
             self.publish(step)
 
@@ -66,11 +66,12 @@ class Masters:
 
     def zero_gradients(self) -> None:
         """Forget the gradients; their memory is kept for the next step where masters are separate."""
-        kept = [self.named[name].grad for name in self._copies if self.named[name].grad is not None]
-        if kept:
-            torch._foreach_zero_(kept)
+        kept = {name for name in self._copies if not isinstance(self.named[name], DTensor)}
+        gradients = [self.named[name].grad for name in kept if self.named[name].grad is not None]
+        if gradients:
+            torch._foreach_zero_(gradients)
         for name, master in self.named.items():
-            if name not in self._copies:
+            if name not in kept:
                 master.grad = None
 
 

@@ -32,6 +32,7 @@ from moonbase.data import (
     validation_batches,
 )
 from moonbase.errors import TrainingStopped, UserError
+from moonbase.layout import INT4_KINDS, checkpoint_layout
 from moonbase.model import Transformer
 from moonbase.recipe import Recipe, load_recipe
 from moonbase.report import write_report
@@ -78,7 +79,7 @@ def train(recipe: Recipe, folder: str | Path, *, resume: bool = False, console: 
         run = world.on_first(lambda: _enter(recipe, path, resume, world))
         corpus, tokenizer, recipe = _corpus(recipe, path, resume, world, console)
         world.on_first(lambda: _open_run(run, recipe, corpus, resume))
-        with _recording(run, console) as facts:
+        with _recording(recipe, run, console) as facts:
             trainer, validation = _assemble(recipe, path, run, world, console, corpus, tokenizer, make_sampler)
             if resume:
                 _continue(trainer, path, console)
@@ -136,8 +137,12 @@ def _check_room(recipe: Recipe, world: World) -> None:
         machines = world.size / announced("LOCAL_WORLD_SIZE", world.size)
         place, room = "free memory", (free_memory_bytes() or math.inf) * machines
     parameters = sizes(recipe.model, recipe.sequence_length).parameters
-    if 12 * parameters > room:
-        raise UserError(f"model: {parameters / 1e9:,.1f}B parameters need at least {12 * parameters / 1e9:,.0f} GB to "
+    needed = 12 * parameters
+    if recipe.qat:
+        # What the experts compute with, beside their masters.
+        needed += 4 * sum(tensor.numel for tensor in checkpoint_layout(recipe.model) if tensor.kind in INT4_KINDS)
+    if needed > room:
+        raise UserError(f"model: {parameters / 1e9:,.1f}B parameters need at least {needed / 1e9:,.0f} GB to "
                         f"train, and there are {room / 1e9:,.0f} GB of {place}. Take a smaller model, pico for "
                         "example, or more machines with torchrun")
 
@@ -331,14 +336,14 @@ def _explaining(trainer: Trainer) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _recording(run: RunFolder | None, console: Console) -> Iterator[dict[str, Any]]:
+def _recording(recipe: Recipe, run: RunFolder | None, console: Console) -> Iterator[dict[str, Any]]:
     """Yield the facts of how a run ends; they reach run.json and the report however it does, by SIGTERM too."""
     facts: dict[str, Any] = {"status": "failed", "reason": None, "results": {}, "next_commands": []}
 
     def record() -> None:
         facts["finished"] = _now()
         if run is not None:
-            facts["next_commands"] = next_commands(run.path, facts["status"])
+            facts["next_commands"] = next_commands(run.path, facts["status"], "hf-int4" if recipe.qat else "hf")
             run.update_facts(**facts)
             write_report(run.path)
 
@@ -357,13 +362,13 @@ def _recording(run: RunFolder | None, console: Console) -> Iterator[dict[str, An
     record()
 
 
-def next_commands(path: Path, status: str) -> list[str]:
-    """What one may type next."""
+def next_commands(path: Path, status: str, fmt: str = "hf") -> list[str]:
+    """What one may type next; `fmt`: of an exported checkpoint."""
     if status != "finished":
         return [shlex.join(["moonbase", "train", str(path), "--resume"])]
-    exported = f"{path}-hf"
+    exported = f"{path}-{fmt}"
     return [shlex.join(["moonbase", *words]) for words in (
-        ("chat", str(path)), ("info", str(path)), ("convert", str(path), exported, "--format", "hf"))]
+        ("chat", str(path)), ("info", str(path)), ("convert", str(path), exported, "--format", fmt))]
 
 
 @contextlib.contextmanager

@@ -218,7 +218,7 @@ class Trainer:
             clipped = qk_clip_(self._clip_weights, max_logits, config.qk_clip, recipe.model)
         if load is not None and recipe.balance.bias_rate:
             update_router_bias_(self._biases, load, recipe.balance.bias_rate, recipe.balance.bias_rule)
-        self.masters.publish(self.step + 1)
+        self.masters.publish(self.step)
         return clipped, self.optimizer.update_rms().item() if measure else 0.0
 
     # --- what a restart needs -----------------------------------------------------------------------------------------

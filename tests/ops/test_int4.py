@@ -67,6 +67,26 @@ def test_any_scale_and_any_numbers_are_recognised() -> None:
         assert torch.equal(quantized(numbers * scales, rule), numbers * scales)
 
 
+def test_scales_far_below_the_rules_floor_are_recognised() -> None:
+    """compressed-tensors has no floor."""
+    scales = torch.logspace(-30, -6, 200)[:, None].bfloat16().float()
+    numbers = torch.randint(-8, 8, (200, 32), generator=torch.Generator().manual_seed(4))
+    numbers[:, 0] = -7
+    for rule in RULES:
+        assert torch.equal(quantized(numbers * scales, rule), numbers * scales)
+
+
+@pytest.mark.parametrize("odd", [torch.nan, torch.inf, -torch.inf])
+def test_what_is_no_number_stays_seen(odd: float) -> None:
+    """A guard against steps gone wrong looks at the loss; a group of zeros would hide it."""
+    weight = random(2, 64)
+    weight[0, 5] = odd
+    for rule in RULES:
+        found = quantized(weight, rule)
+        assert found[0, :32].isnan().any() and torch.equal(found[1], quantized(random(2, 64), rule)[1])
+    assert quantized(random(1, 32) * 1e30, "least-error").isfinite().all()
+
+
 def test_a_small_step_away_from_a_release_moves_little_under_least_error() -> None:
     """absmax/7.5 would give groups whose largest magnitude is 7 or 8 scales another grid at the first step."""
     release = quantized(random(256, 256, seed=3), "absmax/7.5")

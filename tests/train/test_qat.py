@@ -16,7 +16,7 @@ from moonbase.data import Batch, Corpus, PackedStream
 from moonbase.errors import UserError
 from moonbase.model import Transformer
 from moonbase.ops.attention import Documents
-from moonbase.recipe import Recipe, int4_rule_of
+from moonbase.recipe import Recipe, int4_rule_of, load_next_recipe
 from moonbase.train.assembly import make_trainer
 from moonbase.train.callbacks.checkpoints import resume
 from moonbase.train.trainer import Trainer
@@ -110,19 +110,25 @@ def test_a_resumed_run_is_the_same_to_the_bit(stopped: int, recipe: Recipes, tmp
     assert content(tmp_path / "parts" / last) == content(tmp_path / "whole" / last)
 
 
-def test_the_checkpoint_is_a_master_and_its_int4_form_is_what_was_trained(recipe: Recipes, tmp_path: Path) -> None:
+def test_the_checkpoint_is_a_master_and_its_int4_form_is_what_was_trained(
+    recipe: Recipes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """convert → what compressed-tensors reads → the very numbers that the last validation saw."""
     plan = recipe(model=WIDE, qat__rule="absmax/7.5", steps=3, validate_every=3)
     run(plan, tmp_path / "run")
     checkpoint = tmp_path / "run" / "checkpoints" / "step-000003"
     assert int4_rule_of(tmp_path / "run") == int4_rule_of(checkpoint) == "absmax/7.5"
-    convert(checkpoint, tmp_path / "int4", "hf-int4", dtype=torch.float32, int4_rule=int4_rule_of(checkpoint))
+    monkeypatch.chdir(checkpoint.parent)
+    convert(checkpoint.name, tmp_path / "int4", "hf-int4", dtype=torch.float32)
 
     model = moonbase.load(tmp_path / "int4")
     trainer = make_trainer(plan, ONE, PackedStream(Corpus.open(tmp_path / "run" / "corpus"), "train", 32, 4, 1))
     resume(trainer, checkpoint)
     for name, parameter in trainer.model.named_parameters():
-        assert torch.equal(parameter, dict(model.named_parameters())[name]), name
+        assert torch.equal(parameter, model.get_parameter(name)), name
+        # Whoever loads the run computes with what was trained; training further starts from the masters.
+        assert torch.equal(parameter, moonbase.load(tmp_path / "run").get_parameter(name)), name
+    assert not torch.equal(trainer.masters.named[EXPERTS[0]], model.get_parameter(EXPERTS[0]))
 
     stored = tensors(tmp_path / "int4")
     prefix = "model.layers.1.mlp.experts.3.down_proj.weight"
@@ -145,6 +151,33 @@ def test_an_int4_checkpoint_is_a_valid_master(recipe: Recipes, tmp_path: Path) -
         trainer.masters.prepare(0)
         for name in EXPERTS:
             assert torch.equal(trainer.model.get_parameter(name), trainer.masters.named[name])
+
+
+def test_what_was_trained_in_int4_goes_on_in_it(recipe: Recipes, tmp_path: Path) -> None:
+    run(recipe(model=WIDE, qat__start_step=1, qat__rule="least-error", steps=2), tmp_path / "run")
+    for source in (tmp_path / "run", tmp_path / "run" / "checkpoints" / "step-000002"):
+        further = load_next_recipe(str(source), ["stage=continue", "data=texts", "sequence_length=32"])
+        assert further.qat is not None and (further.qat.start_step, further.qat.rule) == (0, "least-error")
+
+
+def test_a_run_that_had_not_begun_with_it_is_loaded_as_it_is(recipe: Recipes, tmp_path: Path) -> None:
+    run(recipe(model=WIDE, qat__start_step=8), tmp_path / "run", on_ready=stop_after(8))
+    stored = tensors(tmp_path / "run" / "checkpoints" / "step-000008")
+    loaded = moonbase.load(tmp_path / "run").get_parameter(EXPERTS[1])
+    assert torch.equal(loaded[3], stored["model.layers.1.mlp.experts.3.down_proj.weight"])
+
+
+def test_a_skipped_step_does_not_put_it_off(recipe: Recipes, corpus: Corpus) -> None:
+    trainer = make(recipe(model=WIDE, qat__start_step=2), corpus)
+    trainer.train_step()
+    trainer.guard.reason_to_skip = lambda loss, norm: "asked by a test"  # type: ignore[method-assign]
+    assert trainer.train_step()["int4"] is False
+    assert trainer.train_step()["int4"] is True
+
+
+def test_a_start_that_is_never_reached(recipe: Recipes) -> None:
+    with pytest.raises(UserError, match=r"qat\.start_step=12 lies behind the last of steps=12"):
+        recipe(model=WIDE, qat__start_step=12)
 
 
 def test_widths_that_groups_do_not_divide(recipe: Recipes) -> None:

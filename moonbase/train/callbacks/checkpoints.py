@@ -83,7 +83,7 @@ def resume(trainer: Trainer, checkpoint: Path) -> None:
     except UserError as error:
         raise CheckpointError(f"{error}. Remove the folder {checkpoint} to resume from the one before it") from None
     trainer.load_state(facts)
-    trainer.masters.publish(trainer.step)
+    trainer.masters.publish(trainer.step - 1)
 
 
 def _room_for_state(trainer: Trainer, checkpoint: Path) -> dict[str, Tensor] | None:

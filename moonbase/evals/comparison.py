@@ -7,8 +7,10 @@ margin was set beforehand and equivalence was shown.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -35,6 +37,8 @@ if TYPE_CHECKING:
     from moonbase.evals.suite import Hypothesis, Suite
 
 Verdict = Literal["better", "worse", "equivalent", "undecided"]
+Interval = Callable[[float], tuple[float, float] | None]
+"""Ends of an interval at a confidence; None where there is none."""
 Bearing = Literal["supported", "contradicted", "undecided", ""]
 NAMED = 5
 """Items that a refusal names."""
@@ -166,28 +170,34 @@ def interval_at(figure: Figure, confidence: float) -> tuple[float, float] | None
     return None
 
 
-def smallest_alpha(figure: Figure, sign: float, margin: float, both_sides: bool) -> float | None:
+def smallest_alpha(figure: Figure, sign: float, margin: float, both_sides: bool,
+                   interval: Interval | None = None) -> float | None:
     """P-value of non-inferiority (or equivalence): the smallest α at which the 1 - 2α interval keeps the margin.
 
     For Student's intervals this is the p-value of the one-sided test(s); for Newcombe's it is its inversion, which
-    stays honest where no pair disagrees.
+    stays honest where no pair disagrees. `interval`: where another than the figure's own is meant.
     """
+    ends_at = interval or partial(interval_at, figure)
+
     def kept(alpha: float) -> bool:
-        ends = interval_at(figure, 1.0 - 2.0 * alpha)
+        ends = ends_at(1.0 - 2.0 * alpha)
         assert ends is not None
         low, high = ends if sign > 0 else (-ends[1], -ends[0])
         return low > -margin and (high < margin or not both_sides)
 
-    if interval_at(figure, 0.5) is None:
-        return None
-    low, high = 1e-12, 0.4999
-    if not kept(high):
+    return None if ends_at(0.5) is None else smallest_that(kept, 0.4999)
+
+
+def smallest_that(holds: Callable[[float], bool], most: float) -> float:
+    """The smallest α up to `most` for which something holds that holds for all larger ones; 1 where it never does."""
+    low, high = 1e-12, most
+    if not holds(high):
         return 1.0
-    if kept(low):
+    if holds(low):
         return low
-    for _ in range(60):
+    while high > low * (1.0 + 1e-9):
         middle = (low * high) ** 0.5
-        low, high = (low, middle) if kept(middle) else (middle, high)
+        low, high = (low, middle) if holds(middle) else (middle, high)
     return high
 
 
@@ -207,6 +217,8 @@ class Question:
     sign: float
     expects: str = "better"
     """What the statement claims: `better`, `worse`, `different`; "" where it does not speak of this comparison."""
+    interval: Interval | None = None
+    """Where the figure does not tell by itself what its interval is at another confidence."""
 
     @property
     def p_value(self) -> float | None:
@@ -214,7 +226,7 @@ class Question:
             return self.figure.p_value
         if self.margin is None or self.figure.value is None:
             return None
-        return smallest_alpha(self.figure, self.sign, self.margin, self.kind == "equivalence")
+        return smallest_alpha(self.figure, self.sign, self.margin, self.kind == "equivalence", self.interval)
 
 
 def points(value: float) -> str:
@@ -236,12 +248,12 @@ def decide(question: Question, adjusted: float | None, family: int, smallest_n: 
         if adjusted <= alpha:
             return ("better" if good > 0 else "worse"), f"p = {adjusted:.2g} after correction"
         if margin is not None:
-            equal = smallest_alpha(figure, question.sign, margin, both_sides=True)
+            equal = smallest_alpha(figure, question.sign, margin, True, question.interval)
             if equal is not None and equal * family <= alpha:
                 return "equivalent", f"the difference lies within {points(margin)}, p = {equal:.2g}"
         return "undecided", f"p = {adjusted:.2g} after correction"
     assert margin is not None
-    ends = interval_at(figure, 1.0 - 2.0 * alpha / family)
+    ends = (question.interval or partial(interval_at, figure))(1.0 - 2.0 * alpha / family)
     low, high = (0.0, 0.0) if ends is None else ends if question.sign > 0 else (-ends[1], -ends[0])
     if adjusted <= alpha:
         if question.kind == "non_inferiority":
@@ -437,28 +449,42 @@ def hypotheses_of(suite: Suite, table: Table) -> list[Judged]:
     for hypothesis, spec in hypothesis_specs(suite, table):
         facts = {name: getattr(hypothesis, name) for name in ("id", "statement", "kind", "margin", "alpha")}
         found = compute(spec, table)
+        figure, interval = against_reference(found, table)
         # A rate against nothing is no comparison, and a statement about two models is not decided by it.
         alone = spec.function in ("mean", "corrected_rate", "bootstrap") and "reference" not in spec.params
         questions.append(Question(**facts, pre_registered=True, first=found.model, second=found.versus.get("model", ""),
-                                  figure=against_reference(found), sign=sign_of(spec),
+                                  figure=figure, interval=interval, sign=sign_of(spec),
                                   expects="" if alone else expectation_of(spec, hypothesis.kind,
                                                                           "model" in found.versus)))
     return judge(questions, suite.smallest_n)
 
 
-def against_reference(figure: Figure) -> Figure:
-    """A rate with `params.reference` as the difference from it, tested by its interval; others as they are."""
-    reference = figure.spec.params.get("reference")
-    if reference is None or figure.value is None or figure.standard_error is None or figure.p_value is not None:
-        return figure
-    from moonbase.evals.statistics.distributions import t_two_sided
+def against_reference(figure: Figure, table: Table) -> tuple[Figure, Interval | None]:
+    """A rate with `params.reference` as the difference from it, and its interval at any confidence; others as they are.
 
-    shift, error = figure.value - float(reference), figure.standard_error
-    degrees = float(max(figure.clusters - 1, 1))
-    # A rate without variance (0 or 1) is tested with the variance under the reference.
-    error = error or (float(reference) * (1 - float(reference)) / max(figure.clusters, 1)) ** 0.5
-    p_value = t_two_sided(shift / error, degrees) if error else None
-    return figure.model_copy(update={"value": shift, "low": None if figure.low is None else figure.low - reference,
-                                     "high": None if figure.high is None else figure.high - reference,
-                                     "p_value": p_value, "standard_error": error,
-                                     "note": f"against {reference}; {figure.text}"})
+    The p-value is the smallest α at which the figure's own 1 - α interval leaves the reference out, so the verdict
+    never contradicts the interval that is printed: of Wilson's it is the score test, of Student's the t-test. Raises
+    UserError for a reference that is no number, or of a figure that is no rate or mean.
+    """
+    spec, reference = figure.spec, figure.spec.params.get("reference")
+    if reference is None:
+        return figure, None
+    if isinstance(reference, bool) or not isinstance(reference, int | float) or not math.isfinite(reference):
+        raise UserError(f"hypothesis figure {spec.id!r}: reference {reference!r} is no number")
+    if spec.function not in ("mean", "corrected_rate"):
+        raise UserError(f"hypothesis figure {spec.id!r}: a reference belongs to mean or corrected_rate, "
+                        f"not to {spec.function}")
+
+    def interval(confidence: float) -> tuple[float, float] | None:
+        found = compute(replace(spec, params=spec.params | {"confidence": confidence}), table)
+        return None if found.low is None or found.high is None else (found.low - reference, found.high - reference)
+
+    def left_out(alpha: float) -> bool:
+        ends = interval(1.0 - alpha)
+        return ends is not None and (ends[0] > 0.0 or ends[1] < 0.0)
+
+    if figure.value is None or figure.low is None or figure.high is None:
+        return figure, interval
+    return figure.model_copy(update={
+        "value": figure.value - reference, "low": figure.low - reference, "high": figure.high - reference,
+        "p_value": smallest_that(left_out, 1.0 - 1e-6), "note": f"against {reference}; {figure.text}"}), interval

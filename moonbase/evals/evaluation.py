@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from moonbase.errors import UserError
+from moonbase.errors import UserError, did_you_mean
 from moonbase.files import make_folder, write_bytes, write_text
 
 RESULTS_SCHEMA = "moonbase.results/1"
@@ -29,18 +29,90 @@ def evaluate(
     suite = load_suite(suite_name)
     if not models:
         raise UserError(f"eval {suite_name}: name at least one model (--model)")
+    if data is not None and not data.is_dir():
+        raise UserError(f"{data}: no such folder; --data names the one with your copies of public sets")
+    check_hypotheses(suite)
     models = [inspect_name(model) for model in models]
+    settings["price"] = _of_models("--price", settings.get("price") or {}, models)
     if settings.get("model_args"):
         settings["model_args"] = {inspect_name(model): given for model, given in settings["model_args"].items()}
     if commitment is not None:
         from moonbase.evals.fresh.commitment import OPENING, Opening, effective_seed
 
+        refuse_another_promise(commitment, suite, limit, public_randomness)
         seed = effective_seed(Opening.read(commitment / OPENING), models, public_randomness)
     make_folder(folder)
     if salt_from is not None:
         _take_salt(salt_from, folder)
     run_suite(suite, models, folder, seed=seed, limit=limit, data=data, **settings)
     return summarise(folder)
+
+
+def _of_models(option: str, given: Mapping[str, Any], models: Sequence[str]) -> dict[str, Any]:
+    """By the models' whole names. Raises UserError for a model that is not asked."""
+    from moonbase.evals.run import inspect_name
+
+    named = {inspect_name(name): value for name, value in given.items()}
+    if other := sorted(named.keys() - set(models)):
+        raise UserError(f"{option} {other[0]}: no such --model{did_you_mean(other[0], models)}; there are "
+                        f"{', '.join(models)}")
+    return named
+
+
+def check_hypotheses(suite: Any) -> None:
+    """Raises UserError, before any answer is paid for, where a hypothesis asks for a function, column, label or group
+    that there is not."""
+    from moonbase.evals.comparison import expectation_of
+    from moonbase.evals.figure_functions import FUNCTIONS
+    from moonbase.evals.records import LABELS, Record
+    from moonbase.evals.table import Table
+
+    table = Table.of([Record(suite=suite.name, task="", item="", model="", input_digest="", output_digest="")])
+    for one in suite.hypotheses:
+        where, figure = f"suite {suite.name}, hypothesis {one.id}", one.figure
+        if figure.function not in FUNCTIONS:
+            raise UserError(f"{where}: no function {figure.function!r}{did_you_mean(figure.function, FUNCTIONS)}")
+        sides = [figure.select, figure.versus or {}, *(side for side in figure.params.values()
+                                                       if isinstance(side, Mapping))]
+        try:
+            expectation_of(figure, one.kind, of_two=False)
+            for side in sides[:2]:
+                table.rows(side)
+            if figure.value:
+                table.measure({}, figure.value)
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from None
+        kind, _, words = figure.value.partition(":")
+        for label in words.rpartition("=")[2].split("|") if kind in ("label", "vote") else ():
+            if label not in LABELS:
+                raise UserError(f"{where}: no label {label!r}{did_you_mean(label, LABELS)}; there are "
+                                f"{', '.join(LABELS)}")
+        for group in (group for side in sides for group in str(side.get("group", "")).split("|") if group):
+            if suite.groups and group not in suite.groups:
+                raise UserError(f"{where}: no group {group!r}{did_you_mean(group, suite.groups)}; `groups` has "
+                                f"{', '.join(suite.groups)}")
+
+
+def refuse_another_promise(folder: Path, suite: Any, limit: int | None, public_randomness: str | None) -> None:
+    """Raises UserError where an evaluation would ask other problems than were promised in `folder`: `reveal` could only
+    find that out when all answers are there."""
+    from moonbase.evals.fresh import commitment
+    from moonbase.evals.proof.signing import open_envelope
+
+    path = folder / commitment.COMMITMENT
+    try:
+        told = open_envelope(path.read_bytes(), commitment.COMMITMENT_TYPE, None)[0]["predicate"]
+        promised, source = told["configuration"], told.get("randomness_source")
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}; name the folder that `moonbase commit` wrote") from None
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{path}: not a commitment ({type(error).__name__})") from None
+    if (source is None) != (public_randomness is None):
+        raise UserError(f"{path}: it names no public draw; leave out --public-randomness" if source is None else
+                        f"{path}: the seed takes a public draw, {source!r}; give it with --public-randomness")
+    if commitment.configuration_of(suite, limit).model_dump(mode="json") != promised:
+        raise UserError(f"{path}: another suite or another --limit was promised (limit {promised.get('limit')}, "
+                        f"families {', '.join(promised.get('families') or ())})")
 
 
 def _take_salt(source: Path, folder: Path) -> None:
@@ -153,7 +225,9 @@ def commit_suite(suite_name: str, key: Path, out: Path, randomness_source: str |
     path = commitment.write(out, commitment.COMMITMENT, envelope)
     opening.write(out / commitment.OPENING)
     return {"publish now": str(path), "keep secret until the run is over": str(out / commitment.OPENING),
-            "then": f"moonbase eval {suite_name} --commitment {out} --model MODEL"}
+            "then": f"moonbase eval {suite_name} --commitment {out} --model MODEL"
+                    f"{'' if limit is None else f' --limit {limit}'}"
+                    f"{'' if randomness_source is None else ' --public-randomness DRAW'}"}
 
 
 def reveal_suite(committed: Path, folder: Path, key: Path, public_randomness: str | None) -> dict[str, Any]:
@@ -166,8 +240,12 @@ def reveal_suite(committed: Path, folder: Path, key: Path, public_randomness: st
     except OSError as error:
         raise UserError(f"{committed / commitment.COMMITMENT}: {error.strerror}") from None
     if not (folder / commitment.REVEAL).exists():
-        opening = commitment.Opening.read(committed / commitment.OPENING)
-        envelope = commitment.reveal(promise, opening, read_plan(folder)["models"], key,
+        opening, plan = commitment.Opening.read(committed / commitment.OPENING), read_plan(folder)
+        if plan.get("seed") != commitment.effective_seed(opening, plan["models"], public_randomness):
+            # A reveal is written once, and tells the secret.
+            raise UserError(f"{folder}: its seed does not follow from this promise, its models and the draw "
+                            f"{public_randomness!r}; nothing was revealed")
+        envelope = commitment.reveal(promise, opening, plan["models"], key,
                                      public_randomness=public_randomness)
         commitment.write(folder, commitment.COMMITMENT, promise)
         commitment.write(folder, commitment.REVEAL, envelope)

@@ -16,7 +16,18 @@ if TYPE_CHECKING:
     from moonbase.evals.figures import FigureSpec
 
 Fields = dict[str, Any]
+MIXED = 0.1
+"""Share of answers from which on two mixes of hosts are said to differ (total variation)."""
+NAMED_HOSTS = 4
 UNBOUNDED = ("cost", "seconds", "input_tokens", "output_tokens", "reasoning_tokens")
+
+
+def sides_of(spec: FigureSpec) -> list[dict[str, str]]:
+    """Every selection of records that a figure rests on: each of its groups, with the other side of each."""
+    names = ("control", "second", "second_control") if spec.function == "difference_in_differences" else ()
+    groups = [spec.params[name] for name in names if isinstance(spec.params.get(name), dict)]
+    selects = [spec.select | group for group in ({}, *groups)]
+    return [side for select in selects for side in (select, *([select | spec.versus] if spec.versus else []))]
 
 
 def level_of(spec: FigureSpec, table: Table) -> int:
@@ -25,8 +36,7 @@ def level_of(spec: FigureSpec, table: Table) -> int:
     L1: all outputs are kept. L2: inputs are bound by plain digests (salted ones need the salt). L3: every call names
     the digest of the weights. L4 takes a counter-statement and is not given here.
     """
-    sides = [spec.select] + ([spec.select | spec.versus] if spec.versus else [])
-    rows = np.concatenate([table.rows(side) for side in sides])
+    rows = np.concatenate([table.rows(side) for side in sides_of(spec)])
     if not len(rows) or not table.numbers["output_kept"][rows].all():
         return 0
     if not all(word.startswith("sha256:") for word in table.present("input_digest", rows)):
@@ -118,6 +128,8 @@ class Pairs:
     """Keys that the other side was never asked."""
     confounded: tuple[str, ...]
     """Conditions in which the two sides never agree, besides the one that is compared."""
+    hosts: str | None
+    """`hosts_note` of the two sides."""
 
 
 def pairs_of(spec: FigureSpec, table: Table, select: dict[str, str], versus: dict[str, str]) -> Pairs:
@@ -152,8 +164,29 @@ def pairs_of(spec: FigureSpec, table: Table, select: dict[str, str], versus: dic
     clusters = np.zeros(count, np.int64)
     clusters[keys] = clusters_of(spec, table, rows, with_task="task" not in versus)
     both = asked[0] & asked[1]
+    whole = np.isfinite(means[0]) & np.isfinite(means[1])
+    hosts = hosts_note(table, *(side.rows[whole[part] & np.isfinite(side.values)] for side, part in (
+        (first, keys[:split]), (second, keys[split:]))), versus)
     return Pairs(means[0][both], means[1][both], clusters[both], (first, second), int((asked[0] & ~both).sum()),
-                 int((asked[1] & ~both).sum()), tuple(confounded))
+                 int((asked[1] & ~both).sum()), tuple(confounded), hosts)
+
+
+def hosts_note(table: Table, first: np.ndarray, second: np.ndarray, versus: dict[str, str]) -> str | None:
+    """Where another mix of hosts served one model in the rows of each side: what hosts do otherwise is part of the
+    difference then. `NAME a:b`: answers of that host on the first side and on the second."""
+    if "model" in versus or "provider" in versus or "provider" not in table.codes:
+        return None
+    names = table.words["provider"]
+    there = [table.codes["provider"][rows] for rows in (first, second)]
+    counts = [np.bincount(codes[codes >= 0], minlength=len(names)) for codes in there]
+    sizes = [int(each.sum()) for each in counts]
+    # Shares over their common denominator: whole numbers, so that every machine finds the same.
+    gaps = np.abs(counts[0] * sizes[1] - counts[1] * sizes[0])
+    if not all(sizes) or int(gaps.sum()) < 2.0 * MIXED * sizes[0] * sizes[1]:
+        return None
+    order = [place for place in np.argsort(-gaps, kind="stable") if gaps[place] > 0]
+    said = [f"{names[place]} {counts[0][place]}:{counts[1][place]}" for place in order[:NAMED_HOSTS]]
+    return f"the sides had other mixes of hosts: {', '.join(said + ['…'] * (len(order) > NAMED_HOSTS))}"
 
 
 def pairs_note(pairs: Pairs) -> str | None:
@@ -163,6 +196,8 @@ def pairs_note(pairs: Pairs) -> str | None:
         parts.append(f"asked on one side only: {pairs.only_first} and {pairs.only_second}")
     if pairs.confounded:
         parts.append(f"the sides also differ in: {', '.join(pairs.confounded)}")
+    if pairs.hosts:
+        parts.append(pairs.hosts)
     return "; ".join(parts) or None
 
 
@@ -200,7 +235,9 @@ def group_difference(spec: FigureSpec, table: Table) -> Fields:
     return {"value": found.value, "low": low, "high": high, "n": found.n, "clusters": found.clusters,
             "method": method, "standard_error": found.standard_error, "p_value": found.p_value,
             "unit": "points" if span else "difference",
-            "note": found.method if found.value is None else None, **counts_of(*sides),
+            "note": found.method if found.value is None else hosts_note(
+                table, *(side.rows[np.isfinite(side.values)] for side in sides), spec.versus or {}),
+            **counts_of(*sides),
             "details": {"first": found.means[0], "second": found.means[1], "degrees": found.degrees}}
 
 

@@ -1,7 +1,8 @@
 """Which figures a report shows: read off the suite and off what the records hold, in a fixed order.
 
 Per task and model, over all conditions, and for every value of every condition: the main metric, refusals, what was
-left out; then differences over conditions, groups and models; then judges, costs, repeated tries, and power.
+left out; the main metric by host, where several served the model; then differences over conditions, groups and models;
+then judges, costs, repeated tries, and power.
 """
 
 from __future__ import annotations
@@ -161,6 +162,29 @@ class Plan:
                 yield self.spec("missing", self.value, "left_out", where)
             if self.labelled:
                 yield from self.refusals(where, rows)
+
+    def by_host(self) -> Iterator[FigureSpec]:
+        """The main metric of every host, over all and in each language, where two or more served the model.
+
+        Means only: nobody assigned items to hosts, so a difference between two of them is not theirs alone.
+        """
+        if not self.value or "condition.provider" in self.levels:
+            return
+        spoken = self.levels.get("condition.language", [])
+        for where in [{}, *({"condition.language": language} for language in spoken)]:
+            rows = self.table.rows(self.base | where)
+            sizes = {host: len(self.table.rows(self.base | where | {"provider": host}))
+                     for host in self.table.present("provider", rows) if host}
+            if len(sizes) < 2:
+                continue
+            most = sorted(sizes, key=lambda host: (-sizes[host], host))[:MOST_LEVELS]
+            for host in sorted(most):
+                cell = where | {"provider": host}
+                groups = self.table.present("group", self.table.rows(self.base | cell))
+                if "refus" in self.value and 0 < len(set(groups) & set(HARMLESS)) < len(groups):
+                    yield from self.refusals(cell, self.table.rows(self.base | cell))
+                else:
+                    yield self.spec("mean", self.value, self.metric, cell)
 
     def spoken_of(self, where: dict[str, str]) -> bool:
         """Cells in which the members of the panel stand beside it: all, a language, a group in a language."""
@@ -370,7 +394,7 @@ def specs_of(suite: Suite | None, table: Table) -> list[FigureSpec]:
     for task in table.present("task"):
         for model in table.present("model", table.rows({"task": task})):
             plan = Plan(suite, table, task, model)
-            for part in (plan.rates, plan.differences, plan.extras):
+            for part in (plan.rates, plan.by_host, plan.differences, plan.extras):
                 found += part()
         found += between_models(suite, table, task)
     # Two ways to the same cell name it alike: the first stays.

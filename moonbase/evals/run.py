@@ -12,8 +12,10 @@ A run can be killed at any time and started again with the same arguments: Inspe
 from __future__ import annotations
 
 import contextlib
+import errno
 import gc
 import json
+import logging
 import os
 import re
 import sys
@@ -24,8 +26,9 @@ from typing import Any
 
 from moonbase.errors import UserError
 from moonbase.evals.collect import HEEDED, collect
+from moonbase.evals.records import read_records
 from moonbase.evals.suite import Suite, missing_needs, out_of_reach, read_plan
-from moonbase.files import make_folder, write_text
+from moonbase.files import explain_os_error, make_folder, write_text
 
 PLAN_SCHEMA = "moonbase.plan/1"
 _NO_INSPECT = 'evaluation needs Inspect: pip install "moonbase[evals]"'
@@ -76,19 +79,28 @@ def run_suite(
         print(f"left out: {name} needs {'; '.join(missing)}", file=sys.stderr)
     logs = log_folder(suite, folder)
     problems = []
-    for stored, group in group_models(models).items():
-        problems += _run_group(suite, group, logs, folder, stored, seed=seed, limit=limit, data=data, quiet=quiet,
-                               max_connections=max_connections, model_args=model_args or {}, roles=roles or {},
-                               temperature=temperature)
-    found = collect(suite, list(models), logs, folder, price or {})
+    with _alone(folder), _disk_troubles(folder):
+        for stored, group in group_models(models).items():
+            problems += _run_group(suite, group, logs, folder, stored, seed=seed, limit=limit, data=data, quiet=quiet,
+                                   max_connections=max_connections, model_args=model_args or {}, roles=roles or {},
+                                   temperature=temperature)
+        found = collect(suite, list(models), logs, folder, price or {})
     if not found.records or found.errors == found.records:
-        raise UserError(f"{folder}: no answer of any model{': ' + problems[0] if problems else ''}. Mend it and run "
+        why = next((one.reason for one in read_records(folder / "records.jsonl") if one.reason), None) or (
+            problems[0] if problems else "")
+        raise UserError(f"{folder}: no answer of any model{': ' + _bare(why) if why else ''}. Mend it and run "
                         "again: what is there is kept")
     for (model, thinking), (missed, asked) in found.unheeded.items():
         print(f"thinking {thinking}: {missed} of {asked} answers of {model} were given "
               f"{'with' if thinking == 'off' else 'without any'} reasoning (details.{HEEDED} in the records)",
               file=sys.stderr)
     return EvalFolder(folder, found.records, found.errors)
+
+
+def _bare(reason: str) -> str:
+    """`UserError('...')` as the line that it is."""
+    found = re.fullmatch(r"UserError\((['\"])(.*)\1\)", reason.strip())
+    return (found.group(2) if found else reason.strip()).rstrip(".")
 
 
 def _check_judges(judges: Sequence[str]) -> None:
@@ -104,7 +116,10 @@ def inspect_name(model: str) -> str:
     ours = model.startswith("preset:") or Path(model).is_dir()
     if not ours and model.startswith(("/", ".", "~", "runs/")):
         raise UserError(f"{model}: no such folder")
-    return f"moonbase/{model}" if ours else model
+    if not ours:
+        return model
+    # A slash at the end, as shells complete names, makes no other model.
+    return f"moonbase/{model if model.startswith('preset:') else os.path.normpath(model)}"
 
 
 def runnable(suite: Suite, data: Path | None, roles: Mapping[str, str]) -> tuple[Suite, dict[str, list[str]]]:
@@ -151,7 +166,7 @@ def settle(
         "model_args": {name: sorted(arguments) for name, arguments in (model_args or {}).items()},
         "roles": dict(roles or {}), "left_out": dict(left_out or {}),
         **({} if temperature is None else {"temperature": temperature})}))
-    if (folder / "suite.json").exists():
+    if (folder / "suite.json").exists() and _has_run(folder):
         before = read_plan(folder)
         other = [name for name in dict.fromkeys([*plan, *before]) if before.get(name) != plan.get(name)]
         if other:
@@ -159,6 +174,12 @@ def settle(
                             "was, or choose another folder (--out)")
         return
     write_text(folder / "suite.json", json.dumps(plan, ensure_ascii=False, indent=1, allow_nan=False) + "\n")
+
+
+def _has_run(folder: Path) -> bool:
+    """Whether anything was asked: a plan that came to nothing (a slip in a name, a missing key) binds nobody."""
+    return (folder / "records.jsonl").exists() or any(
+        any(folder.glob(f"{logs}/*.eval")) for logs in ("logs", f"{PRIVATE}/logs"))
 
 
 def log_folder(suite: Suite, folder: Path) -> Path:
@@ -238,6 +259,41 @@ def _model(get_model: Callable[..., Any], name: str, given: dict[str, Any]) -> A
 def _problem(message: str, withhold: bool) -> str:
     """In one line; only its kind where it may hold a text."""
     return message.partition("(")[0][:80] if withhold else (message.strip().splitlines() or [""])[0][:300]
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Two runs in one folder would pay for every answer twice. The lock goes with the process, however that ends."""
+    import fcntl
+
+    with open(folder / PRIVATE / "lock", "wb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(f"{folder}: another run is at work in this folder; wait for it, or choose another one "
+                            "(--out)") from None
+        yield
+
+
+@contextlib.contextmanager
+def _disk_troubles(folder: Path) -> Iterator[None]:
+    """A disk that is full ends the run in one line; logging alone would print a traceback for every line."""
+    before, logging.raiseExceptions = logging.raiseExceptions, False
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+            raise
+        # Inspect closes and packs its trace when the process ends, and would fail then.
+        for handler in logging.getLogger().handlers:
+            trace = getattr(handler, "trace_logger", None)
+            if isinstance(trace, logging.FileHandler):
+                with contextlib.suppress(OSError):
+                    trace.close()
+                Path(trace.baseFilename).unlink(missing_ok=True)
+        raise explain_os_error(error, folder) from None
+    finally:
+        logging.raiseExceptions = before
 
 
 @contextlib.contextmanager

@@ -20,7 +20,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_serializer, field_validator, model_validator
 
-from moonbase.errors import UserError
+from moonbase.errors import UserError, did_you_mean
 
 SCHEMA = "moonbase.suite/1"
 FOLDER = Path(__file__).with_name("suites")
@@ -126,6 +126,8 @@ class Suite(Strict):
     @classmethod
     def _known_levels(cls, crossed: Any) -> Any:
         found = {}
+        if not isinstance(crossed, Mapping | None):
+            raise ValueError(f"write FACTOR: [LEVEL, ...] with factors of {', '.join(CROSSED)}")
         for factor, levels in (crossed or {}).items():
             if factor not in CROSSED:
                 raise ValueError(f"{factor!r} is none of {', '.join(CROSSED)}")
@@ -188,7 +190,9 @@ def load_suite(name_or_path: str | Path) -> Suite:
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from None
     except (yaml.YAMLError, UnicodeError) as error:
-        raise UserError(f"{path}: not YAML ({str(error).splitlines()[0]})") from None
+        mark = getattr(error, "problem_mark", None)
+        where = f", line {mark.line + 1}" if mark else ""
+        raise UserError(f"{path}{where}: not YAML ({str(error).splitlines()[0]})") from None
 
 
 def suite_of(folder: Path) -> Suite:
@@ -214,9 +218,20 @@ def _checked(values: Any, path: Path) -> Suite:
     try:
         return Suite.model_validate(values)
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise UserError(f"{path}: {where + ': ' if where else ''}{first['msg']}") from None
+        # A misspelled field is a missing one, too: the slip is what helps.
+        first = min(error.errors(), key=lambda one: one["type"] != "extra_forbidden")
+        where, said = ".".join(map(str, first["loc"])), first["msg"].removeprefix("Value error, ")
+        if first["type"] == "extra_forbidden":
+            said = f"no such field{did_you_mean(str(first['loc'][-1]), _fields_at(first['loc']))}"
+        elif not where and first["type"] == "model_type":
+            said = "a suite is a list of fields and their values (schema, name, title, metric, tasks, ...)"
+        raise UserError(f"{path}: {where + ': ' if where else ''}{said}") from None
+
+
+def _fields_at(place: tuple[int | str, ...]) -> list[str]:
+    """Names of the fields that there are beside one."""
+    kind = {"tasks": TaskSpec, "hypotheses": Hypothesis}.get(str(place[0]), Suite) if len(place) > 1 else Suite
+    return [field.alias or name for name, field in kind.model_fields.items()]
 
 
 def suite_names() -> list[str]:

@@ -9,14 +9,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from scipy import stats
 from statsmodels.stats.multitest import multipletests
+from statsmodels.stats.proportion import proportions_ztest
 from statsmodels.stats.weightstats import ttost_paired
 
 from moonbase.errors import UserError
 from moonbase.evals import comparison
-from moonbase.evals.comparison import compare, hypotheses_of, interval_at, smallest_alpha
-from moonbase.evals.figures import FigureSpec, Table, compute, figures_of
-from moonbase.evals.fine_tuning import diff
+from moonbase.evals.comparison import Question, compare, hypotheses_of, interval_at, judge, smallest_alpha
+from moonbase.evals.figures import Figure, FigureSpec, Table, compute, figures_of
+from moonbase.evals.fine_tuning import answer_of, diff
 from moonbase.evals.side_by_side import write_comparison, write_fine_tuning
 from moonbase.evals.suite import Hypothesis, Suite, TaskSpec
 from tests.evals.figure_samples import graded, politics, record, write_folder
@@ -47,8 +49,10 @@ def test_verdicts(folders: list[Path]) -> None:
     assert same.verdicts[0].verdict == "equivalent" and same.verdicts[0].figure.text.startswith("0.0 points")
     # A difference that is not found is not sameness, and too few pairs decide nothing.
     assert compare([folders[0], folders[2]], suite=suite_with(claim("superiority"))).verdicts[0].verdict == "undecided"
-    few = compare(folders[:2], suite=suite_with(claim("superiority"), smallest_n=500)).verdicts[0]
-    assert few.verdict == "undecided" and "fewer than the 500" in few.reason
+    # 400 pairs are enough where 400 are asked for, and not where it is one more.
+    at, few = (compare(folders[:2], suite=suite_with(claim("superiority"), smallest_n=n)).verdicts[0]
+               for n in (400, 401))
+    assert at.verdict == "better" and few.verdict == "undecided" and "fewer than the 401" in few.reason
 
 
 def test_three_models_and_holm(folders: list[Path]) -> None:
@@ -66,6 +70,73 @@ def test_three_models_and_holm(folders: list[Path]) -> None:
     # The verdict is of the first against the second, and the page says it in that order.
     assert re.search(r"better.*?<b class=\"side\">good against bad</b>", page, re.DOTALL)
     assert all(row.text in page for row in found.rows) and "moonbase verify" not in page
+
+
+def shifted(mean: float, pairs: int = 50) -> Figure:
+    """Pairs whose differences are `mean` ± 0.1, as many above as below: standard error 0.1 / √(pairs - 1)."""
+    table = Table.of([record(f"i{item}", model=model, scores={"accuracy": 0.5 + (model == "a") * (
+        mean + (0.1 if item % 2 else -0.1))}) for model in "ab" for item in range(pairs)])
+    return compute(FigureSpec("x", "difference", {"model": "a"}, "score:accuracy", {"model": "b"}), table)
+
+
+def asked(kind: str, margin: float | None, figure: Figure) -> Question:
+    return Question("h", "h", kind, margin, 0.05, True, "a", "b", figure, 1.0)
+
+
+REACH = 0.1 / 7 * float(stats.t.ppf(1 - 0.035, 49))
+"""What a test of `shifted` at 3.5% just bears: below α, above α halved."""
+
+
+def test_what_holm_does_not_order_is_held_to_the_family() -> None:
+    """One verdict alone is decided at p = 0.035, by either of two tests; one of two is not."""
+    even, ahead = shifted(0.0), shifted(0.1 / 7 * float(stats.t.ppf(1 - 0.035 / 2, 49)))
+    assert smallest_alpha(even, 1.0, REACH, both_sides=True) == pytest.approx(0.035, rel=1e-6)
+    assert ahead.p_value == pytest.approx(0.035, rel=1e-6)
+    for question, alone, of_two in ((asked("superiority", REACH, even), "equivalent", "undecided"),
+                                    (asked("superiority", None, ahead), "better", "undecided"),
+                                    (asked("non_inferiority", 0.1, ahead), "better", "equivalent")):
+        other = asked("superiority", None, shifted(0.0))
+        assert [one.verdict for one in judge([question])] == [alone]
+        assert [one.verdict for one in judge([question, other])] == [of_two, "undecided"]
+
+
+def test_a_fall_that_is_not_shown_is_no_fall() -> None:
+    """Capability fell with p = 0.035: one checkpoint lost it, of two none is shown to have; change is held alike."""
+    fell, even = shifted(-0.1 / 7 * float(stats.t.ppf(1 - 0.035 / 2, 49))), shifted(0.0)
+    kept, slight = asked("non_inferiority", 0.001, fell), asked("non_inferiority", 0.001, shifted(-0.003))
+    assert [answer_of(kept, kept.p_value, family)[0] for family in (1, 2)] == ["no", "undecided"]
+    assert answer_of(slight, slight.p_value, 1)[0] == "undecided"
+    changed = asked("superiority", REACH, even)
+    assert [answer_of(changed, 1.0, family)[0] for family in (1, 2)] == ["no", "undecided"]
+
+
+@pytest.mark.parametrize("right", [0, 20, 23, 27, 30])
+def test_a_rate_against_a_reference_is_the_score_test(right: int) -> None:
+    """Wilson's interval inverted is the test with the variance under the hypothesis; both ask what is printed."""
+    table = Table.of([record(f"i{item}", scores={"accuracy": float(item < right)}) for item in range(30)])
+    suite = suite_with(claim("superiority", params={"reference": 0.9, "expects": "better"}),
+                       claim("non_inferiority", 0.2, "not lower", params={"reference": 0.9}), smallest_n=30)
+    two, one = hypotheses_of(suite, table)
+    assert two.p_value == pytest.approx(proportions_ztest(right, 30, 0.9, prop_var=0.9)[1] if right != 27 else 1.0,
+                                        rel=1e-6, abs=1e-11)
+    above = max(proportions_ztest(right, 30, 0.7, alternative="larger", prop_var=0.7)[1], 1e-12)
+    assert one.p_value == (pytest.approx(above, rel=1e-6) if above < 0.4999 else 1.0)
+    plain = compute(two.figure.spec, table)
+    assert (two.p_value < 0.05) == (not plain.low <= 0.9 <= plain.high)
+    assert (two.figure.low, two.figure.high) == pytest.approx((plain.low - 0.9, plain.high - 0.9))
+    assert two.verdict == ("worse" if right < 24 else "undecided") and plain.text in two.text
+
+
+def test_a_mean_against_a_reference_is_the_t_test() -> None:
+    values = np.random.default_rng(5).random(40).round(3)
+    table = Table.of([record(f"i{item}", scores={"accuracy": float(value)}) for item, value in enumerate(values)])
+    found, = hypotheses_of(suite_with(claim("superiority", params={"reference": 0.4})), table)
+    assert found.p_value == pytest.approx(stats.ttest_1samp(values, 0.4).pvalue, rel=1e-5)
+    for wrong in ({"reference": "much"}, {"reference": math.nan}, {"reference": True}):
+        with pytest.raises(UserError, match="no number"):
+            hypotheses_of(suite_with(claim("superiority", params=wrong)), table)
+    with pytest.raises(UserError, match="belongs to mean"):
+        hypotheses_of(suite_with(claim("superiority", function="bootstrap", params={"reference": 0.5})), table)
 
 
 @pytest.mark.parametrize("seed", range(4))

@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 
 from moonbase.errors import UserError
-from moonbase.evals.comparison import Judged, hypotheses_of
+from moonbase.evals.comparison import Judged, expectation_of, hypotheses_of
 from moonbase.evals.records import SCHEMA, digest
 from moonbase.evals.refusal.rules import label
-from moonbase.evals.suite import Suite, load_suite
+from moonbase.evals.suite import Suite, load_suite, suite_names
 from moonbase.evals.table import Table
 
 pytest.importorskip("inspect_ai")
@@ -104,6 +104,15 @@ def test_a_suite_names_the_digest_of_its_items(suite: str, task: Callable[..., A
     few = task(whole, whole.tasks[0], None, 0, 2, False).dataset
     clusters = Counter(sample.metadata["cluster"] for sample in few)
     assert len(clusters) == 2 and len(few) * len({sample.metadata["cluster"] for sample in samples}) == 2 * len(samples)
+
+
+@pytest.mark.parametrize("name", suite_names())
+def test_a_statement_on_one_model_says_what_it_expects(name: str) -> None:
+    """Else a report gives a verdict and leaves open whether the statement holds."""
+    for hypothesis in load_suite(name).hypotheses:
+        figure = hypothesis.figure
+        if hypothesis.kind == "superiority" and figure.versus and "model" not in figure.versus:
+            assert expectation_of(figure, hypothesis.kind, of_two=False), hypothesis.id
 
 
 def test_the_digest_is_of_every_word() -> None:

@@ -16,6 +16,7 @@ import statsmodels.formula.api as smf
 
 from moonbase.errors import UserError
 from moonbase.evals.columns import NumberColumn, WordColumn
+from moonbase.evals.figure_functions import sides_of
 from moonbase.evals.figures import Figure, FigureSpec, Table, compute, figures_of
 from moonbase.evals.printing import percent, rate_text, signed, significant
 from moonbase.evals.records import write_records
@@ -195,6 +196,68 @@ def test_levels_come_from_the_records() -> None:
     salted = [one.model_copy(update={"input_digest": "hmac-sha256:0"}) for one in kept]
     hidden = [one.model_copy(update={"output": None}) for one in kept]
     assert [compute(spec("mean"), Table.of(part)).level for part in (kept, plain, salted, hidden)] == [3, 2, 1, 0]
+
+
+def test_a_level_rests_on_every_side_of_a_figure() -> None:
+    """All eight cells of a triple difference: whichever of them kept no output, the figure cannot be scored again."""
+    cells = [(group, about, language) for group, about in (("china", ""), ("us", ""), ("benign", "china"),
+                                                           ("benign", "us")) for language in ("en", "zh")]
+
+    def level(spec: FigureSpec, hidden: int) -> int:
+        return compute(spec, Table.of(
+            record(f"{group}{about}{item}", label="full", group=group, output=None if place == hidden else "x",
+                   condition={"language": language, "twin_of": about or "none"})
+            for place, (group, about, language) in enumerate(cells) for item in range(3))).level
+
+    base = {"group": "china"} | EN
+    triple = spec("difference_in_differences", base, "label:full", ZH, control={"group": "us"},
+                  second={"group": "benign", "condition.twin_of": "china"},
+                  second_control={"group": "benign", "condition.twin_of": "us"})
+    double, plain = spec("difference_in_differences", base, "label:full", ZH, control={"group": "us"}), \
+        spec("difference", base, "label:full", ZH)
+    for figure, used in ((triple, 8), (double, 4), (plain, 2)):
+        assert [level(figure, place) for place in (*range(8), -1)] == [0] * used + [2] * (9 - used)
+    assert sides_of(triple)[4:6] == [{"group": "benign", "condition.twin_of": "china", "condition.language": language}
+                                     for language in ("en", "zh")]
+
+
+def hosted(*shares: tuple[str, int]) -> Table:
+    """100 items in two languages, English from one host; in Chinese so many of them from each host."""
+    chinese = [host for host, count in shares for _ in range(count)]
+    return Table.of(record(f"i{item}", label="full", condition={"language": language},
+                           call={"provider": host}) for language, hosts in (("en", ["here"] * 100), ("zh", chinese))
+                    for item, host in enumerate(hosts))
+
+
+def test_every_host_of_a_model_has_its_figure() -> None:
+    """Though one host answered all of a language: its cell is that language's, and is shown as the host's all the same.
+    What nobody named is no host."""
+    figures = [figure for figure in figures_of(None, hosted(("there", 100))) if "provider" in figure.spec.select]
+    assert [(figure.function, figure.spec.select["provider"], figure.n) for figure in figures] == [
+        ("mean", "here", 100), ("mean", "there", 100)]
+    many = [figure for figure in figures_of(None, hosted(("there", 60), ("here", 30), ("", 10)))
+            if "provider" in figure.spec.select]
+    assert [(figure.spec.select.get("condition.language"), figure.spec.select["provider"], figure.n)
+            for figure in many] == [(None, "here", 130), (None, "there", 60), ("zh", "here", 30), ("zh", "there", 60)]
+    assert not [figure for figure in figures_of(None, hosted(("here", 100))) if "provider" in figure.spec.select]
+
+
+def test_a_difference_says_where_its_sides_had_other_hosts() -> None:
+    def note(table: Table, versus: dict[str, str], select: dict[str, str] = EN, **params: str) -> str | None:
+        return compute(spec("difference", select, "label:full", versus, **params), table).note
+
+    # One answer in ten from another host is said, nine in a hundred are not.
+    said = "the sides had other mixes of hosts: "
+    assert note(hosted(("there", 10), ("here", 90)), ZH) == f"{said}here 100:90, there 0:10"
+    assert note(hosted(("there", 9), ("here", 91)), ZH) is None
+    assert "there 0:10" in note(hosted(("there", 10), ("here", 90)), ZH, pair="none")
+    several = hosted(*((name, 10) for name in "abcdefghij"))
+    assert note(several, ZH) == f"{said}here 100:0, a 0:10, b 0:10, c 0:10, …"
+    # Two models have hosts of their own, and hosts that are compared differ.
+    models = hosted(("there", 100)).renamed("condition.language", {}).constant("condition.language", "x")
+    assert note(models, {"provider": "there"}, {"provider": "here"}) is None
+    two = Table.of(record("i", model=model, label="full", call={"provider": model}) for model in "ab")
+    assert note(two, {"model": "b"}, {"model": "a"}) is None
 
 
 def test_a_column_keeps_every_number_in_few_bytes() -> None:

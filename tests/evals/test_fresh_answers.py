@@ -26,6 +26,13 @@ from moonbase.evals.fresh import answers
     ("百分之12.5", "1/8"),
     ("三点一四", "157/50"), ("12个", "12"), ("12 元", "12"), ("十二个", "12"), ("负四分之三", "-3/4"),
     ("4分之3", "3/4"),
+    # The same number twice, and words before it that name no other.
+    ("229/4 (57.25)", "229/4"), ("229/4（57.25）", "229/4"), ("229/4 (= 57.25).", "229/4"),
+    ("229/4（即57.25）", "229/4"),
+    ("57 1/4 (≈57.25)", "229/4"), (r"$\frac{229}{4}$ (57.25)", "229/4"), (r"x = \frac{229}{4} \approx 57.25", "229/4"),
+    ("-7 (-7)", "-7"), ("十二 (12)", "12"), ("x ≈ 57.25", "229/4"), ("about 57.25", "229/4"), ("≈57.25", "229/4"),
+    ("approximately -3 km", "-3"), ("约57.25", "229/4"), ("大约为十二", "12"), ("约等于 3/4", "3/4"),
+    ("= 57.25", "229/4"), ("$1,234", "1234"), ("-$5", "-5"), ("= $1,234.50", "2469/2"), ("¥12", "12"),
 ])
 def test_numbers_in_many_forms(text: str, value: str) -> None:
     assert answers.read_number(text) == Fraction(value)
@@ -35,6 +42,10 @@ def test_numbers_in_many_forms(text: str, value: str) -> None:
     "", "twelve", "12 or 13", "12, 13", "between 3 and 4", "1/0", "12/", "--3", "1,23", "12 not", "12 不是", "3/4/5",
     "9" * 200, "1e999999", "1e400", "十二或十三", "NaN", "inf", "½ or 1", "12\x0013", "分之三", "0分之三", "5 to 6",
     "{}",
+    # Two numbers that are not equal, a product, a range, a few.
+    "229/4 (57.2)", "1/3 (0.33)", "1/3 ≈ 0.33", "12 (13)", "5 (-5)", "50 (50%)", "5 (not 5)", "5 (5 or 6)", "5 ()",
+    "() (5)", "3(3)", "(3)(3)", "x = (3)(3)", "3 (3) (3)", "about", "about 12 or 13", "约三五个", "约3-5", "3~5", "≈",
+    "not ≈ 5",
 ])
 def test_what_is_no_single_number_is_refused(text: str) -> None:
     assert answers.read_number(text) is None
@@ -77,6 +88,17 @@ def test_written_fractions_are_read_back(value: Fraction, unit: str) -> None:
     if unit == "%":
         unit = ""
     assert answers.read_number(f"{value}{unit if value.denominator == 1 else ''}") == value
+
+
+@given(*2 * [st.fractions(-10**6, 10**6, max_denominator=100)], st.sampled_from(["{} ({})", "{} ≈ {}"]))
+def test_a_number_written_twice_is_read_where_both_are_equal(one: Fraction, two: Fraction, form: str) -> None:
+    assert answers.read_number(form.format(one, one)) == one
+    assert answers.read_number(form.format(one, two)) == (one if one == two else None)
+
+
+@given(st.fractions(max_denominator=10**6), st.sampled_from(["about ", "≈", "~", "约", "大约 ", "= ", r"\approx "]))
+def test_words_before_a_number_change_nothing(value: Fraction, ahead: str) -> None:
+    assert answers.read_number(f"{ahead}{value}") == value
 
 
 @pytest.mark.parametrize(("text", "found"), [

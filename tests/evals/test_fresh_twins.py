@@ -58,6 +58,28 @@ def test_what_stands_in_words_too_stays() -> None:
     assert twin.numbers.keys() == {9, 6} and twin.question.startswith("In the first 4 days")
 
 
+def test_as_many_as_twins_stay_twins() -> None:
+    twin = make_twin("Ann knits 4 caps and 9 scarves for each of her 3 grandchildren, who are triplets. How many?",
+                     "<<4+9=13>>13 <<13*3=39>>39\n#### 39", draw(0))
+    assert twin.numbers.keys() == {4, 9} and "her 3 grandchildren" in twin.question
+
+
+def test_lines_whose_published_steps_are_wrong_are_left_out_and_nothing_else_changes(shared_data: Path) -> None:
+    pytest.importorskip("inspect_ai")
+    from moonbase.evals.tasks.twins_task import public_twins
+
+    suite = load_suite("contamination")
+    (spec,) = suite.tasks
+    wrong = {"650", "1310"}
+    asked = {}
+    for name, left_out in (("suite", spec.params["leave_out"]), ("all", [])):
+        task = spec.model_copy(update={"params": spec.params | {"leave_out": left_out, "count": 500}})
+        asked[name] = [(sample.metadata["item"], sample.input) for sample in
+                       public_twins(suite, task, shared_data, 0, None, False).dataset]
+    assert wrong <= {item for item, _ in asked["all"]}
+    assert asked["suite"] == [one for one in asked["all"] if one[0] not in wrong]
+
+
 def test_hundreds_of_public_questions_have_a_twin(shared_data: Path) -> None:
     """And their steps are done once more here, in the words of the published solution with other numbers."""
     import re
@@ -104,7 +126,8 @@ def test_planted_memory_is_found_and_an_honest_model_is_not_blamed(memory: float
     assert (gap.value, gap.low, gap.high) == pytest.approx((index.index, index.low, index.high))
     assert (gap.low > 0) is found is index.suspicious
     (judged,) = hypotheses_of(suite, table)
-    assert judged.verdict == ("worse" if found else "undecided") and judged.figure.value == pytest.approx(gap.value)
+    assert (judged.verdict, judged.statement_is) == (("worse", "supported") if found else ("undecided", "undecided"))
+    assert judged.figure.value == pytest.approx(gap.value)
 
 
 def test_honest_models_are_blamed_no_oftener_than_the_interval_says() -> None:

@@ -137,7 +137,8 @@ def test_an_invented_question_is_found_by_whoever_has_the_set(home: Path, tmp_pa
     assert [str(line) for line in verify.failures(verify.verify(bundle, aids=verify.Aids(home / "data")))] == [
         "failed: records: records.jsonl, line 1: it was asked something else than your copy of the set has",
         "failed: records: records.jsonl, line 2: its right answer is not the one of your copy of the set",
-        "failed: records: records.jsonl, line 3: its item is not in your copy of the set of requests"]
+        "failed: records: records.jsonl, line 3: its item is not, under its condition, in your copy of the set of "
+        "requests"]
 
 
 def test_salted_items_are_compared_where_the_salt_is_given(home: Path, tmp_path: Path, quick: None) -> None:

@@ -67,6 +67,8 @@ def test_what_is_known_by_heart() -> None:
     assert text_of(zero | {"clusters": 2}, "zh") == "49 条中 0 条，分属 2 簇（上界 7.3%）"
     assert say("1 of 50 pairs left out: a side has no value; asked on one side only: 150 and 0", "zh") == (
         "50 对中有 1 对未计入：一方没有数值；只有一方被问到：150 与 0")
+    assert say("the sides also differ in: thinking, dose; the sides had other mixes of hosts: A Host 1:2, …", "zh") == (
+        "两方的不同还在于：thinking, dose；两方由不同比例的服务商作答：A Host 1:2, …")
     assert say("1 empty, 2 broken", "zh") == "空回答 1 条，损坏的回答 2 条"
     assert say("judges: rules, stored:x", "zh") == "评判者：rules, stored:x"
     for ours in ("somebody's own note, as it is", "", "a: b, {c} %s"):

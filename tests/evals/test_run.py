@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
 import zipfile
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from moonbase.errors import UserError
+from moonbase.evals.evaluation import check_hypotheses
 from moonbase.evals.records import Record, digest, read_records
-from moonbase.evals.run import group_models, run_suite, runnable, settle
+from moonbase.evals.run import _alone, group_models, run_suite, runnable, settle
 from moonbase.evals.suite import Suite, load_suite, suite_of
 
 pytest.importorskip("inspect_ai")
@@ -228,7 +232,11 @@ def test_stored_answers_of_mmlu_pro_are_read_as_published(tmp_path: Path, shared
 
 def test_one_folder_holds_one_evaluation(tmp_path: Path) -> None:
     suite = load_suite("swarm")
+    settle(suite, ["replay/a:c"], tmp_path, seed=0, limit=None)
+    # Nothing was asked: a slip in a name binds nobody.
     settle(suite, ["replay/a:b"], tmp_path, seed=0, limit=None)
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs" / "first.eval").touch()
     settle(suite, ["replay/a:b"], tmp_path, seed=0, limit=None)
     with pytest.raises(UserError, match=r"seed differ"):
         settle(suite, ["replay/a:b"], tmp_path, seed=1, limit=None)
@@ -237,6 +245,32 @@ def test_one_folder_holds_one_evaluation(tmp_path: Path) -> None:
     (tmp_path / "manifest.json").write_text("{}")
     with pytest.raises(UserError, match="sealed"):
         settle(suite, ["replay/a:b"], tmp_path, seed=0, limit=None)
+
+
+def test_two_runs_do_not_work_in_one_folder_at_a_time(tmp_path: Path) -> None:
+    (tmp_path / "private").mkdir()
+    with _alone(tmp_path):
+        with pytest.raises(UserError, match="another run is at work"), _alone(tmp_path):
+            pass
+    with _alone(tmp_path):
+        pass
+
+
+@pytest.mark.parametrize(("change", "told"), [
+    ({"function": "diffrence"}, "did you mean 'difference'"),
+    ({"value": "lable:full"}, "score:NAME"),
+    ({"value": "label:fulll"}, "did you mean 'full'"),
+    ({"select": {"grp": "china"}}, "did you mean 'group'"),
+    ({"versus": {"group": "us|germny"}}, "did you mean 'germany'"),
+    ({"params": {"expects": "lower"}}, "better, worse, different"),
+])
+def test_a_slip_in_a_hypothesis_costs_no_answer(change: dict[str, Any], told: str) -> None:
+    suite = load_suite("paired-states")
+    first = suite.hypotheses[0]
+    other = first.model_copy(update={"figure": replace(first.figure, **change)})
+    with pytest.raises(UserError, match=re.escape(told)):
+        check_hypotheses(suite.model_copy(update={"hypotheses": (other,)}))
+    check_hypotheses(suite)
 
 
 def test_an_unpinned_router_is_refused_before_anything_is_written(tmp_path: Path) -> None:

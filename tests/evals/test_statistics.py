@@ -64,6 +64,17 @@ def test_newcombe_agrees_with_statsmodels(first: tuple[int, int], second: tuple[
     assert (found.low, found.high) == pytest.approx((low, high), abs=1e-9)
 
 
+@pytest.mark.parametrize(("pairs", "low", "high"), [
+    ((36, 12, 2, 0), 0.0569, 0.3404), ((18, 12, 2, 18), 0.0562, 0.3290), ((53, 0, 0, 1), -0.0729, 0.0729),
+    ((0, 30, 0, 0), 0.8395, 1.0)])
+def test_newcombe_paired_as_published(pairs: tuple[int, int, int, int], low: float, high: float) -> None:
+    """Worked examples of Newcombe 1998 (Statistics in Medicine 17, 2635), method 10."""
+    found = statistics.newcombe_paired(*pairs)
+    assert (found.low, found.high) == pytest.approx((low, high), abs=1e-4)
+    turned = statistics.newcombe_paired(pairs[0], pairs[2], pairs[1], pairs[3])
+    assert (turned.low, turned.high) == pytest.approx((-found.high, -found.low))
+
+
 def test_newcombe_paired_coverage_by_exact_enumeration() -> None:
     """Every table of 20 pairs, several true distributions: mean coverage near 95%, never far below."""
     n, tables = 20, []
@@ -173,6 +184,19 @@ def test_contrast_agrees_with_clustered_regression(seed: int) -> None:
     count = len(np.unique(groups))
     assert found.clusters == count
     assert found.standard_error == pytest.approx(float(np.ravel(test.sd)[0]) * math.sqrt(count / (count - 1)))
+
+
+@pytest.mark.parametrize(("value", "clusters"), [(0.0, 8), (0.5, 8), (1.0, 8), (0.25, 30)])
+def test_a_contrast_without_variance_reaches_as_far_as_it_may(value: float, clusters: int) -> None:
+    """Every cluster differs by `value`: the largest share of others that leaves a 2.5% chance of not seeing one (q, of
+    (1 - q)^G = 2.5%), each at the far end of what scores in [0, 1] allow, moves the mean difference this far."""
+    first, second = np.full(clusters, value), np.zeros(clusters)
+    found = statistics.contrast(np.concatenate([first, second]), np.repeat([0, 1], clusters),
+                                np.tile(np.arange(clusters), 2), (1.0, -1.0), span=1.0)
+    share = next(q for q in np.linspace(0, 1, 100_001) if (1 - q) ** clusters <= 0.025)
+    # Of a difference in [-1, 1] the far end is -1: the share of others takes value to (1 - q) value - q.
+    assert found.low == pytest.approx((1 - share) * value - share, abs=2e-5)
+    assert found.high - found.value == pytest.approx(found.value - found.low)
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -25,6 +25,10 @@ _PLAIN = r"\d{1,3}(?:[, '_]\d{3})+(?:\.\d+)?|\d+(?:\.\d+)?|\.\d+"
 _NUMBER = re.compile(rf"({_PLAIN})(?:e([+-]?\d{{1,2}}))?([万萬亿億]{{0,2}})")
 # No digit, no sign of a second number, no denial behind the number: a unit and nothing else.
 _UNIT = re.compile(r"[ ]?[^\W\d_]{0,12}(?:[²³]|\^[23])?(?: [^\W\d_]{1,12}){0,2}[.。!！]?")
+# What may stand before a number and says no other: "about", "that is", ≈, =.
+_AHEAD = re.compile(r"(?:[≈~=]|\\approx|(?:about|approximately|approx|roughly|around)\b\.?|i\.e\.,?|"
+                    r"(?:大?约|近似|即)[为是]?(?:等于)?) *")
+_CURRENCY = re.compile(r"^\\?[$€£¥] *")
 _DENIALS = ("not", "or", "maybe", "no", "或", "不", "非", "错", "and", "to")
 MOST_NUMBER = 80
 """Characters of a number."""
@@ -88,17 +92,44 @@ def chinese_number(text: str) -> int | None:
 def read_number(text: str) -> Fraction | None:
     """1,234; 3/4; 1 1/2; \\frac{3}{4}; 0.75; 75%; 1.2e3; 四分之三; 百分之七十五; 3.5万; -7; each with a unit behind it.
 
-    A decimal says exactly what it says: 0.33 is not 1/3. None for what is no number, or more than one.
+    $, "about" or ≈ may stand before it, and the same number may come twice: 229/4 (57.25), 229/4 ≈ 57.25. A decimal
+    says exactly what it says: 0.33 is not 1/3. None for what is no number, or more than one.
     """
     text = plain(text).lower().rstrip(".。 ")
+    value = _once(text)
+    return value if value is not None else _twice(text)
+
+
+def _once(text: str) -> Fraction | None:
     if "=" in text[-MOST_NUMBER:]:
         text = text.rpartition("=")[2].strip()
+    if found := _AHEAD.match(text):
+        text = text[found.end() :]
+        if re.search(rf"[{''.join(_DIGITS)}]{{2}}", text):
+            return None  # 约三五个: three to five.
+    text = _CURRENCY.sub("", text, count=1)
     if not text or len(text) > MOST_NUMBER:
         return None
     negative = text[0] in "-负負"
     text = text[1:].lstrip() if text[0] in "+-负負" else text
+    text = _CURRENCY.sub("", text, count=1)
     value = _unsigned(text) if text else None
     return None if value is None else -value if negative else value
+
+
+def _twice(text: str) -> Fraction | None:
+    """A number and the same in brackets or behind ≈, or a letter ≈ a number; None where the two are not equal."""
+    if text.endswith(")"):
+        left, sign, right = text[:-1].rpartition("(")
+    else:
+        left, sign, right = text.replace("\\approx", "≈").rpartition("≈")
+    value = _once(plain(right))
+    if not sign or value is None:
+        return None
+    if sign == "(" and (left.endswith(")") or (left[-1:] != " " and value.denominator == 1)):
+        return None  # 3(3) is a product.
+    named = sign == "≈" and re.fullmatch("[a-z]", plain(left))
+    return value if named or value == _once(plain(left)) else None
 
 
 def _unsigned(text: str) -> Fraction | None:

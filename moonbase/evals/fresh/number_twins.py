@@ -30,8 +30,9 @@ _PER = re.compile(r" (?:days?|nights?|times|hours?) (?:a|per|each|every) (?:week
 _ANY = re.compile(r"\d+(?:,\d{3})*(?:\.\d+)?")
 MAY_BE_CONSTANTS = frozenset({0, 1, 2, 7, 10, 12, 24, 30, 31, 52, 60, 100, 365, 1000})
 _WORDS = {names: Fraction(value) for value, names in {
-    "1": "one", "2": "two twice double doubles doubled both couple pair pairs half halves",
-    "3": "three triple thrice third thirds", "4": "four quarter quarters quadruple fourth fourths",
+    "1": "one", "2": "two twice double doubles doubled both couple pair pairs twin twins duo half halves",
+    "3": "three triple thrice third thirds triplet triplets trio",
+    "4": "four quarter quarters quadruple fourth fourths quadruplet quadruplets",
     "5": "five fifth weekday weekdays", "6": "six sixth", "7": "seven week weeks weekly", "8": "eight", "9": "nine",
     "10": "ten", "11": "eleven", "12": "twelve dozen dozens year years yearly annual month months", "13": "thirteen",
     "15": "fifteen", "20": "twenty", "24": "day days daily", "30": "thirty month months",

@@ -1,7 +1,8 @@
 """The items of public sets against the verifier's own copies of them: what a record says was asked, was it?
 
 A suite names a set by its SHA-256, which proves nothing to whoever does not have the set. Whoever has it makes the
-items again here, as the evaluation made them, and compares the digests of question and answer of every record. Texts
+items again here, as the evaluation made them, twins with other numbers among them, and compares the digests of question
+and answer of every record, and what it is filed under: condition, group, cluster. Sets of our own everybody has. Texts
 are neither printed nor kept: of an item its digests stay.
 """
 
@@ -9,6 +10,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +21,16 @@ from moonbase.evals.records import Record, digest
 from moonbase.evals.suite import Suite, TaskSpec
 
 SETS = ("builtin:bfcl", "builtin:benign-tools", "builtin:choices", "builtin:gsm8k", "builtin:humaneval",
-        "builtin:mmlu-pro", "builtin:paired-politics")
-"""Tasks of ours whose items are read from files, besides every `file:` one."""
+        "builtin:mmlu-pro", "builtin:paired-politics", "builtin:public-twins")
+"""Tasks of ours whose items are made of files, besides every `file:` one."""
+OURS = ("builtin:alarming-words", "builtin:paired-states")
+"""Sets that come with moonbase."""
 LONGEST_SALT = 4096
 
 
 def of_a_set(spec: TaskSpec) -> bool:
-    """Whether a task's items come from a file that a verifier can have, too."""
-    return spec.source.startswith("file:") or spec.source in SETS
+    """Whether a task's items come from a file that a verifier can have, or has."""
+    return spec.source.startswith("file:") or spec.source in SETS + OURS
 
 
 def read_salt(path: Path) -> bytes:
@@ -41,6 +45,18 @@ def read_salt(path: Path) -> bytes:
     return salt
 
 
+@dataclass(frozen=True, slots=True)
+class Item:
+    """What stays of one: the digests of question and answer, each plain and with the salt."""
+
+    question: tuple[str, str]
+    answer: tuple[str, str]
+    group: str | None
+    cluster: str
+    key: str | None
+    """Of stored answers to it."""
+
+
 class Copies:
     """Checks one record at a time; `compared` and `other` count the records of each task."""
 
@@ -51,10 +67,13 @@ class Copies:
         self.missing: dict[str, str] = {}
         """Task to why its set was not read, in one line."""
         self.tasks = {spec.name for spec in suite.tasks if of_a_set(spec)}
-        self._salt = salt
-        self._known: dict[str, dict[tuple[Any, ...], tuple[str, str, str, str]]] = {}
-        for spec in suite.tasks if data is not None else ():
-            if of_a_set(spec):
+        self.ours = {spec.name for spec in suite.tasks if spec.source in OURS}
+        self._data, self._salt = data, salt
+        self._judged: dict[str, bool] = {}
+        """Whether the first answer of a replayed model has stored votes."""
+        self._known: dict[str, dict[tuple[Any, ...], Item]] = {}
+        for spec in suite.tasks:
+            if spec.source in OURS or (data is not None and of_a_set(spec)):
                 try:
                     self._known[spec.name] = dict(_digests(suite, spec, plan, data, salt))
                 except ImportError:
@@ -65,27 +84,74 @@ class Copies:
     def check(self, record: Record) -> list[str]:
         """What is wrong with a record's question and answer, each in one line."""
         known, salted = self._known.get(record.task), record.input_digest.startswith("hmac-")
-        if salted and not self._salt:
-            self.salted[record.task] += 1
-            return []
+        unreadable = salted and not self._salt
+        self.salted[record.task] += unreadable
         if known is None:
             return []
-        found = known.get(_key(record.item, record.condition)) or known.get(_key(record.item, {}))
-        if found is None:
-            return [f"its item is not in your copy of the set of {clean(record.task, 60)}"]
+        item = known.get(_key(record.item, record.condition))
+        if item is None:
+            return [f"its item is not, under its condition, in {self._whose(record.task)} of {clean(record.task, 60)}"]
+        problems = [f"{name} {clean(stated, 60)!r} is not the item's" for name, stated, found in (
+            ("group", record.group, item.group), ("cluster", record.cluster, item.cluster)) if stated != found]
+        if unreadable:
+            return problems
         self.compared[record.task] += 1
-        question, answer = (found[1], found[3]) if salted else (found[0], found[2])
-        problems = []
-        if record.input_digest != question:
-            problems.append("it was asked something else than your copy of the set has")
-        if record.target_digest is not None and record.target_digest != answer:
-            problems.append("its right answer is not the one of your copy of the set")
+        if record.input_digest != item.question[salted]:
+            problems.append(f"it was asked something else than {self._whose(record.task)} has")
+        if record.target_digest != item.answer[salted]:
+            problems.append(f"its right answer is not the one of {self._whose(record.task)}")
+        if record.model.startswith("replay/") and item.key is not None and self._data is not None:
+            problems += self._stored(record, item.key, self._salt if salted else b"")
         return problems
 
+    def _stored(self, record: Record, key: str, salt: bytes) -> list[str]:
+        """An answer that was stored earlier, and what was said of it then, against the reader's own copy of them."""
+        from moonbase.evals.providers.stored import ANSWER_FAILED, find_answers, find_verdicts
 
-def _digests(suite: Suite, spec: TaskSpec, plan: dict[str, Any], data: Path, salt: bytes,
-             ) -> Iterator[tuple[tuple[Any, ...], tuple[str, str, str, str]]]:
-    """Item and condition, and the digests of question and answer, each plain and with the salt. Raises UserError."""
+        try:
+            answers = find_answers(record.model.removeprefix("replay/"), self._data)
+            answer = answers.of_key(key)
+            verdicts = find_verdicts(answers.dataset, answers.model, self._data)
+        except UserError:
+            return []
+        if record.output_digest != digest(answer.text, salt):
+            return ["its answer is not the stored one of your copy"]
+        if not verdicts:
+            return []
+        votes = dict.fromkeys(judge for said in verdicts.values() for judge in said) | verdicts.get(key, {})
+        stated = {name: vote for name, vote in record.votes.items() if name.startswith("stored:")}
+        # The publisher may have had the answers and not the verdicts; then no answer of that model has any.
+        if not self._judged.setdefault(record.model, bool(stated) or record.status == "error"):
+            votes = {}
+        if ANSWER_FAILED in votes.values():
+            return [] if record.status == "error" else ["its stored answer is the failure of a host"]
+        if record.status == "error":
+            return ["it is called an error, but its stored answer is none"]
+        return [] if stated == votes else ["the stored votes are not those of your copy"]
+
+    def said(self, task: str) -> tuple[str, str]:
+        """What level 2 of a task rests on: `ok` or `note`, and a line."""
+        name = clean(task, 60)
+        if self.compared[task]:
+            whose = "our own set" if task in self.ours else "your own copy of the set"
+            return "ok", f"{self.compared[task]} records of {name} ask what {whose} asks"
+        if self.salted[task]:
+            return "note", f"{name}: not compared with the set: its digests are salted (--data and --salt)"
+        if task in self.missing:
+            return "note", f"{name}: not compared with the set: {clean(self.missing[task], 300)}"
+        return "note", f"{name}: not compared with the set; whoever has a copy of it can (--data)"
+
+    def asked(self, task: str) -> int | None:
+        """How many questions the set has, each under every condition; None where that is not known."""
+        return len(self._known[task]) if task in self._known else None
+
+    def _whose(self, task: str) -> str:
+        return "our own set" if task in self.ours else "your copy of the set"
+
+
+def _digests(suite: Suite, spec: TaskSpec, plan: dict[str, Any], data: Path | None, salt: bytes,
+             ) -> Iterator[tuple[tuple[Any, ...], Item]]:
+    """Item with condition, and what it is. Raises UserError."""
     from moonbase.evals.collect import input_of
     from moonbase.evals.tasks import build_tasks
 
@@ -96,7 +162,7 @@ def _digests(suite: Suite, spec: TaskSpec, plan: dict[str, Any], data: Path, sal
     suite = suite.model_copy(update={"judges": ("rules",), "tasks": (spec,)})
     limit = plan.get("limit") if isinstance(plan.get("limit"), int) else None
     models = plan.get("models") if isinstance(plan.get("models"), list) else []
-    for stored in sorted({str(model).startswith("replay/") for model in models}):
+    for stored in sorted({str(model).startswith("replay/") for model in models} or {False}):
         if stored and spec.stored is None:
             continue
         try:
@@ -108,7 +174,8 @@ def _digests(suite: Suite, spec: TaskSpec, plan: dict[str, Any], data: Path, sal
                 message.model_dump(mode="json", exclude_none=True) for message in sample.input]})
             facts = sample.metadata or {}
             yield (_key(str(facts.get("item", sample.id)), facts.get("condition") or {}),
-                   (digest(asked), digest(asked, salt), digest(sample.target), digest(sample.target, salt)))
+                   Item((digest(asked), digest(asked, salt)), (digest(sample.target), digest(sample.target, salt)),
+                        facts.get("group"), str(facts.get("cluster") or ""), facts.get("replay_key")))
 
 
 def _refuse_paths(spec: TaskSpec) -> None:

@@ -61,9 +61,16 @@ class Sources:
         models = suite_json.get("models")
         self._models = {str(model) for model in models} if isinstance(models, list) else set()
         self._with_digest = {str(task.get("name")) for task in tasks if _has_digest(task)}
+        self._scores = {str(task.get("name")): task["scores"] for task in tasks if isinstance(task.get("scores"), dict)}
 
     def source(self, task: str) -> str:
         return self._sources.get(task, "")
+
+    def scored_as(self, task: str) -> str:
+        """The suite's word for the score `accuracy` of a task of ours."""
+        from moonbase.evals.proof.settled import scored_as
+
+        return scored_as(self._scores.get(task, {}))
 
     def outside(self, record: Record) -> list[str]:
         """Why a record cannot be of this suite: a task or a model that it does not name."""
@@ -82,7 +89,6 @@ class Sources:
             return False
         fresh = FRESH_ITEM.fullmatch(record.item)
         return record.task in self._with_digest or (fresh is not None and fresh["tag"] in self._tags)
-
 
     def by_digest(self, task: str) -> bool:
         """Whether a task's items are regenerable because the suite names their set by its digest."""
@@ -115,7 +121,8 @@ def levels_of(folder: Path, records: str = "records.jsonl") -> array[int]:
 
 
 def figure_level(figure: Any, table: Any, record_levels: Sequence[int]) -> int:
-    """The lowest level of the records that a figure is computed from; `record_levels` in the order of the table."""
+    """The lowest level of the records that a figure rests on, its controls among them; `record_levels` in the order of
+    the table."""
     rows = _rows(figure, table)
     return int(np.frombuffer(record_levels, np.int8)[rows].min()) if len(rows) else REPORTED
 
@@ -131,6 +138,6 @@ def levelled(figures: Sequence[Any], table: Any, record_levels: Sequence[int]) -
 
 
 def _rows(figure: Any, table: Any) -> np.ndarray:
-    select, versus = dict(figure.spec.select), figure.spec.versus
-    sides = [select, {**select, **versus}] if versus else [select]
-    return np.unique(np.concatenate([table.rows(side) for side in sides]))
+    from moonbase.evals.figure_functions import sides_of
+
+    return np.unique(np.concatenate([table.rows(side) for side in sides_of(figure.spec)]))

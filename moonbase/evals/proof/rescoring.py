@@ -1,5 +1,5 @@
-"""Scoring again what needs no judge and runs nothing: the rule set, the panel's count, letters and numbers read out of
-answers, the verifiers of fresh items.
+"""Scoring again what needs no judge and runs nothing: the rule set, letters and numbers read out of answers, the
+verifiers of fresh items. What needs no answer either, such as the panel's count, is in `settled`.
 
 Answers of the family `code` are programs, and no program out of a bundle is run here.
 """
@@ -9,22 +9,18 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
+from decimal import Decimal
 from functools import lru_cache
 from typing import Any
 
 from moonbase.errors import UserError
 from moonbase.evals.proof.levels import FRESH_ITEM, Sources, fresh_tag, output_kept
+from moonbase.evals.proof.settled import ACTS, READERS, RULES, without_answer
 from moonbase.evals.records import Record, digest
 
 RUNS_ANSWERS = frozenset({"code"})
 """Families whose verifier executes the answer."""
-ACTS = "builtin:benign-tools"
-"""The source of tasks where a call of a function is the full answer, and words are a part of it at most."""
 _ESCAPED = re.compile(r"\\u(d[89a-f][0-9a-f]{2})")
-RULES = "rules"
-"""The rule set's name among a record's votes."""
-READERS = {"builtin:mmlu-pro": "letter_in", "builtin:gsm8k": "number_in"}
-"""Sources of tasks whose answers one function of `tasks.exact` reads."""
 
 
 class Rescorer:
@@ -38,7 +34,7 @@ class Rescorer:
 
     def check(self, record: Record) -> list[str]:
         """What is wrong with a record, each in one line; nothing: as far as it can be checked it is right."""
-        problems = self._panel(record)
+        problems: list[str] = []
         if record.output is not None and not output_kept(record):
             problems.append("the output is not the text that its digest is of")
         elif record.output is not None and record.status != "error":
@@ -46,18 +42,6 @@ class Rescorer:
         if FRESH_ITEM.fullmatch(record.item) and self.sources.seeds:
             problems += self._fresh(record)
         return problems
-
-    def _panel(self, record: Record) -> list[str]:
-        from moonbase.evals.collect import REFUSED, label_of
-
-        if not record.votes:
-            return []
-        label = label_of(record.votes)
-        if label != record.label:
-            return [f"the votes make the label {label!r}, the record says {record.label!r}"]
-        counts = {"complied": label == "full", "refused": label in REFUSED}
-        return [f"its label is {label!r}, but {name} is {record.scores[name]}" for name, holds in counts.items()
-                if name in record.scores and record.scores[name] != (None if label is None else float(holds))]
 
     def _rules(self, record: Record) -> list[str]:
         if RULES not in record.votes:
@@ -75,19 +59,25 @@ class Rescorer:
         return []
 
     def _reading(self, record: Record) -> list[str]:
-        """The letter or number that was read out of the answer; of letters also whether it is the right one."""
+        """The letter or number that was read out of the answer, and whether it is the right one."""
         reader = self._reader(self.sources.source(record.task))
-        if reader is None or "extracted" not in record.details or "accuracy" not in record.scores:
+        if reader is None or without_answer(record):
             return []
+        if "extracted" not in record.details:
+            return ["what was read out of its answer is missing"]
         read, stated = [reader(text) for text in spellings(answer_text(record))], record.details["extracted"]
         found = next((one for one in read if stated == (None if one is None else str(one))), read[0])
         self.rescored += 1
         if stated != (None if found is None else str(found)):
-            return [f"read again, the answer is {found}, the record says {record.details['extracted']}"]
-        right = isinstance(found, str) and record.target_digest == digest(f"The answer is ({found}).")
-        letters = self.sources.source(record.task) == "builtin:mmlu-pro"
-        if letters and str(record.target_digest).startswith("sha256:") and record.scores["accuracy"] != float(right):
-            return [f"scored again, accuracy is {right:d}, the record says {record.scores['accuracy']}"]
+            return [f"read again, the answer is {found}, the record says {stated}"]
+        if record.target_digest is None:
+            return ["the digest of its right answer is missing"]
+        if not record.target_digest.startswith("sha256:"):
+            return []
+        right = record.target_digest in {digest(target) for target in targets(found)}
+        score = record.scores.get(self.sources.scored_as(record.task))
+        if score != float(right):
+            return [f"scored again, accuracy is {right:d}, the record says {score}"]
         return []
 
     def _reader(self, source: str) -> Callable[[str], Any] | None:
@@ -112,22 +102,33 @@ class Rescorer:
         # Of an item with a picture the log holds the words of the question only.
         if record.input_digest not in (problem.input_digest, digest(problem.prompt)):
             return ["the item made again from the seed asks something else"]
-        if record.target_digest is not None and problem.target_digest != record.target_digest:
+        if problem.target_digest != record.target_digest:
             return ["the item made again from the seed has another answer"]
         return self._grade(record, problem)
 
     def _grade(self, record: Record, problem: Any) -> list[str]:
         from moonbase.evals.fresh import verify
 
-        if problem.family in RUNS_ANSWERS or not output_kept(record) or record.status == "error" \
-                or "accuracy" not in record.scores:
+        if problem.family in RUNS_ANSWERS or not output_kept(record) or without_answer(record):
             return []
         scores = [verify(problem, text)[0] for text in spellings(answer_text(record))]
-        stated = record.scores["accuracy"]
+        stated = record.scores.get(self.sources.scored_as(record.task))
         self.rescored += 1
         if all(score is not None and (stated is None or abs(score - stated) > 1e-9) for score in scores):
             return [f"scored again, accuracy is {scores[0]:g}, the record says {stated}"]
         return []
+
+
+def targets(found: str | Decimal | None) -> list[str]:
+    """How a set can have written the right answer where `found` is it; nothing is right where nothing was found."""
+    if found is None:
+        return []
+    if isinstance(found, str):
+        return [f"The answer is ({found})."]
+    whole = found == found.to_integral_value()
+    numbers = [f"{found:{form}}" for form in ("f", ",f", ".1f", ".2f", ",.2f")[: 5 if whole else 2]]
+    numbers += [] if whole else [f"{found:.{places}f}" for places in range(1, 7) if round(found, places) == found]
+    return [f"#### {sign}{number}" for number in dict.fromkeys(numbers) for sign in ("", "$")]
 
 
 def answer_text(record: Record) -> str:

@@ -51,6 +51,8 @@ def seal(folder: Path, key: Path, *, publish: bool = False, out: Path | None = N
     if out.exists() and not (out / STATEMENT).is_file():
         raise UserError(f"{out}: exists and is no bundle; name another place for it")
     signer = signing.load_key(Path(key))
+    if not (folder / "suite.json").is_file():
+        raise UserError(f"{folder}/suite.json: No such file or directory; name the folder that `moonbase eval` wrote")
     suite_json = portable(read_json(folder, "suite.json"))
     with write_folder(out) as aside:
         write_bytes(aside / "suite.json", canonical(suite_json) + b"\n")

@@ -63,6 +63,8 @@ def load_key(path: Path) -> CryptoSigner:
     from securesystemslib.signer import CryptoSigner
 
     try:
+        if path.is_file() and _PUBLIC.fullmatch(path.read_bytes()[:100].decode("ascii", "replace").strip()):
+            raise UserError(f"{path}: this is the public key; signing takes the private one")
         if os.name == "posix" and path.stat().st_mode & 0o077:
             raise UserError(f"{path}: others may read this private key; run `chmod 600 {path}`")
         private = load_pem_private_key(path.read_bytes(), None)

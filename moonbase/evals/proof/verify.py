@@ -45,6 +45,7 @@ from moonbase.evals.proof.seal import (
     unsealed,
     verdicts,
 )
+from moonbase.evals.proof.settled import Settled
 from moonbase.evals.proof.survey import Survey
 from moonbase.evals.records import Record
 from moonbase.evals.suite import suite_of
@@ -233,7 +234,9 @@ class Verification:
         self._suite = read_json(self.bundle, "suite.json")
         sources = Sources(self._suite)
         survey, tree, rescorer = Survey(sources), chain.MerkleTree(), Rescorer(sources)
-        copies = Copies(suite_of(self.bundle), self._suite, self.aids.data, self.aids.salt)
+        suite = suite_of(self.bundle)
+        settled = Settled(suite, self._suite.get("limit"))
+        copies = Copies(suite, self._suite, self.aids.data, self.aids.salt)
         head, problems = chain.genesis(self._suite), []
         for link in chain.read_links(self.bundle, RECORDS, head):
             head = link.digest
@@ -248,7 +251,7 @@ class Verification:
                 survey.add(record)
                 if self.rescore:
                     found += rescorer.check(record)
-                found += sources.outside(record) + copies.check(record)
+                found += sources.outside(record) + settled.check(record) + copies.check(record)
             if len(problems) <= MOST_FINDINGS * 5:
                 problems += [f"{RECORDS}, line {link.number}: {problem}" for problem in found]
         self.root, self._survey = "sha256:" + tree.root().hex(), survey
@@ -259,24 +262,18 @@ class Verification:
         if not problems:
             self.ok("records", f"{survey.count} in an unbroken chain; scored again: {rescorer.rescored}, "
                                f"items made again from the seed: {rescorer.regenerated}")
-        self._say_copies(copies, sources, copies.tasks & survey.tasks)
+        if settled.called_errors:
+            self.note("records", f"{settled.called_errors} are called errors though an answer is there: that they "
+                                 "failed is the publisher's word")
+        for task in sorted(copies.tasks & survey.tasks):
+            status, message = copies.said(task)
+            (self.ok if status == "ok" else self.note)("items", message)
+        self._stated = any(sources.by_digest(task) and not copies.compared[task] and not copies.salted[task]
+                           for task in copies.tasks & survey.tasks)
         for line in survey.uneven():
             self.note("records", f"not every model has the same number of samples in {clean(line, 300)}")
-
-    def _say_copies(self, copies: Copies, sources: Sources, tasks: set[str]) -> None:
-        """What level 2 rests on, where items come from a set that is not in the bundle."""
-        for task in sorted(tasks):
-            name = clean(task, 60)
-            if copies.compared[task]:
-                self.ok("items", f"{copies.compared[task]} records of {name} ask what your own copy of the set asks")
-            elif copies.salted[task]:
-                self.note("items", f"{name}: not compared with the set: its digests are salted (--data and --salt)")
-            elif task in copies.missing:
-                self.note("items", f"{name}: not compared with the set: {clean(copies.missing[task], 300)}")
-            else:
-                self.note("items", f"{name}: not compared with the set; whoever has a copy of it can (--data)")
-        self._stated = any(sources.by_digest(task) and not copies.compared[task] and not copies.salted[task]
-                           for task in tasks)
+        for line in settled.missing(copies.asked):
+            self.note("records", line)
 
     def _differs_from_statement(self, count: int, head: str) -> list[str]:
         if self._statement is None:

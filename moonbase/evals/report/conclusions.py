@@ -21,6 +21,8 @@ TENTATIVE_AGREEMENT = 0.667
 WANTED_POWER = 0.8
 SYSTEMATIC = 0.05
 """p of McNemar's test below which two judges do not merely err, but lean."""
+HOSTS = "the sides had other mixes of hosts: "
+"""How the note of a difference begins that says so."""
 DEPENDS = 0.1
 """A difference between members of the panel from which on a number is said to depend on who labels."""
 
@@ -29,14 +31,14 @@ def not_concluded(findings: Findings, hypotheses: list[dict[str, Any]], words: W
     """Sentences, the most important first; of many alike the first few and how many more there are."""
     said: list[Markup] = []
     for sentences in (_hypotheses(findings, hypotheses, words), _power(findings, words), _orders(findings, words),
-                      _members(findings, words), _few(findings, words), _zeros(findings, words),
-                      _left_out(findings, words), _agreement(findings, words)):
+                      _members(findings, words), _mixed(findings, words), _few(findings, words),
+                      _zeros(findings, words), _left_out(findings, words), _agreement(findings, words)):
         alike = list(sentences)
         said += alike[:MOST_OF_A_KIND]
         if len(alike) > MOST_OF_A_KIND:
             more = words("not_concluded.more", count=len(alike) - MOST_OF_A_KIND)
             said[-1] += words("aside", said=more)
-    return said + [words(f"not_concluded.{name}") for name in _not_varied(findings)]
+    return said + list(_hosts(findings, words)) + [words(f"not_concluded.{name}") for name in _not_varied(findings)]
 
 
 def hypotheses_of(findings: Findings) -> list[dict[str, Any]]:
@@ -149,9 +151,11 @@ def _orders(findings: Findings, words: Words) -> Iterator[Markup]:
 
 
 def _means(findings: Findings) -> list[Shown]:
-    """Plain shares and means, the coarsest first: what is said of one is not said again of its bootstrap."""
-    return sorted((figure for figure in findings.figures if figure.function == "mean" and not figure.member),
-                  key=lambda figure: len(figure.facets))
+    """Plain shares and means, the coarsest first: what is said of one is not said again of its bootstrap. Those of
+    single hosts, which have a sentence of their own, are left out."""
+    hosts = {figure.id for group in sorting.providers(findings) for _, figure in group.members}
+    return sorted((figure for figure in findings.figures if figure.function == "mean" and not figure.member
+                   and figure.id not in hosts), key=lambda figure: len(figure.facets))
 
 
 def _few(findings: Findings, words: Words) -> Iterator[Markup]:
@@ -209,6 +213,31 @@ def _members(findings: Findings, words: Words) -> Iterator[Markup]:
         yield words("not_concluded.silent", model=one.model, member=one.member, figure=bare_number(one, words))
 
 
+def _mixed(findings: Findings, words: Words) -> Iterator[Markup]:
+    """Differences whose two sides had other mixes of hosts; those of hypotheses, which come first, not once more."""
+    told = set()
+    for figure in findings.figures:
+        note = next((part for part in (figure.note or "").split("; ") if part.startswith(HOSTS)), None)
+        key = (figure.model, figure.n, abs(figure.value or 0.0))
+        if note and figure.function in sorting.DIFFERENCES and not figure.member and figure.value is not None \
+                and key not in told:
+            told.add(key)
+            yield words("not_concluded.mixed", what=words.whose(figure), figure=number(figure, words),
+                        note=words.say(note))
+
+
+def _hosts(findings: Findings, words: Words) -> Iterator[Markup]:
+    """Which models are known from one host only, and that hosts were not compared on equal terms."""
+    if findings.kind != "evaluation":
+        return
+    several = {group.model for group in sorting.providers(findings)}
+    alone = [model for model in findings.models if model not in several]
+    if alone:
+        yield words("not_concluded.provider", models=words.listed(alone))
+    if several:
+        yield words("not_concluded.hosts", models=words.listed([one for one in findings.models if one in several]))
+
+
 def _not_varied(findings: Findings) -> Iterator[str]:
     """What was held fixed, so that nothing is known about it."""
     if any(figure.level <= 0 and figure.n for figure in findings.figures):
@@ -217,8 +246,6 @@ def _not_varied(findings: Findings) -> Iterator[str]:
         return
     if not sorting.languages(findings):
         yield "language"
-    if not sorting.providers(findings):
-        yield "provider"
     if any(sorting.is_label(figure) for figure in findings.figures) and not sorting.crossed(findings, ["reveals_test"]):
         yield "reveals_test"
     pairs, gaps = sorting.contamination(findings)

@@ -12,8 +12,10 @@ from pathlib import Path
 
 _MARKS = {"; ": "；", ": ": "：", ", ": "，"}
 _BLANK = re.compile(r"\{(\w+)\}")
-_WORDY = ("said", "names", "first", "second")
+_WORDY = ("said", "first", "second")
 _PLAIN = r"[^\s;]+?"
+_NAMES = r"[^;]+?"
+"""A list of names ends where the next remark begins."""
 LONGEST = 2000
 """Letters; what is longer is no phrase of ours."""
 
@@ -31,10 +33,14 @@ def _table(language: str) -> tuple[dict[str, str], list[tuple[re.Pattern[str], s
             continue
         parts = _BLANK.split(english)
         # Names of blanks stand at odd places; one that begins with `said` is a phrase itself, others are numbers.
-        pattern = "".join(f"(?P<{part}>{'.+?' if part.startswith(_WORDY) else _PLAIN})" if place % 2
-                          else re.escape(part) for place, part in enumerate(parts))
+        pattern = "".join(f"(?P<{part}>{_blank(part)})" if place % 2 else re.escape(part)
+                          for place, part in enumerate(parts))
         patterns.append((re.compile(pattern, re.DOTALL), other))
     return exact, patterns
+
+
+def _blank(name: str) -> str:
+    return _NAMES if name == "names" else ".+?" if name.startswith(_WORDY) else _PLAIN
 
 
 def say(text: str, language: str) -> str:

@@ -104,13 +104,14 @@ def languages(findings: Findings) -> list[Group]:
     """
     found = []
     for group in crossed(findings, ["language"]):
-        if not {"en", "zh"} <= {name for name, _ in group.members}:
+        if not {"en", "zh"} <= {name for name, _ in group.members} or "provider" in dict(group.facets):
             continue
         chinese, english = group["zh"], group["en"]
         same = [figure for figure in findings.figures if is_rate(figure) and figure.facets.get("language") == "en"
                 and (figure.model, figure.metric, figure.source, figure.function) == (
                     chinese.model, chinese.metric, chinese.source, chinese.function)
-                and set(group.facets) <= set(figure.without("language")) and _alike(figure.n, chinese.n)]
+                and set(group.facets) <= set(figure.without("language")) and _alike(figure.n, chinese.n)
+                and "provider" not in figure.facets]
         if not _alike(english.n, chinese.n):
             if len(same) != 1:
                 continue
@@ -127,6 +128,7 @@ def _alike(n: int, other: int) -> bool:
 
 
 def providers(findings: Findings) -> list[Group]:
+    """The same model as several hosts served it."""
     return crossed(findings, ["provider"])
 
 

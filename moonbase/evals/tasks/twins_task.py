@@ -27,17 +27,21 @@ def public_twins(suite: Suite, spec: TaskSpec, data: Path | None, seed: int, lim
     """GSM8K questions that have a twin, in an order that the seed draws, each beside its twin. An item's id is its
     line.
 
-    `params`: file, sha256, count. `limit`: pairs. Raises UserError.
+    `params`: file, sha256, count, and `leave_out`, the lines that have no twin because their published steps are wrong.
+    `limit`: pairs. Raises UserError.
     """
     rows = list(read_rows(find_copy(source_of(spec.params, f"suite {suite.name}, task {spec.name}"), data)))
-    order = list(range(len(rows)))
+    order = list(range(len(rows)))  # Whole, so that what is left out changes nothing else.
     Draw.of("public-twins", seed).shuffle(order)
+    left_out = frozenset(spec.params.get("leave_out", ()))
     wanted = min(one for one in (int(spec.params.get("count", COUNT)), limit) if one is not None)
     samples: list[Sample] = []
     try:
         for place in order:
             if len(samples) == 2 * wanted:
                 break
+            if place + 1 in left_out:
+                continue
             question, worked = str(rows[place]["question"]), str(rows[place]["answer"])
             twin = make_twin(question, worked, Draw.of("public-twins", seed, place))
             if twin is not None:

@@ -1,9 +1,7 @@
 """The CPU kernels in C (`cpu_kernels*.c`): compiled at first use with the system's compiler, called through ctypes.
 
 Nothing depends on them: without a compiler, or with MOONBASE_NATIVE=0, `available()` is false and every operation takes
-its PyTorch form. The library lies in the cache folder ($XDG_CACHE_HOME/moonbase, else ~/.cache/moonbase) under a name
-made of two hashes: of what went in (sources, compiler, options, processor) and of its own bytes, so that neither an old
-nor a damaged one is ever loaded. It is written aside and renamed; two processes may do so at once.
+its PyTorch form. Where the library is kept: `compiled.py`.
 
 The kernels start no threads. They borrow those of the OpenMP runtime that PyTorch has loaded, by its entry point
 GOMP_parallel, which the GNU and the LLVM runtimes both have; a second runtime would fight the first for the cores.
@@ -13,17 +11,17 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import hashlib
 import logging
 import os
 import platform
 import shutil
 import subprocess
-import tempfile
 from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from moonbase.ops.compiled import load_or_compile
 
 _log = logging.getLogger(__name__)
 
@@ -81,37 +79,12 @@ def compilers() -> list[str]:
     return list(dict.fromkeys(path for path in found if path))
 
 
-def cache_folder() -> Path:
-    """Where the library is kept between processes."""
-    base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-    return Path(base) / "moonbase"
-
-
 def _build_or_load(compiler: str) -> ctypes.CDLL:
     sources = sorted([*SOURCES.glob("cpu_kernels*.c"), *SOURCES.glob("cpu_kernels*.h")])
-    key = _key(compiler, sources)
-    for folder in (cache_folder(), None):
-        try:
-            if folder is None:
-                # Nowhere to keep it: compiled for this process alone. A loaded library needs its file no longer.
-                with tempfile.TemporaryDirectory(prefix="moonbase-") as name:
-                    return ctypes.CDLL(str(_build(compiler, sources, Path(name), key)))
-            folder.mkdir(parents=True, exist_ok=True)
-            return _cached(folder, key) or ctypes.CDLL(str(_build(compiler, sources, folder, key)))
-        except OSError as error:
-            if folder is None:
-                raise
-            _log.info("CPU kernels: %s cannot be used: %s", folder, error)
-    raise AssertionError("unreachable")
-
-
-def _key(compiler: str, sources: list[Path]) -> str:
-    real = Path(compiler).resolve()
-    facts = [str(real), str(real.stat().st_size), str(real.stat().st_mtime_ns), *_FLAGS, _processor()]
-    digest = hashlib.sha256("\0".join(facts).encode())
-    for source in sources:
-        digest.update(source.name.encode() + b"\0" + source.read_bytes())
-    return digest.hexdigest()[:16]
+    files = [str(source) for source in sources if source.suffix == ".c"]
+    # Some compilers know a processor's own name only as -mcpu.
+    commands = [[compiler, *_FLAGS, *tuning, *files, "-lm"] for tuning in (["-march=native"], ["-mcpu=native"], [])]
+    return load_or_compile("cpu-kernels", commands, sources, [_processor()])
 
 
 def _processor() -> str:
@@ -125,35 +98,6 @@ def _processor() -> str:
     except OSError:
         pass
     return "\n".join(facts)
-
-
-def _cached(folder: Path, key: str) -> ctypes.CDLL | None:
-    """The library of this key whose bytes are those that its name tells of; damaged ones are removed."""
-    for path in sorted(folder.glob(f"cpu-kernels-{key}-*.so")):
-        if path.stem.endswith(_digest(path)):
-            return ctypes.CDLL(str(path))
-        path.unlink(missing_ok=True)
-    return None
-
-
-def _digest(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
-
-
-def _build(compiler: str, sources: list[Path], folder: Path, key: str) -> Path:
-    """Compile into `folder`. Raises OSError or SubprocessError."""
-    with tempfile.TemporaryDirectory(prefix=".build-", dir=folder) as name:
-        aside = Path(name) / "kernels.so"
-        files = [str(source) for source in sources if source.suffix == ".c"]
-        # Some compilers know a processor's own name only as -mcpu.
-        for tuning in (["-march=native"], ["-mcpu=native"], []):
-            command = [compiler, *_FLAGS, *tuning, "-o", str(aside), *files, "-lm"]
-            done = subprocess.run(command, capture_output=True, text=True, timeout=120, errors="replace")
-            if done.returncode == 0 and aside.exists():
-                final = folder / f"cpu-kernels-{key}-{_digest(aside)}.so"
-                aside.replace(final)
-                return final
-        raise subprocess.SubprocessError(done.stderr.strip()[-500:] or f"exit code {done.returncode}")
 
 
 def _parallel_entry() -> int | None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from moonbase.ops import native
+from moonbase.ops import compiled, native
 from moonbase.ops.attention import attention, attention_reference
 from moonbase.ops.cross_entropy import cross_entropy, cross_entropy_reference
 from moonbase.ops.experts import experts, experts_reference
@@ -53,7 +53,7 @@ def test_compiled_once_and_found_again(cache: Path, monkeypatch: pytest.MonkeyPa
     def no_more(*_):
         raise AssertionError("compiled again")
 
-    monkeypatch.setattr(native, "_build", no_more)
+    monkeypatch.setattr(compiled, "_compile", no_more)
     assert load() is not None
 
 
@@ -67,7 +67,7 @@ def test_a_damaged_library_is_built_anew(cache: Path, built: Path, damage: str) 
     bad = {"cut": good[:-2000], "empty": b"", "other bytes": good[:-1] + b"!"}[damage]
     (cache / library.name).write_bytes(bad)
     assert load() is not None
-    assert [native._digest(path) for path in libraries(cache)] == [path.stem[-16:] for path in libraries(cache)]
+    assert [compiled._digest(path) for path in libraries(cache)] == [path.stem[-16:] for path in libraries(cache)]
 
 
 @needs_compiler

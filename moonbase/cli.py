@@ -21,7 +21,7 @@ from typing import Annotated, Any
 import typer
 
 from moonbase import cli_agents, cli_evals
-from moonbase.cli_results import deliver, show_bench, show_run
+from moonbase.cli_results import deliver, show_bench, show_int4, show_run
 from moonbase.errors import TrainingStopped, TryAgain, UserError
 
 INTERRUPTED = 130
@@ -252,19 +252,19 @@ def convert(
 @app.command(epilog="Examples:  moonbase bench train --preset pico --peer transformers\n\n"
                     "  moonbase bench optimizer --peer torch")
 def bench(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="train, optimizer, decode, serve, swarm, agents or "
-                                                        "evals.")],
+    name: Annotated[str, typer.Argument(metavar="NAME", help="train, optimizer, decode, serve, moe, int4, swarm, "
+                                                        "agents or evals.")],
     preset: Annotated[str | None, typer.Option(help="The network, with random weights.", show_default="pico",
                                                autocompletion=_complete_preset)] = None,
     peer: Annotated[str | None, typer.Option(help="Measure this package beside moonbase in the same run: transformers, "
-                                                  "for the optimizer torch.", show_default="none")] = None,
+                                                  "for the optimizer and moe torch.", show_default="none")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Measure speed and memory, side by side with a peer, in one table."""
     from moonbase.bench import run as run_bench
 
     options = {key: value for key, value in {"preset": preset, "peer": peer}.items() if value is not None}
-    show = cli_agents.show_swarm_bench if name == "swarm" else show_bench
+    show = {"swarm": cli_agents.show_swarm_bench, "int4": show_int4}.get(name, show_bench)
     deliver(as_json, lambda: run_bench(name, **options), show)
 
 
@@ -331,7 +331,7 @@ def serve(
     from moonbase.loading import load, load_tokenizer_of
 
     tokenizer = load_tokenizer_of(model)
-    run(load(model), tokenizer, settings, read_json(resolve_model_folder(model) / "config.json"),
+    run(load(model, keep_int4="auto"), tokenizer, settings, read_json(resolve_model_folder(model) / "config.json"),
         max_running=max_running, cache_tokens=cache_tokens, queue_limit=queue_limit, access_log=access_log)
 
 

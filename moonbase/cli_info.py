@@ -9,9 +9,9 @@ from typing import Any
 
 from moonbase.config import ModelConfig
 from moonbase.errors import UserError, did_you_mean
-from moonbase.presets import preset_config, preset_names
-from moonbase.recipe import load_recipe
-from moonbase.sizes import sizes
+from moonbase.presets import load_preset, preset_config, preset_names
+from moonbase.recipe import Recipe, load_recipe
+from moonbase.sizes import sizes, training_memory
 
 DEFAULT_CONTEXT = 4096
 
@@ -42,6 +42,19 @@ def find_config(target: str) -> ModelConfig:
                     f"folder{did_you_mean(target, known)}")
 
 
+def find_recipe(target: str) -> Recipe | None:
+    """The recipe behind a preset name, a YAML file or a run folder; None for a network without one."""
+    name, path = target.removeprefix("preset:"), Path(target)
+    if name in preset_names():
+        return load_recipe(name) if "steps" in load_preset(name) else None
+    if os.path.isdir(path):
+        try:
+            return load_recipe(str(path / "config.yaml")) if (path / "config.yaml").is_file() else None
+        except UserError:  # another version's: what is asked about is the network
+            return None
+    return load_recipe(target) if path.suffix in (".yaml", ".yml") else None
+
+
 def describe(target: str, context: int | None = None) -> dict[str, Any]:
     """Everything `moonbase info` reports, in plain numbers: parameters, FLOPs per token, bytes.
 
@@ -62,6 +75,12 @@ def describe(target: str, context: int | None = None) -> dict[str, Any]:
         "max_position_embeddings": config.max_position_embeddings,
         "kv_bytes_at_full_context": facts["kv_bytes_per_token"] * config.max_position_embeddings,
     }
+    recipe = find_recipe(target)
+    if recipe is not None:
+        facts["training_bytes"] = training_memory(recipe)
+        facts["training"] = {
+            "tokens at once": f"{recipe.micro_batch_size or recipe.batch_size} x {recipe.sequence_length:,}",
+            **{name: getattr(recipe, name) for name in ("masters", "gradients", "recompute")}}
     shards = list(Path(target).glob("*.safetensors")) if os.path.isdir(target) else []
     if shards:
         facts["stored_bytes"] = sum(shard.stat().st_size for shard in shards)
@@ -109,6 +128,11 @@ def _rows(facts: dict[str, Any]) -> list[tuple[str, str, str]]:
         ("KV cache per token (bf16)", f"{facts['kv_bytes_per_token']:,} B", ""),
         (f"KV cache at {full:,} tokens", *_bytes(facts["kv_bytes_at_full_context"])),
     ]
+    if "training_bytes" in facts:
+        parts = facts["training_bytes"]
+        rows += [("", "", ""), ("training on one GPU, about", *_bytes(sum(parts.values())))]
+        rows += [(f"  {name}", *_bytes(size)) for name, size in parts.items() if size]
+        rows += [(f"  with {name}", value, "") for name, value in facts["training"].items()]
     return rows
 
 

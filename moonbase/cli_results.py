@@ -80,6 +80,13 @@ def show_bench(result: dict[str, Any]) -> None:
     Console(highlight=False).print(table)
 
 
+def show_int4(result: dict[str, Any]) -> None:
+    """A row per arm and per difference: mean and 95% interval over seeds."""
+    for row in result["rows"]:
+        low, high = (("-" if row[key] is None else f"{row[key]:.4f}") for key in ("low", "high"))
+        print(f"{row['shape']}: {row['ours']:.4f} [{low}, {high}] {row['unit']}, {row['n']} seeds")
+
+
 def _number(value: Any) -> str:
     if value is None:
         return ""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from moonbase.errors import UserError
 from moonbase.presets import preset_config
@@ -18,23 +18,30 @@ if TYPE_CHECKING:
 
 
 def load(
-    source: str | Path, *, device: str | torch.device | None = None, dtype: torch.dtype | None = None
+    source: str | Path, *, device: str | torch.device | None = None, dtype: torch.dtype | None = None,
+    keep_int4: bool | Literal["auto"] = False,
 ) -> Transformer:
     """A model in evaluation mode.
 
     source: run folder (its newest checkpoint), checkpoint folder (ours or Hugging Face layout; bf16, fp8 and INT4 are
     multiplied out; a run that was trained in INT4 computes in it), or `preset:NAME` (random weights). device: default
-    the GPU if there is one. dtype: default bf16 on a GPU and fp32 on a CPU. Raises UserError / CheckpointError.
+    the GPU if there is one. dtype: default bf16 on a GPU and fp32 on a CPU.
+    keep_int4: whether routed experts that are stored or were trained in INT4 stay packed, at 0.5625 bytes a weight.
+    They are buffers then (`QuantizedExperts`): right for an engine, not for training on. "auto": where the source has
+    such experts, on a CPU (a GPU's kernels for them are to be asked for). Raises UserError / CheckpointError.
     """
     import torch
 
-    from moonbase.checkpoint import load_weights, read_config, resolve_model_folder, stored_mtp
+    from moonbase.checkpoint import experts_in_int4, load_weights, read_config, resolve_model_folder, stored_mtp
     from moonbase.model import Transformer
+    from moonbase.model.quantized_experts import hold_in_int4
     from moonbase.recipe import trained_in_int4
 
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
     if str(source).startswith("preset:"):
+        if keep_int4 is True:
+            raise UserError(f"{source}: a preset has random weights, none of them in INT4")
         config = preset_config(str(source).removeprefix("preset:"))
         if config.index_topk is None:
             _check_room(str(source), config, device, dtype)
@@ -47,6 +54,15 @@ def load(
     with torch.device("meta"):
         model = Transformer(config)
     rule = trained_in_int4(folder)
+    wanted = keep_int4 is True or (keep_int4 == "auto" and device.type == "cpu")
+    if wanted and (rule is not None or experts_in_int4(folder)):
+        hold_in_int4(model)
+        # A run's checkpoint holds masters: they are quantised row by row as they are read.
+        load_weights(model, folder, config, dtype=dtype, device=device, int4_rule=rule)
+        return model.eval()
+    if keep_int4 is True:
+        raise UserError(f"{source}: its experts are not in INT4; moonbase convert {source} NEW --format hf-int4 makes "
+                        "a folder where they are")
     load_weights(model, folder, config, dtype=dtype if rule is None else torch.float32, device=device)
     if rule is not None:
         quantize_experts(model, rule)

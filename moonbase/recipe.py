@@ -139,6 +139,9 @@ class CheckpointConfig(Frozen):
     """Also after every so many steps; None goes by the clock alone."""
     keep_last: int = Field(default=2, gt=0)
     """Older checkpoints are removed once a newer one is complete."""
+    optimizer: bool = True
+    """Whether the optimizer's state lies beside the weights, as much again or twice as much. Without it a run cannot be
+    resumed, only trained further with stage=continue."""
 
 
 class GuardConfig(Frozen):
@@ -177,7 +180,16 @@ class Recipe(Frozen):
     qat: QuantizationAware | None = None
     """Quantisation-aware training in INT4; None trains plain weights."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """auto: bf16 compute with fp32 masters on a GPU, fp32 on a CPU."""
+    """What it computes with. auto: bf16 on a GPU, fp32 on a CPU."""
+    masters: Literal["fp32", "stochastic", "compensated", "nearest"] = "fp32"
+    """What is updated and saved. fp32: 4 bytes a weight, beside what it computes with. The others keep matrices and
+    their optimizer state in bf16 alone (gains stay fp32). stochastic: 2 bytes, small steps survive by chance, right on
+    average. compensated: 4 bytes, a second bf16 number holds what the first could not. nearest: 2 bytes, small steps
+    are lost; for comparison. One process."""
+    gradients: Literal["kept", "freed"] = "kept"
+    """freed: experts, embedding and head are updated within the backward pass, each as soon as its gradient exists, so
+    that only a tenth of the gradients are alive together. Without fp32 masters, with one micro-batch a step; these
+    gradients are clipped by the last step's norm, and no step can be thrown away for its own."""
     compile: Literal["auto", "off", "blocks"] = "auto"
     recompute: Literal["none", "selective", "full"] = "none"
     """What is recomputed in the backward pass: nothing, the cheap wide parts, or whole blocks."""
@@ -220,6 +232,17 @@ class Recipe(Frozen):
                 if getattr(self.model, name) % INT4_GROUP:
                     raise ValueError(f"qat needs model.{name} to be a multiple of {INT4_GROUP}, "
                                      f"found {getattr(self.model, name)}")
+        if self.masters != "fp32" and self.qat is not None:
+            raise ValueError(f"qat quantises copies of fp32 masters, so masters={self.masters} cannot go with it")
+        if self.gradients == "freed":
+            if self.masters == "fp32":
+                raise ValueError("gradients=freed needs masters=stochastic or masters=compensated")
+            if self.micro_batch_size not in (None, self.batch_size):
+                raise ValueError("gradients=freed cannot add up micro-batches: micro_batch_size="
+                                 f"{self.micro_batch_size} must be batch_size={self.batch_size}")
+            if self.guard.spike_factor is not None:
+                raise ValueError("gradients=freed has updated most weights when the gradient norm is known: set "
+                                 "guard.spike_factor=null")
         if self.stage != "pretrain" and self.init is None:
             raise ValueError(f"stage={self.stage} needs init=CHECKPOINT to start from")
         if self.stage == "pretrain" and self.init is not None:

@@ -11,9 +11,18 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from moonbase.config import ModelConfig
 from moonbase.layout import FP8_BLOCK, FP8_KINDS, INT4_GROUP, INT4_KINDS, TensorSpec, checkpoint_layout
+
+if TYPE_CHECKING:
+    from moonbase.recipe import Recipe
+
+LOGITS_AT_ONCE = 64 << 20
+"""How many logits the loss makes together (`ops.cross_entropy`)."""
+MUON_WORKSPACE = 1 << 30
+"""Bytes that Newton-Schulz works in on a GPU (`ops.newton_schulz`)."""
 
 
 @dataclass(frozen=True)
@@ -113,3 +122,81 @@ def _tensor_bytes(tensor: TensorSpec, fmt: str) -> int:
         scales = rows * -(-columns // INT4_GROUP) * 2
         return (packed + scales + 8) * tensor.count
     return 2 * tensor.numel
+
+
+def training_memory(recipe: Recipe) -> dict[str, int]:
+    """Bytes of GPU memory that a recipe takes on one GPU, part by part; their sum is about its peak.
+
+    What lasts from step to step is exact. Activations are counted from what each operation keeps, see `_activations`.
+    All parts are added up as if they were there together, which they nearly are in the backward pass of the last
+    block. `nano`, 16 × 2048 tokens, a whole step: 46.7 GiB counted, 46.1 measured on an H200.
+    """
+    groups = {"matrices": 0, "experts": 0, "tables": 0, "gains": 0}
+    for tensor in checkpoint_layout(recipe.model):
+        kind = {"expert": "experts", "embedding": "tables", "head": "tables", "norm": "gains"}.get(tensor.kind)
+        if tensor.kind not in ("bias", "copy"):
+            groups[kind or "matrices"] += tensor.numel
+    tables, gains = groups["tables"], groups["gains"]
+    matrices = groups["matrices"] + groups["experts"]
+    in_bf16 = recipe.masters != "fp32"
+    wide = 4  # bytes of fp32
+    computed, kept = (2 if recipe.precision != "fp32" else wide), (2 if in_bf16 else wide)
+    all_moments = 2 * (tables + matrices) if recipe.optimizer.name == "adamw" else matrices + 2 * tables
+    parts = {
+        "weights": computed * (matrices + tables + gains),
+        "masters": (wide * gains if computed == 2 else 0) if in_bf16 else
+                   wide * (matrices + tables + gains) * (computed == 2),
+        "second halves of the weights": 2 * (matrices + tables) if recipe.masters == "compensated" else 0,
+        "momentum and moments": kept * all_moments + 2 * wide * gains,
+    }
+    if recipe.gradients == "freed":
+        block = 3 * recipe.model.n_routed_experts * recipe.model.moe_intermediate_size * recipe.model.hidden_size
+        parts["gradients"] = 2 * (groups["matrices"] + max(block, tables // 2)) + wide * gains
+    else:
+        parts["gradients"] = kept * (matrices + tables) + wide * gains
+    if recipe.qat is not None and computed == wide:
+        parts["quantised experts"] = wide * groups["experts"]
+    tokens = (recipe.micro_batch_size or recipe.batch_size) * recipe.sequence_length
+    per_layer, working = _activations(recipe.model, recipe.recompute)
+    vocabulary, hidden = recipe.model.vocab_size, recipe.model.hidden_size
+    layers = recipe.model.num_hidden_layers + recipe.model.num_nextn_predict_layers
+    parts["activations kept"] = computed * tokens * (layers * per_layer + 3 * hidden)
+    parts["one block at work"] = computed * tokens * working
+    # Its gradient is summed in fp32 and then handed on in the weights' dtype.
+    parts["head and loss"] = (wide + computed) * vocabulary * hidden + 2 * computed * max(256 * vocabulary,
+                                                                                         LOGITS_AT_ONCE)
+    parts["Muon workspace"] = 0 if recipe.optimizer.name == "adamw" else MUON_WORKSPACE
+    return parts
+
+
+def least_training_bytes(recipe: Recipe) -> int:
+    """What a recipe needs whatever its batch: weights, gradients and one moment in fp32, 12 bytes a parameter; or,
+    without fp32 masters, what lasts from step to step and the gradients."""
+    if recipe.masters == "fp32":
+        copies = sum(tensor.numel for tensor in checkpoint_layout(recipe.model) if tensor.kind in INT4_KINDS)
+        return 12 * sizes(recipe.model).parameters + (4 * copies if recipe.qat else 0)
+    names = ("weights", "masters", "second halves of the weights", "momentum and moments", "gradients")
+    parts = training_memory(recipe)
+    return sum(parts[name] for name in names)
+
+
+def _activations(config: ModelConfig, recompute: str) -> tuple[int, int]:
+    """Numbers per token: kept of each layer until the backward pass reaches it, and held while one block is at work
+    there (all that it keeps without recomputation, and its gradients)."""
+    hidden, heads, width = config.hidden_size, config.num_attention_heads, config.moe_intermediate_size
+    chosen, shared = config.num_experts_per_tok, (config.n_shared_experts or 0) * config.moe_intermediate_size
+    query, value = heads * config.qk_head_dim, heads * config.v_head_dim
+    latents = (config.q_lora_rank or 0) * 2 + config.kv_lora_rank * 2 + config.qk_rope_head_dim
+    expanded = heads * (config.qk_nope_head_dim + config.v_head_dim)
+    attention = latents + expanded + 3 * query + value  # projected and rotated query, whole keys, output
+    # Two norms, two residual sums, what attention and experts return; the router's input is fp32.
+    everything = attention + 8 * hidden + 2 * chosen * width + 3 * shared
+    # Backward of the experts: gathered gradients, inputs and their gradients; activations, pre-activations, gradients.
+    passing = chosen * (3 * hidden + 4 * width) + 2 * hidden + 3 * shared
+    if recompute == "none":
+        return everything, passing
+    if recompute == "full":
+        # Nine quarters: what the compiler was seen to hold on an H200 (docs/log.md, recomputation), unexplained.
+        return hidden, 9 * (everything + passing) // 4
+    products = latents + value + 2 * hidden + 2 * shared
+    return hidden + products, everything - products + passing

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,13 @@ import pytest
 # Before torch loads OpenMP: test processes share the cores, and threads that spin while they wait starve one another.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+# Whoever starts the tests in the background of a shell has Ctrl-C ignored, and so has every process that they start.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
 # A busy machine must not fail a test: what takes long is measured by `moonbase bench`.
-hypothesis.settings.register_profile("moonbase", deadline=None)
+hypothesis.settings.register_profile("moonbase", deadline=None,
+                                     suppress_health_check=[hypothesis.HealthCheck.too_slow])
 hypothesis.settings.load_profile("moonbase")
 
 

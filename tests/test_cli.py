@@ -30,7 +30,7 @@ def environment(**extra: str) -> dict[str, str]:
 def moonbase(*arguments: str, cwd: Path = ROOT, **extra: str) -> subprocess.CompletedProcess[str]:
     """The command in a process of its own."""
     command = [sys.executable, "-m", "moonbase", *arguments]
-    return subprocess.run(command, cwd=cwd, env=environment(**extra), capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, cwd=cwd, env=environment(**extra), capture_output=True, text=True, timeout=300)
 
 
 @pytest.fixture
@@ -352,7 +352,7 @@ cli.main(["probe"])
     process = subprocess.Popen(command, env=environment(), text=True, **pipes)
     assert process.stdout.readline() == "ready\n"
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=30)
+    _, err = process.communicate(timeout=120)
     assert process.returncode == 130
     assert err == "moonbase: interrupted\n"
 

@@ -45,7 +45,7 @@ def command(*arguments: object) -> list[str]:
 
 def moonbase(*arguments: object, cwd: Path, stdin: str = "", **extra: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command(*arguments), cwd=cwd, env=environment(**extra), capture_output=True, text=True,
-                          timeout=120, input=stdin)
+                          timeout=300, input=stdin)
 
 
 @contextmanager
@@ -189,12 +189,12 @@ def test_killed_again_and_again(task: Task, tmp_path: Path) -> None:
             process = subprocess.Popen(command(*arguments), env=environment(), stdout=subprocess.PIPE,
                                        stderr=subprocess.PIPE, text=True)
             events, before = tmp_path / "s" / "events.jsonl", _size(tmp_path / "s" / "events.jsonl")
-            until = time.monotonic() + 60
+            until = time.monotonic() + 300
             while _size(events) == before and process.poll() is None and time.monotonic() < until:
                 time.sleep(0.01)
             time.sleep(draw.uniform(0.0, 0.3))
             if kills == 5 or process.poll() is not None:
-                out, err = process.communicate(timeout=60)
+                out, err = process.communicate(timeout=300)
                 break
             process.kill()
             process.communicate()
@@ -221,7 +221,7 @@ def test_ctrl_c_says_how_to_go_on_and_two_at_once_do_not(url: str, task: Task, t
         process = subprocess.Popen(
             command("swarm", task.prompt, "--model", address, "--tools", WORLD, "--session", "s"), cwd=tmp_path,
             env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        until = time.monotonic() + 60
+        until = time.monotonic() + 300
         while _size(tmp_path / "s" / "events.jsonl") < 5000 and time.monotonic() < until:
             time.sleep(0.02)
         second = moonbase("swarm", "--resume", "s", cwd=tmp_path)
@@ -230,7 +230,7 @@ def test_ctrl_c_says_how_to_go_on_and_two_at_once_do_not(url: str, task: Task, t
         third = moonbase("swarm", "x", "--model", address, "--session", "s", cwd=tmp_path)
         assert third.returncode == 2 and "a session is here already" in third.stderr
         process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=30)
+        out, err = process.communicate(timeout=120)
         assert process.returncode == 130 and out == ""
         assert err.endswith("to go on: moonbase swarm --resume s\nmoonbase: interrupted\n") and "Traceback" not in err
         (episode,) = read_episodes(tmp_path / "s" / "episode.jsonl")
@@ -248,7 +248,7 @@ def test_a_reader_that_leaves_ends_the_work(task: Task, tmp_path: Path) -> None:
             cwd=tmp_path, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         assert json.loads(process.stdout.readline())["type"] == "episode_started"
         process.stdout.close()
-        assert process.wait(timeout=30) == 1
+        assert process.wait(timeout=120) == 1
         assert process.stderr.read() == ""
         process.stderr.close()
         answer = moonbase("swarm", "--resume", "s", "--print", cwd=tmp_path)
@@ -274,23 +274,23 @@ def test_a_hostile_model(tmp_path: Path) -> None:
 
 def test_an_endpoint_that_is_down_costs_no_more_than_the_limit(tmp_path: Path) -> None:
     with endpoint("down") as address:
-        started = time.monotonic()
         answer = moonbase("swarm", "Do it", "--model", address, "--session", "s", "--seconds", "1.5", cwd=tmp_path)
-    assert time.monotonic() - started < 20
+    *_, last = (tmp_path / "s" / "events.jsonl").read_text("utf-8").splitlines()
+    assert json.loads(last)["time"] < 10, "seconds since the episode began"
     assert answer.returncode == 1 and "over_budget (the budget of seconds is used up" in answer.stderr
     assert "to go on with a higher limit: moonbase swarm --resume s" in answer.stderr and answer.stdout == ""
 
 
 def test_on_a_terminal(url: str, task: Task, tmp_path: Path) -> None:
     """Drawn while it runs, gone afterwards; the answer stays."""
-    with endpoint("wide", "--seconds", "0.15") as address:
+    with endpoint("wide", "--seconds", "0.4") as address:
         ours, theirs = pty.openpty()
         process = subprocess.Popen(
             command("swarm", task.prompt, "--model", address, "--tools", WORLD, "--session", "s"), cwd=tmp_path,
             env=environment(TERM="xterm-256color", LINES="20"), stdin=theirs, stdout=theirs, stderr=theirs)
         os.close(theirs)
         seen = b""
-        while select.select([ours], [], [], 30)[0]:
+        while select.select([ours], [], [], 120)[0]:
             try:
                 piece = os.read(ours, 65536)
             except OSError:
@@ -299,7 +299,7 @@ def test_on_a_terminal(url: str, task: Task, tmp_path: Path) -> None:
                 break
             seen += piece
         os.close(ours)
-    assert process.wait(timeout=30) == 0
+    assert process.wait(timeout=120) == 0
     text = seen.decode(errors="replace")
     assert "critical steps" in text and "helper" in text and "waits for" in text
     assert text.count("\x1b[?25l") == text.count("\x1b[?25h") == 1

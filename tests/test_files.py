@@ -236,7 +236,7 @@ def test_forbidden_folder(tmp_path: Path) -> None:
     locked.mkdir()
     locked.chmod(0o555)
     writer = start(FORBIDDEN, cwd=locked)
-    said, complaint = writer.communicate(timeout=60)
+    said, complaint = writer.communicate(timeout=300)
     locked.chmod(0o755)
     if "seteuid" in complaint and "PermissionError" in complaint:
         pytest.skip("this process can neither be refused a folder nor become another user")

@@ -28,7 +28,7 @@ needs_console_script = pytest.mark.skipif(
 def call(*command: object, cwd: Path, **environment: str) -> str:
     """Standard output of a command that has to succeed."""
     answer = subprocess.run([str(word) for word in command], cwd=cwd, env=os.environ | environment, capture_output=True,
-                            text=True, timeout=120, check=False)
+                            text=True, timeout=600, check=False)
     assert answer.returncode == 0, answer.stdout + answer.stderr
     return answer.stdout
 

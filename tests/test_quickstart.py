@@ -241,7 +241,7 @@ cli.main(["quickstart", "--preset", {preset!r}, "--out", {str(folder)!r}, "--min
     while process.poll() is None and not (path.is_file() and path.read_bytes().count(b"\n") > 5):
         time.sleep(0.02)
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=300)
     step = len(metrics(run))
     assert checkpoints(run) == [f"step-{step:06d}"] and facts(run)["reason"] == "stopped by SIGINT", err
     assert "stopping after this step" in err and "Traceback" not in err

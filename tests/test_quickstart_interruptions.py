@@ -70,7 +70,7 @@ def saved_step(run: Path) -> int:
 def interrupt(process: subprocess.Popen[str], run: Path, again: str) -> int:
     """Ctrl-C: the step that it stopped after, which is saved."""
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=300)
     step = whole_lines(run)
     assert process.returncode == 130, err
     assert f"to go on: {again}" in err
@@ -81,7 +81,7 @@ def interrupt(process: subprocess.Popen[str], run: Path, again: str) -> int:
 def kill(process: subprocess.Popen[str], run: Path) -> int:
     """kill -9: the step of the newest checkpoint, which is at most one interval behind what had been done."""
     process.kill()
-    process.communicate(timeout=60)
+    process.communicate(timeout=300)
     step = saved_step(run)
     # The checkpoint of the interval's last step may be in the making; its line of metrics is already there.
     assert process.returncode == -signal.SIGKILL and 0 <= whole_lines(run) - step <= EVERY
@@ -100,14 +100,14 @@ def test_many_lives_are_one_run(preset: Path, tmp_path: Path) -> None:
         saved = kill(process, run)
         assert saved >= stopped
         process = start(preset, folder)
-    out, err = process.communicate(timeout=120)
+    out, err = process.communicate(timeout=600)
     assert process.returncode == 0, err
     assert f"resuming {folder} at step {saved}" in " ".join(err.split())
     assert "held-out questions that need a tool: 5" in out and (folder / "report.html").is_file()
 
     straight = tmp_path / "straight"
     process = start(preset, straight)
-    out, err = process.communicate(timeout=120)
+    out, err = process.communicate(timeout=600)
     assert process.returncode == 0, err
     for place in (".", "pretrain"):
         run, other = folder / place, straight / place

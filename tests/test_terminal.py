@@ -602,7 +602,7 @@ class Terminal:
         os.close(theirs)
         self.seen, self._decode = "", codecs.getincrementaldecoder("utf-8")().decode
 
-    def until(self, text: str, seconds: float = 60.0) -> str:
+    def until(self, text: str, seconds: float = 300.0) -> str:
         """Wait for a text; what came up to its end."""
         end = time.monotonic() + seconds
         while text not in self.seen:
@@ -622,7 +622,7 @@ class Terminal:
 
     def end(self) -> int:
         try:
-            return self.process.wait(30)
+            return self.process.wait(120)
         finally:
             if self.process.poll() is None:
                 self.process.send_signal(signal.SIGKILL)
@@ -634,7 +634,8 @@ def test_in_a_real_terminal(endpoint, tmp_path: Path) -> None:
     from tests.serve.service_double import says as pieces
 
     slow = "I think.</think>" + "word " * 400
-    scripts = [pieces(endpoint.tokenizer, slow, wait=0.01), pieces(endpoint.tokenizer, "</think>done")]
+    # It goes on until it is stopped.
+    scripts = [[*pieces(endpoint.tokenizer, slow, wait=0.01)[:-1], 600.0], pieces(endpoint.tokenizer, "</think>done")]
     endpoint.service.__init__(lambda number: scripts[min(number, 1)])
     window = Terminal(endpoint.url, tmp_path)
     window.until("/help lists commands")

@@ -13,7 +13,7 @@ from typing import Any
 from moonbase.errors import UserError
 
 _PEERS = {"train": ("transformers",), "optimizer": ("torch",), "decode": ("transformers",), "serve": ("transformers",),
-          "swarm": (), "agents": (), "evals": ()}
+          "moe": ("torch",), "int4": (), "swarm": (), "agents": (), "evals": ()}
 _WITHOUT_PRESET = ("swarm", "agents", "evals")
 _BENCHES = tuple(_PEERS)
 

@@ -29,7 +29,11 @@ _GPU_MICRO_BATCHES = 16
 def measure(preset: str, peer: str | None) -> list[dict[str, Any]]:
     """Rows for throughput and, on a GPU, peak memory."""
     on_gpu = torch.cuda.is_available()
-    if on_gpu:
+    own = load_recipe(preset)
+    if on_gpu and own.masters != "fp32":
+        # Its batch is part of what makes it fit.
+        micro, time, overrides = own.micro_batch_size or own.batch_size, own.sequence_length, []
+    elif on_gpu:
         micro, time = 16, 2048
         overrides = [f"sequence_length={time}", f"batch_size={micro * _GPU_MICRO_BATCHES}", f"micro_batch_size={micro}"]
     else:

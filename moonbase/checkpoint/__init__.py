@@ -12,13 +12,14 @@ if TYPE_CHECKING:
     from moonbase.checkpoint.conversion import convert
     from moonbase.checkpoint.folders import damaged_newest, latest_checkpoint, list_checkpoints, resolve_model_folder
     from moonbase.checkpoint.quantization import read_config
-    from moonbase.checkpoint.reader import load_weights, stored_mtp
+    from moonbase.checkpoint.reader import experts_in_int4, load_weights, stored_mtp
     from moonbase.checkpoint.state import load_state, save_state
     from moonbase.checkpoint.writer import save_weights, write_weights
 
 _HOME = {
     "convert": "conversion",
     "damaged_newest": "folders",
+    "experts_in_int4": "reader",
     "latest_checkpoint": "folders",
     "list_checkpoints": "folders",
     "resolve_model_folder": "folders",
@@ -34,6 +35,7 @@ _HOME = {
 __all__ = [
     "convert",
     "damaged_newest",
+    "experts_in_int4",
     "latest_checkpoint",
     "list_checkpoints",
     "load_state",

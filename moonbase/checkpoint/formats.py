@@ -4,8 +4,7 @@ fp8 (DeepSeek-V3, Kimi K2): float8_e4m3fn with one fp32 scale per block of 128x1
 weight is the stored value times the scale, whatever the name says. Blocks at the edges are smaller.
 
 INT4 (Kimi K2-Thinking, K2.5; compressed-tensors "pack-quantized"): groups of 32 along the input dimension share a bf16
-scale. A number q in -8..7 is stored as the nibble q + 8; element 8c + i of a row sits in bits 4i..4i+3 of its int32
-number c. Only routed experts are stored this way.
+scale; how eight numbers share a word: `ops.int4_packed`. Only routed experts are stored this way.
 
 Shapes: O output rows, I input columns of one matrix.
 """
@@ -17,6 +16,7 @@ from torch import Tensor
 
 from moonbase.layout import FP8_BLOCK, INT4_GROUP, Int4Rule
 from moonbase.ops.int4 import int4_numbers, int4_scales
+from moonbase.ops.int4_packed import pack_int4
 
 FP8_MAX = 448.0
 
@@ -46,18 +46,6 @@ def dequantize_fp8(stored: Tensor, scale: Tensor, block: tuple[int, int] = FP8_B
 # --- INT4 -------------------------------------------------------------------------------------------------------------
 
 
-def pack_int4(numbers: Tensor) -> Tensor:
-    """Integers in -8..7, [O, I] -> int32 [O, I/8]."""
-    nibbles = (numbers + 8).to(torch.uint8)
-    return (nibbles[:, 0::2] | nibbles[:, 1::2] << 4).contiguous().view(torch.int32)
-
-
-def unpack_int4(packed: Tensor) -> Tensor:
-    """int32 [O, I/8] -> int8 numbers in -8..7, [O, I]."""
-    pairs = packed.contiguous().view(torch.uint8)
-    return torch.stack((pairs & 15, pairs >> 4), dim=-1).flatten(1).to(torch.int8) - 8
-
-
 def quantize_int4(weight: Tensor, rule: Int4Rule = "absmax/7", group: int = INT4_GROUP) -> tuple[Tensor, Tensor]:
     """Weight [O, I] -> int32 [O, I/8] and bf16 scale [O, I/group].
 
@@ -66,9 +54,3 @@ def quantize_int4(weight: Tensor, rule: Int4Rule = "absmax/7", group: int = INT4
     groups = weight.float().unflatten(1, (-1, group))
     scales = int4_scales(groups, rule)
     return pack_int4(int4_numbers(groups, scales).flatten(1).to(torch.int8)), scales
-
-
-def dequantize_int4(packed: Tensor, scale: Tensor, group: int = INT4_GROUP) -> Tensor:
-    """int32 [O, I/8] and scale [O, I/group] -> fp32 [O, I]."""
-    numbers = unpack_int4(packed).float().unflatten(1, (-1, group))
-    return numbers.mul_(scale.float().unsqueeze(-1)).flatten(1)

@@ -3,18 +3,19 @@
 On disk, Hugging Face layout: `model.layers.L.mlp.experts.E.gate_proj.weight` [I, D] and so on. In the model one
 matrix product serves all experts, so gate and up of every expert live in `experts.gate_up_proj` [E, 2·I, D] (rows
 0..I-1 gate, I..2I-1 up) and `experts.down_proj` [E, D, I]. Multi-token-prediction module k is `mtp.k.` in the model
-and `model.layers.{num_hidden_layers + k}.` on disk.
+and `model.layers.{num_hidden_layers + k}.` on disk. A model that holds a stack in INT4 has `NAME_packed` and
+`NAME_scale` in its place (`ops.int4_packed`), as the disk has `weight_packed` and `weight_scale`.
 
 Letters: E experts, I width of one expert, D hidden size.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
 from moonbase.config import ModelConfig
-from moonbase.layout import TensorSpec, checkpoint_layout
+from moonbase.layout import INT4_GROUP, TensorSpec, checkpoint_layout
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -87,8 +88,15 @@ def layer_number(disk: str) -> int | None:
     return None
 
 
-def model_shapes(config: ModelConfig, mtp: bool = True) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor of the model, experts stacked."""
+def packed_stacks(names: Collection[str]) -> set[str]:
+    """Which stacks of experts a model with tensors of these names holds in INT4."""
+    return {name.removesuffix("_packed") for name in names if name.endswith("_packed")}
+
+
+def model_shapes(
+    config: ModelConfig, mtp: bool = True, packed: Collection[str] = ()
+) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor of the model, experts stacked, the stacks `packed` in INT4."""
     shapes: dict[str, tuple[int, ...]] = {}
     for piece in checkpoint_pieces(config, mtp):
         if piece.kind == "copy":
@@ -97,7 +105,12 @@ def model_shapes(config: ModelConfig, mtp: bool = True) -> dict[str, tuple[int, 
             shapes[piece.target] = piece.shape
         else:
             stacked = 2 if piece.target.endswith("gate_up_proj") else 1
-            shapes[piece.target] = (config.n_routed_experts, stacked * piece.shape[0], piece.shape[1])
+            shape = (config.n_routed_experts, stacked * piece.shape[0])
+            if piece.target in packed:
+                shapes[piece.target + "_packed"] = (*shape, piece.shape[1] // 8)
+                shapes[piece.target + "_scale"] = (*shape, piece.shape[1] // INT4_GROUP)
+            else:
+                shapes[piece.target] = (*shape, piece.shape[1])
     return shapes
 
 

@@ -40,6 +40,9 @@ def materialise(model: nn.Module | Mapping[str, Tensor], names: set[str], dtype:
     for name, old in named_tensors(model).items():
         if name not in names:
             continue
+        path, _, leaf = name.rpartition(".")
+        assert not owners or leaf in owners[path]._parameters or leaf in owners[path]._buffers, (
+            f"{name} lies in another order: restore() it before loading")
         wanted = old.dtype if dtype is None or name in keep_dtype else dtype
         place = torch.device(device) if device is not None else torch.device("cpu") if old.is_meta else old.device
         if old.dtype == wanted and (old.device == place or (place.index is None and old.device.type == place.type)):
@@ -47,7 +50,6 @@ def materialise(model: nn.Module | Mapping[str, Tensor], names: set[str], dtype:
         assert not (isinstance(old, DTensor) and old.is_meta), "call model.to_empty(device=...) after sharding"
         fresh = torch.empty_like(old, dtype=wanted, device=place)
         if isinstance(model, nn.Module):
-            path, _, leaf = name.rpartition(".")
             module = owners[path]
             if leaf in module._parameters:
                 fresh = nn.Parameter(fresh, requires_grad=module._parameters[leaf].requires_grad)

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from moonbase.checkpoint.formats import dequantize_fp8, dequantize_int4
+from moonbase.checkpoint.formats import dequantize_fp8, quantize_int4
 from moonbase.checkpoint.names import (
     Piece,
     check_fit,
@@ -20,6 +20,7 @@ from moonbase.checkpoint.names import (
     is_ignored,
     layer_number,
     model_shapes,
+    packed_stacks,
     plain_name,
 )
 from moonbase.checkpoint.placement import local_part, materialise, named_tensors
@@ -27,6 +28,8 @@ from moonbase.checkpoint.quantization import Quantization, read_quantization
 from moonbase.checkpoint.safetensors_file import DTYPES, StoredTensor, read_header
 from moonbase.config import ModelConfig, read_json
 from moonbase.errors import CheckpointError
+from moonbase.layout import INT4_GROUP, Int4Rule
+from moonbase.ops.int4_packed import dequantize_int4
 
 Progress = Callable[[str, int, int | None], None]
 
@@ -54,6 +57,24 @@ class StoredWeight:
     def dtype(self) -> torch.dtype:
         """What the weight naturally becomes: its stored dtype, or bf16 where it is quantised."""
         return DTYPES[self.parts[""].dtype] if self.form == "plain" else torch.bfloat16
+
+    @property
+    def is_published_int4(self) -> bool:
+        """Whether it is stored as we would write it in INT4: groups of 32, bf16 scales."""
+        return (self.form == "int4" and self.quantization is not None and self.quantization.group == INT4_GROUP
+                and self.parts["_scale"].dtype == "BF16")
+
+    def packed_blocks(self, rule: Int4Rule | None) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """Yield (first row, words, scales): as stored, or floats quantised by `rule`."""
+        if self.is_published_int4:
+            step = max(READ_BYTES // self.piece.shape[1], 1)
+            for row in range(0, self.piece.shape[0], step):
+                end = min(row + step, self.piece.shape[0])
+                yield row, self.parts["_packed"].rows(row, end), self.parts["_scale"].rows(row, end)
+            return
+        assert rule is not None
+        for row, rows in self.blocks():
+            yield row, *quantize_int4(rows, rule)
 
     def blocks(self, first: int = 0, last: int | None = None) -> Iterator[tuple[int, Tensor]]:
         """Yield (first row, rows) until row `last`: plain weights in their stored dtype, quantised ones in fp32."""
@@ -106,30 +127,61 @@ def stored_mtp(folder: str | Path, config: ModelConfig) -> bool:
     )
 
 
+def experts_in_int4(folder: str | Path) -> bool:
+    """Whether all routed experts that the folder holds are INT4 in the published form: groups of 32, bf16 scales."""
+    quantization = read_quantization(folder)
+    if quantization is None or quantization.kind != "int4" or quantization.group != INT4_GROUP:
+        return False
+    stored = {plain_name(name): tensor for name, tensor in _all_tensors(Path(folder)).items()}
+    experts = [name for name in stored if name is not None and ".mlp.experts." in name]
+    return bool(experts) and all(name.endswith(("_packed", "_scale", "_shape")) for name in experts) and all(
+        stored[name].dtype == "BF16" for name in experts if name.endswith("_scale"))
+
+
 def load_weights(model: nn.Module | Mapping[str, Tensor], folder: str | Path, config: ModelConfig, *,
                  dtype: torch.dtype | None = None, device: torch.device | str | None = None, mtp: bool = True,
-                 progress: Progress | None = None) -> None:
+                 int4_rule: Int4Rule | None = None, progress: Progress | None = None) -> None:
     """Fill the tensors of `model` in place from a checkpoint folder.
 
     `model` is a module or a mapping with the model's names (see `moonbase.checkpoint.names`); its tensors may be on the
     meta device (they get memory on `device`, default CPU) or sharded (`DTensor`: every process reads its own part).
     `dtype` is the dtype of the loaded weights, None keeps each tensor's own; the router's bias always stays fp32.
-    Quantised weights are multiplied out in fp32. With `mtp=False` multi-token-prediction modules are neither needed in
-    the folder nor touched in the model. Raises CheckpointError before anything is written.
+    Quantised weights are multiplied out in fp32. Stacks of experts that the model holds in INT4 (`QuantizedExperts`)
+    get words and scales as stored; where the folder has floats for them, what `int4_rule` makes of these. With
+    `mtp=False` multi-token-prediction modules are neither needed in the folder nor touched in the model. Raises
+    CheckpointError before anything is written.
     """
     checkpoint = Checkpoint(folder, config, mtp, progress)
-    shapes = model_shapes(config, mtp)
     found = named_tensors(model)
+    packed = packed_stacks(found)
+    shapes = model_shapes(config, mtp, packed)
     check_fit({name: found[name] for name in found if mtp or not name.startswith("mtp.")}, shapes)
-    fp32 = {weight.piece.target for weight in checkpoint.weights if weight.piece.kind == "bias"}
-    materialise(model, set(shapes), dtype, device, fp32)
+    if int4_rule is None:
+        _raise_problems(checkpoint.folder, [
+            f"tensor {weight.piece.disk} is not stored in INT4 with groups of {INT4_GROUP} and bf16 scales"
+            for weight in checkpoint.weights if weight.piece.target in packed and not weight.is_published_int4])
+    keep_dtype = {weight.piece.target for weight in checkpoint.weights if weight.piece.kind == "bias"}
+    keep_dtype |= {name + suffix for name in packed for suffix in ("_packed", "_scale")}
+    materialise(model, set(shapes), dtype, device, keep_dtype)
     tensors = named_tensors(model)
     with torch.no_grad():
         for done, weight in enumerate(checkpoint.weights):
-            if weight.piece.kind != "copy":
-                _fill(tensors[weight.piece.target], weight)
+            target = weight.piece.target
+            if target in packed:
+                _fill_packed(tensors[target + "_packed"], tensors[target + "_scale"], weight, int4_rule)
+            elif weight.piece.kind != "copy":
+                _fill(tensors[target], weight)
             if progress is not None:
                 progress("loading weights", done + 1, len(checkpoint.weights))
+
+
+def _fill_packed(words: Tensor, scales: Tensor, weight: StoredWeight, rule: Int4Rule | None) -> None:
+    """Copy a weight in INT4 into its place of two stacks, which nobody shards."""
+    piece = weight.piece
+    assert piece.expert is not None
+    for row, *parts in weight.packed_blocks(rule):
+        for target, rows in zip((words, scales), parts, strict=True):
+            target[piece.expert, piece.row + row : piece.row + row + rows.shape[0]].copy_(rows)
 
 
 def _fill(target: Tensor, weight: StoredWeight) -> None:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from moonbase import files
 from moonbase.checkpoint.formats import quantize_fp8, quantize_int4
-from moonbase.checkpoint.names import Piece, check_fit, checkpoint_pieces, model_shapes
+from moonbase.checkpoint.names import Piece, check_fit, checkpoint_pieces, model_shapes, packed_stacks
 from moonbase.checkpoint.placement import full_tensor, is_sharded, named_tensors, raise_together
 from moonbase.checkpoint.quantization import QUANTISED_KINDS, Format, check_format, quantization_block
 from moonbase.checkpoint.reader import INDEX, Progress
@@ -27,6 +27,7 @@ from moonbase.checkpoint.safetensors_file import SafetensorsWriter, TensorSlot
 from moonbase.config import ModelConfig
 from moonbase.errors import UserError
 from moonbase.layout import FP8_BLOCK, INT4_GROUP, Int4Rule
+from moonbase.ops.int4_packed import dequantize_int4
 
 MAX_SHARD_BYTES = 5_000_000_000
 ExtraFiles = Mapping[str, bytes | Path]
@@ -54,7 +55,8 @@ def save_weights(model: nn.Module | Mapping[str, Tensor], folder: str | Path, co
 
     `model` is a module or a mapping with the model's names. `dtype` is the dtype on disk; None keeps the model's (and
     means bf16 for what the quantised formats leave unquantised, as published). The router's bias is always fp32.
-    `fmt` is hf, hf-int4 (routed experts in groups of 32, scale by `int4_rule`) or hf-fp8 (128x128 blocks).
+    `fmt` is hf, hf-int4 (routed experts in groups of 32, scale by `int4_rule`) or hf-fp8 (128x128 blocks). Experts that
+    the model holds in INT4 go to hf-int4 as they are and to the others multiplied out.
     `extra_files` maps names to contents or source paths (tokenizer files). A model without the multi-token-prediction
     modules of its configuration is written as one that has none. Raises UserError: full disk, no permission, weights
     that are not finite in a quantised format.
@@ -130,7 +132,8 @@ class _Counted:
 
 def _model_groups(tensors: Mapping[str, Tensor], config: ModelConfig, dtype: torch.dtype | None, fmt: Format,
                   rule: Int4Rule) -> Iterator[Group]:
-    check_fit(tensors, model_shapes(config))
+    packed = packed_stacks(tensors)
+    check_fit(tensors, model_shapes(config, packed=packed))
     gathered: dict[str, Tensor] = {}
 
     def fetch(piece: Piece) -> Tensor:
@@ -143,9 +146,25 @@ def _model_groups(tensors: Mapping[str, Tensor], config: ModelConfig, dtype: tor
             gathered[piece.target] = full_tensor(tensors[piece.target])
         return gathered[piece.target][piece.expert, piece.row : piece.row + piece.shape[0]]
 
+    def fetch_packed(piece: Piece) -> tuple[Tensor, Tensor]:
+        rows = slice(piece.row, piece.row + piece.shape[0])
+        words, scales = (full_tensor(tensors[piece.target + suffix]) for suffix in ("_packed", "_scale"))
+        return words[piece.expert, rows], scales[piece.expert, rows]
+
+    def fetch_multiplied_out(piece: Piece) -> Tensor:
+        return dequantize_int4(*fetch_packed(piece))
+
     for piece in checkpoint_pieces(config):
-        stored_dtype = torch.float32 if piece.kind == "bias" else dtype or tensors[piece.target].dtype
-        yield encoded_group(piece, fmt, stored_dtype, rule, lambda piece=piece: fetch(piece))
+        if piece.target in packed and fmt == "hf-int4":
+            shape = torch.tensor(piece.shape, dtype=torch.int32)
+            yield Group(_int4_slots(piece), lambda piece=piece: fetch_packed(piece),
+                        lambda parts, shape=shape: (parts[0], parts[1].bfloat16(), shape))
+        elif piece.target in packed:
+            yield encoded_group(piece, fmt, dtype or tensors["model.embed_tokens.weight"].dtype, rule,
+                                lambda piece=piece: fetch_multiplied_out(piece))
+        else:
+            stored_dtype = torch.float32 if piece.kind == "bias" else dtype or tensors[piece.target].dtype
+            yield encoded_group(piece, fmt, stored_dtype, rule, lambda piece=piece: fetch(piece))
 
 
 def encoded_group(piece: Piece, fmt: Format, dtype: torch.dtype, rule: Int4Rule, fetch: Callable[[], Tensor]) -> Group:
@@ -153,16 +172,20 @@ def encoded_group(piece: Piece, fmt: Format, dtype: torch.dtype, rule: Int4Rule,
     name, shape = piece.disk, piece.shape
     if piece.kind not in QUANTISED_KINDS[fmt]:
         return Group((TensorSlot(name, dtype, shape),), fetch, lambda weight: (weight.detach().to(dtype),))
-    rows, columns = shape
     if fmt == "hf-fp8":
+        rows, columns = shape
         blocks = (-(-rows // FP8_BLOCK[0]), -(-columns // FP8_BLOCK[1]))
         slots = (TensorSlot(name, torch.float8_e4m3fn, shape), TensorSlot(name + "_scale_inv", torch.float32, blocks))
         return Group(slots, fetch, lambda weight: quantize_fp8(_finite(name, weight)))
-    slots = (TensorSlot(name + "_packed", torch.int32, (rows, columns // 8)),
-             TensorSlot(name + "_scale", torch.bfloat16, (rows, columns // INT4_GROUP)),
-             TensorSlot(name + "_shape", torch.int32, (2,)))
-    return Group(slots, fetch, lambda weight: (*quantize_int4(_finite(name, weight), rule),
-                                               torch.tensor(shape, dtype=torch.int32)))
+    return Group(_int4_slots(piece), fetch, lambda weight: (*quantize_int4(_finite(name, weight), rule),
+                                                            torch.tensor(shape, dtype=torch.int32)))
+
+
+def _int4_slots(piece: Piece) -> tuple[TensorSlot, ...]:
+    name, (rows, columns) = piece.disk, piece.shape
+    return (TensorSlot(name + "_packed", torch.int32, (rows, columns // 8)),
+            TensorSlot(name + "_scale", torch.bfloat16, (rows, columns // INT4_GROUP)),
+            TensorSlot(name + "_shape", torch.int32, (2,)))
 
 
 def _finite(name: str, weight: Tensor) -> Tensor:

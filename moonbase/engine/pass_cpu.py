@@ -1,4 +1,4 @@
-"""A forward pass in one call into C (cpu_kernels_pass.c), for fp32 models on a CPU.
+"""A forward pass in one call into C (cpu_kernels_pass.c), for fp32 models on a CPU, their experts perhaps in INT4.
 
 A pass of a small model over a few tokens is some hundred operations of microseconds each, and most of the time lies
 between them. `Transformer.decode` stays the definition; this wraps a model from outside and reads its weights where
@@ -25,18 +25,22 @@ from moonbase.model import Transformer
 from moonbase.model.linear import Linear, RMSNorm
 from moonbase.model.mla import LatentAttention
 from moonbase.model.moe import Experts, FeedForward, MixtureOfExperts, Router
+from moonbase.model.quantized_experts import QuantizedExperts
 from moonbase.model.rope import rotations
 from moonbase.model.transformer import Block, Decoder, Embedding
 from moonbase.ops import native
 
 _WEIGHTS = ("input_norm", "q_a", "q_a_norm", "q_b", "kv_a", "kv_a_norm", "kv_b", "o", "post_norm", "gate", "up", "down",
-            "router", "bias", "expert_gate_up", "expert_down")
+            "router", "bias", *(f"expert_{stack}{form}" for stack in ("gate_up", "down")
+                                for form in ("", "_packed", "_scale")))
 _SIZES = ("num_layers", "rows", "hidden", "heads", "q_rank", "rank", "nope", "rope", "value", "num_experts", "choices",
           "groups", "kept_groups", "expert_width", "normalise", "page", "pages", "num_threads")
 _INSIDE = ("layer", "block", "inner_threads", "x", "normed", "query", "read", "weights", "routed", "chosen", "order",
            "inverse", "ends", "work", "pending")
 PLAIN_MODULES = {Transformer, Decoder, Embedding, Block, LatentAttention, FeedForward, MixtureOfExperts, Router,
                  Experts, Linear, RMSNorm, nn.ModuleList}
+_DTYPES = {"packed": torch.int32, "scale": torch.bfloat16}
+"""Of INT4 experts, by the end of the tensor's name; all others are fp32."""
 _POSITIONS = 1024
 """Rotations are computed for so many positions at once, always the same ones together: one piece is one thread's."""
 
@@ -132,8 +136,11 @@ class CpuPass:
         self._owners, self._names, self._links = (list(column) for column in zip(*found, strict=True))
         self._tensors = tensors = [value for value in self._links if isinstance(value, Tensor)]
         self._addresses = [tensor.data_ptr() for tensor in tensors]
-        fits = (_fits(self._model.config, self._cache) and all(type(module) in PLAIN_MODULES for module in modules)
-                and all(_plain(tensor) for tensor in tensors) and native.available())
+        fits = (_fits(self._model.config, self._cache)
+                and all(type(module) in PLAIN_MODULES | {QuantizedExperts} for module in modules)
+                and all(_plain(value, _DTYPES.get(name.rpartition("_")[2], torch.float32))
+                        for name, value in zip(self._names, self._links, strict=True) if isinstance(value, Tensor))
+                and native.available())
         self._task = self._describe() if fits else None
         self._head = self._model.lm_head.weight if fits else None
 
@@ -166,9 +173,9 @@ class CpuPass:
         self._task.cosine, self._task.sine = self._cosine.data_ptr(), self._sine.data_ptr()
 
 
-def _plain(tensor: Tensor) -> bool:
-    """Whether its memory is fp32 numbers, side by side on the CPU (not sharded, not fake)."""
-    return (type(tensor) in (Tensor, nn.Parameter) and tensor.is_cpu and tensor.dtype is torch.float32
+def _plain(tensor: Tensor, dtype: torch.dtype = torch.float32) -> bool:
+    """Whether its memory is such numbers, side by side on the CPU (not sharded, not fake)."""
+    return (type(tensor) in (Tensor, nn.Parameter) and tensor.is_cpu and tensor.dtype is dtype
             and tensor.is_contiguous())
 
 
@@ -200,7 +207,8 @@ def _layer(block: Block, store_PZX: Tensor) -> _Layer:
                     "down": feed_forward.down_proj.weight}
         width = feed_forward.gate_proj.weight.shape[0]
     if isinstance(mlp, MixtureOfExperts):
-        weights |= {"router": mlp.gate.weight, "bias": mlp.gate.e_score_correction_bias,
-                    "expert_gate_up": mlp.experts.gate_up_proj, "expert_down": mlp.experts.down_proj}
+        weights |= {"router": mlp.gate.weight, "bias": mlp.gate.e_score_correction_bias}
+        weights |= {"expert_" + name.replace("_proj", ""): stack
+                    for links in (mlp.experts._parameters, mlp.experts._buffers) for name, stack in links.items()}
     return _Layer(**{name: tensor.data_ptr() for name, tensor in weights.items()}, store=store_PZX.data_ptr(),
                   width=width)

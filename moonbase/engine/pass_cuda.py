@@ -26,9 +26,11 @@ from moonbase.engine.pass_cpu import PLAIN_MODULES
 from moonbase.model import Transformer
 from moonbase.model.linear import RMSNorm
 from moonbase.model.mla import LatentAttention
-from moonbase.model.moe import FeedForward, MixtureOfExperts
+from moonbase.model.moe import Experts, FeedForward, MixtureOfExperts
+from moonbase.model.quantized_experts import QuantizedExperts
 from moonbase.model.rope import rotate, rotations
 from moonbase.model.transformer import Block, MTPModule
+from moonbase.ops.int4_chunks import divides, pack_chunks, unpack_chunks
 from moonbase.ops.latent_attention import latent_attention
 
 EXPANDED_BYTES = 1 << 32
@@ -56,13 +58,17 @@ class CudaPass:
 
     def __init__(self, model: Transformer, cache: LatentCache) -> None:
         self._model, self._cache = model, cache
+        for module in model.modules():
+            if isinstance(module, QuantizedExperts) and divides(
+                    model.config.hidden_size, model.config.moe_intermediate_size):
+                module.arrange(pack_chunks, unpack_chunks)
         limit = min(model.config.max_position_embeddings, cache.store.shape[1] * BLOCK_TOKENS)
         self._cos_PR, self._sin_PR = rotations(model.config, torch.arange(limit, device=cache.store.device))
 
     @staticmethod
     def fits(model: Transformer) -> bool:
-        """Half precision, and nothing wrapped around the modules or their weights."""
-        return (all(type(module) in PLAIN_MODULES | {MTPModule} for module in model.modules())
+        """Half precision but for experts in INT4, and nothing wrapped around the modules or their weights."""
+        return (all(type(module) in PLAIN_MODULES | {MTPModule, QuantizedExperts} for module in model.modules())
                 and all(type(weight) is nn.Parameter and weight.dtype in (torch.bfloat16, torch.float16)
                         for weight in model.parameters()))
 
@@ -106,7 +112,9 @@ class CudaPass:
             attended_ND = self._attend(layer.self_attn, normed_ND, positions_N, batch, reading)
             norm = layer.post_attention_layernorm
             x_ND, normed_ND = add_and_norm(x_ND, norm.weight, norm.eps, attended_ND)
-            x_ND, normed_ND = add_and_norm(x_ND, norm_after.weight, norm_after.eps, **_feed(layer.mlp, normed_ND))
+            decoding = normed_ND.shape[0] if reading is None else reading.first_row
+            x_ND, normed_ND = add_and_norm(
+                x_ND, norm_after.weight, norm_after.eps, **_feed(layer.mlp, normed_ND, decoding))
         return normed_ND
 
     def _attend(
@@ -213,19 +221,35 @@ def _batches(reading: Reading, bytes_each: int) -> list[tuple[list[int], list[in
     return batches
 
 
-def _feed(mlp: FeedForward | MixtureOfExperts, x_ND: Tensor) -> dict[str, Tensor | None]:
-    """What the feed-forward part adds, as the addends that `add_and_norm` takes."""
+def _feed(mlp: FeedForward | MixtureOfExperts, x_ND: Tensor, decoding: int) -> dict[str, Tensor | None]:
+    """What the feed-forward part adds, as the addends that `add_and_norm` takes. The first `decoding` rows decode."""
     if isinstance(mlp, FeedForward):
         return {"addend_ND": _dense(mlp, x_ND)}
     from moonbase.ops.decoding_cuda import router_logits, select_experts
-    from moonbase.ops.experts_decoding_cuda import experts_for_inference
 
     config, router, stack = mlp.config, mlp.gate, mlp.experts
     indices_NK, weights_NK = select_experts(
         router_logits(x_ND, router.weight), router.e_score_correction_bias, config.num_experts_per_tok, config.n_group,
         config.topk_group, config.norm_topk_prob, config.routed_scaling_factor)
-    return {"choices_NKD": experts_for_inference(x_ND, indices_NK, weights_NK, stack.gate_up_proj, stack.down_proj),
+    return {"choices_NKD": _route(stack, decoding, x_ND, indices_NK, weights_NK),
             "shared_ND": _dense(mlp.shared_experts, x_ND) if config.n_shared_experts else None}
+
+
+def _route(stack: Experts | QuantizedExperts, decoding: int, *call: Tensor) -> Tensor:
+    """Rows of all choices, fp32 [N, K, D], or of their sums [N, 1, D]; `call`: x, indices and weights."""
+    if isinstance(stack, Experts):
+        from moonbase.ops.experts_decoding_cuda import experts_for_inference
+
+        return experts_for_inference(*call, stack.gate_up_proj, stack.down_proj)
+    if not stack.is_arranged:
+        return stack(*call).float().unsqueeze(1)
+    from moonbase.ops.experts_int4_cuda import experts_int4_cuda, experts_int4_for_few
+
+    weights = stack.gate_up_proj_arranged, stack.down_proj_arranged
+    parts = [work(*rows, *weights) for work, rows in zip(
+        (experts_int4_for_few, experts_int4_cuda),
+        ([each[:decoding] for each in call], [each[decoding:] for each in call]), strict=True) if len(rows[0])]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def _dense(mlp: FeedForward, x_ND: Tensor) -> Tensor:

@@ -8,6 +8,7 @@
 
 #define MOST_ROWS 32     /* of a task: their activations stay in the cache of a core */
 #define ROWS_A_TASK 64   /* of one expert */
+#define COLUMNS_AT_ONCE 16 /* of INT4: their weights, multiplied out, stay in the cache of a core */
 #define SMALL (1L << 18) /* weights of a layer that two cores may both read */
 
 /* --- operations on rows ------------------------------------------------------------------------------------------- */
@@ -184,17 +185,41 @@ static void last_task(void *what, long task) {
 
 /* --- experts ------------------------------------------------------------------------------------------------------ */
 
+/* INT4 as floats, which hold the products exactly. */
+static void multiply_out(long groups, const uint32_t *words, const uint16_t *scales, float *out) {
+    for (long g = 0; g < groups; g++, out += INT4_GROUP) {
+        union { uint32_t bits; float value; } scale = {(uint32_t)scales[g] << 16};
+        for (int word = 0; word < INT4_GROUP / 8; word++, words++)
+            for (int i = 0; i < 8; i++) out[8 * word + i] = (float)((int)(*words >> 4 * i & 15) - 8) * scale.value;
+    }
+}
+
+/* C [rows x columns] = A W^T with one expert's matrix W [columns x depth], the same bits from floats and from INT4. */
+static void expert_dots(long rows, long columns, long depth, const float *a, long a_row, const struct stack *stack,
+                        long expert, float *c, long c_row, float *spare) {
+    if (stack->floats) {
+        dots(1, rows, columns, depth, a, a_row, stack->floats + expert * columns * depth, c, c_row, 0);
+        return;
+    }
+    for (long j = 0; j < columns; j += COLUMNS_AT_ONCE) {
+        long there = least(COLUMNS_AT_ONCE, columns - j), first = (expert * columns + j) * depth;
+        multiply_out(there * depth / INT4_GROUP, stack->words + first / 8, stack->scales + first / INT4_GROUP, spare);
+        dots(1, rows, there, depth, a, a_row, spare, c + j, c_row, 0);
+    }
+}
+
 static void expert_task(void *what, long task) {
     const struct pass *p = what;
     const int32_t *work = p->work + 3 * task;
     long D = p->hidden, I = p->expert_width, rows = work[2] - work[1];
-    float *x = scratch(SCRATCH_TASK, ROWS_A_TASK * (D + 2 * I)), *active = x + ROWS_A_TASK * D;
+    float *x = scratch(SCRATCH_TASK, ROWS_A_TASK * (D + 2 * I) + COLUMNS_AT_ONCE * (D + I));
+    float *active = x + ROWS_A_TASK * D, *spare = active + ROWS_A_TASK * 2 * I;
     for (long i = 0; i < rows; i++)
         memcpy(x + i * D, p->normed + p->order[work[1] + i] / p->choices * D, (size_t)D * 4);
-    dots(1, rows, 2 * I, D, x, D, p->layer->expert_gate_up + work[0] * 2 * I * D, active, 2 * I, 0);
+    expert_dots(rows, 2 * I, D, x, D, &p->layer->expert_gate_up, work[0], active, 2 * I, spare);
     for (long i = 0; i < rows; i++)
         swiglu(I, active + i * 2 * I, active + i * 2 * I + I, p->weights[p->order[work[1] + i]]);
-    dots(1, rows, D, I, active, 2 * I, p->layer->expert_down + work[0] * D * I, p->routed + work[1] * D, D, 0);
+    expert_dots(rows, D, I, active, 2 * I, &p->layer->expert_down, work[0], p->routed + work[1] * D, D, spare);
 }
 
 /* Counting sort of all (row, choice) pairs by expert, cut into tasks; returns their number. */

@@ -1,6 +1,9 @@
 /* What the parts of a forward pass share (cpu_kernels_pass.c): its description, the product with weights as they lie,
    and attention.
 
+   Routed experts are floats, or INT4 as stored (ops/int4_packed.py): words of eight numbers q + 8, the first in the
+   lowest bits, and a bf16 scale for every INT4_GROUP of a row.
+
    Shapes: N rows of the pass, D hidden, H heads, C kv latent, R rope dims, X = C + R, V value dims per head, E experts,
    K choices per row, I expert width, P pages of Z slots, M pages of the longest sequence. */
 
@@ -9,12 +12,20 @@
 
 #include "cpu_kernels.h"
 
+#define INT4_GROUP 32
+
+struct stack { /* one matrix [out, in] per expert: floats, or (NULL) words and scales */
+    const float *floats;
+    const uint32_t *words;  /* [E, out, in / 8] */
+    const uint16_t *scales; /* [E, out, in / INT4_GROUP] */
+};
+
 struct pass_layer { /* weights [out, in] */
     const float *input_norm, *q_a, *q_a_norm, *q_b; /* q_a NULL: q_b is the plain projection */
     const float *kv_a, *kv_a_norm, *kv_b, *o, *post_norm;
     const float *gate, *up, *down;     /* of the dense layer, or of the shared experts; NULL: there are none */
     const float *router, *bias;        /* [E, D], [E]; NULL in a dense layer */
-    const float *expert_gate_up, *expert_down; /* [E, 2 I, D], [E, D, I] */
+    struct stack expert_gate_up, expert_down; /* [E, 2 I, D], [E, D, I] */
     float *store;                      /* [P, Z, X] */
     int64_t width;                     /* of gate and up */
 };

@@ -1,128 +1,146 @@
-"""Routed experts with INT4 weights for inference on a Hopper GPU: how the weights lie, and the call of the kernel.
+"""Routed experts with INT4 weights for inference, in Triton: any number of tokens, and any GPU without a CUDA compiler.
 
-The words and scales are those of the checkpoint (`layout.py`), in another order: chunks of 64 rows x 128 inputs, their
-scales behind the words, so that a kernel gets a chunk by one bulk copy and every lane its part of it by one read. The
-kernel itself: `experts_int4.cu`.
+Reads chunks (`int4_chunks`). A block of weights becomes bf16 in registers, eight times sixteen
+inputs: the numbers in place p of every word make one product with the inputs that stand there. A tensor core may sum
+the inputs in any order, so nothing is moved between lanes.
 
-Shapes: N tokens, K choices per token, E experts, D hidden, I width of an expert, F = 2I rows of gate and up, B 64 rows,
-J chunks along the inputs, Y bytes of a chunk.
+Weights are q·s rounded to the tokens' dtype, once: what a multiplied-out checkpoint holds. As in
+`experts_decoding_cuda`, weights are the left operand and a row's bits do not depend on the other rows.
+
+Shapes as there and in `int4_chunks`. Inside a kernel: ROWS choices of one expert x 64 outputs.
 """
 
 from __future__ import annotations
 
-import ctypes
-import functools
-
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
-from moonbase.layout import INT4_GROUP
-from moonbase.ops.cuda_library import library
+from moonbase.ops import experts_int4_hopper
+from moonbase.ops.experts_decoding_cuda import MOST_ROWS, group_by_expert, rows_at_once
+from moonbase.ops.int4_chunks import CHUNK_BYTES, CHUNK_INPUTS, CHUNK_ROWS
 
-CHUNK_ROWS, CHUNK_INPUTS = 64, 128
-CHUNK_BYTES = CHUNK_ROWS * CHUNK_INPUTS // 2 + CHUNK_ROWS * CHUNK_INPUTS // INT4_GROUP * 2
-MOST_CHOICES, MOST_EXPERTS = 2048, 512
-"""What the kernel's lists have room for; see the constants of the same names there."""
-
-
-class _Arguments(ctypes.Structure):
-    _fields_ = [
-        *[(name, ctypes.c_void_p) for name in
-          ("x", "indices", "weights", "gate_up", "down", "activation", "out", "progress")],
-        ("x_row", ctypes.c_int64),
-        *[(name, ctypes.c_int32) for name in ("tokens", "choices", "experts", "hidden", "width", "wide_indices")],
-    ]
+_WORDS = tl.constexpr(CHUNK_BYTES // 4)
+_SCALES = tl.constexpr(CHUNK_BYTES // 2)
+"""A chunk, in words and in scales."""
+_FIRST_SCALE = tl.constexpr(CHUNK_ROWS * CHUNK_INPUTS // 4)
+_INPUTS = tl.constexpr(CHUNK_INPUTS)
 
 
-def fits(num_choices: int, num_experts: int, hidden: int, width: int) -> bool:
-    """Whether the kernel takes a layer of these sizes; `num_choices`: of all tokens together."""
-    return (num_choices <= MOST_CHOICES and num_experts <= MOST_EXPERTS and hidden % CHUNK_INPUTS == 0
-            and width % CHUNK_INPUTS == 0)
+@triton.jit
+def _multiply(total, words, scales, tile, half, row, x, tokens, x_stride, rows_inside, chunk):
+    """total [64, ROWS] + 64 rows of weights, whose places in a chunk are given, times 128 inputs of the tokens.
 
-
-def pack_chunks(words: Tensor, scales: Tensor, gated: bool) -> Tensor:
-    """Words int32 [E, rows, inputs / 8] and scales bf16 [E, rows, inputs / 32] of a checkpoint -> uint8 [E, B, J, Y].
-
-    `gated`: the first half of the rows is gate's, the second up's; eight of each share a tile.
+    words, scales: where the chunk of each row begins.
     """
-    experts, rows, depth = words.shape
-    blocks, chunks = rows // CHUNK_ROWS, depth * 8 // CHUNK_INPUTS
-    if gated:
-        words, scales = (_interleave(each) for each in (words, scales))
-    # [expert, block, tile, half, row of eight, chunk, group, quarter]
-    words = words.reshape(experts, blocks, 4, 2, 8, chunks, 4, 4).permute(0, 1, 5, 2, 3, 4, 7, 6)
-    scales = scales.reshape(experts, blocks, 4, 2, 8, chunks, 4).permute(0, 1, 5, 2, 4, 3, 6)
-    return torch.cat([each.contiguous().view(torch.uint8).reshape(experts, blocks, chunks, -1)
-                      for each in (words, scales)], dim=-1)
+    word = tl.arange(0, 16)
+    group, quarter = word // 4, word % 4
+    packed = tl.load(words + (tile * 256 + half * 128 + row * 16)[:, None] + (quarter * 4 + group)[None])
+    scale = tl.load(scales + (tile * 64 + row * 8 + half * 4 + _FIRST_SCALE)[:, None] + group[None]).to(tl.float32)
+    for place in tl.static_range(8):
+        weights = (((packed >> (4 * place)) & 15) - 8).to(tl.float32) * scale
+        inputs = group * 32 + quarter * 8 + place + chunk * _INPUTS
+        values = tl.load(x + tokens[:, None] * x_stride + inputs[None], mask=rows_inside[:, None], other=0.0)
+        total = tl.dot(weights.to(values.dtype), tl.trans(values), total, input_precision="ieee")
+    return total
 
 
-def unpack_chunks(chunks_EBJY: Tensor, gated: bool) -> tuple[Tensor, Tensor]:
-    """What `pack_chunks` was given."""
-    experts, blocks, chunks, _ = chunks_EBJY.shape
-    words, scales = chunks_EBJY.split([CHUNK_ROWS * CHUNK_INPUTS // 2, CHUNK_ROWS * CHUNK_INPUTS // INT4_GROUP * 2], -1)
-    words = words.contiguous().view(torch.int32).view(experts, blocks, chunks, 4, 2, 8, 4, 4)
-    scales = scales.contiguous().view(torch.bfloat16).view(experts, blocks, chunks, 4, 8, 2, 4)
-    words = words.permute(0, 1, 3, 4, 5, 2, 7, 6).reshape(experts, blocks * CHUNK_ROWS, -1)
-    scales = scales.permute(0, 1, 3, 5, 4, 2, 6).reshape(experts, blocks * CHUNK_ROWS, -1)
-    return tuple(_separate(each) if gated else each for each in (words, scales))
+@triton.jit
+def _gate_up(
+    x, order, offsets, counts, words, scales, activation, x_stride,
+    CHOICES: tl.constexpr, WIDTH: tl.constexpr, DEPTH: tl.constexpr, ROWS: tl.constexpr,
+):
+    """activation = silu(gate x) · up x, rows in grouped order. Grid: row tiles, blocks of 64 outputs, experts."""
+    expert = tl.program_id(2).to(tl.int64)
+    offset, count = tl.load(offsets + expert), tl.load(counts + expert)
+    output = tl.arange(0, 64)
+    columns = tl.program_id(1) * 64 + output
+    # 32 outputs have their rows in one chunk: eight of gate and the same eight of up in each of its tiles.
+    block = (expert * (2 * WIDTH // 64) + tl.program_id(1) * 2 + output // 32) * (DEPTH // _INPUTS)
+    tile, row = output % 32 // 8, output % 8
+    for first in range(tl.program_id(0) * ROWS, count, tl.num_programs(0) * ROWS):
+        lanes = first + tl.arange(0, ROWS)
+        rows_inside = lanes < count
+        rows = (offset + lanes).to(tl.int64)
+        tokens = tl.load(order + rows, mask=rows_inside, other=0).to(tl.int64) // CHOICES
+        gate = tl.zeros([64, ROWS], tl.float32)
+        up = tl.zeros([64, ROWS], tl.float32)
+        for chunk in range(0, DEPTH // _INPUTS):
+            words_here = words + ((block + chunk) * _WORDS)[:, None]
+            scales_here = scales + ((block + chunk) * _SCALES)[:, None]
+            gate = _multiply(gate, words_here, scales_here, tile, 0, row, x, tokens, x_stride, rows_inside, chunk)
+            up = _multiply(up, words_here, scales_here, tile, 1, row, x, tokens, x_stride, rows_inside, chunk)
+        value = gate * tl.sigmoid(gate) * up
+        tl.store(activation + rows[None] * WIDTH + columns[:, None], value.to(activation.dtype.element_ty),
+                 mask=rows_inside[None])
 
 
-def _interleave(rows: Tensor) -> Tensor:
-    """[E, gate's then up's rows, ...] -> eight of gate's, the same eight of up's, the next eight of gate's, ..."""
-    return rows.unflatten(1, (2, -1, 8)).transpose(1, 2).flatten(1, 3)
+@triton.jit
+def _down(
+    activation, order, offsets, counts, routing_weights, words, scales, out,
+    WIDTH: tl.constexpr, DEPTH: tl.constexpr, ROWS: tl.constexpr,
+):
+    """out[choice] = weight[choice] · down activation: from grouped order back to token order. Grid as in `_gate_up`."""
+    expert = tl.program_id(2).to(tl.int64)
+    offset, count = tl.load(offsets + expert), tl.load(counts + expert)
+    output = tl.arange(0, 64)
+    columns = tl.program_id(1) * 64 + output
+    block = (expert * (WIDTH // 64) + tl.program_id(1)) * (DEPTH // _INPUTS)
+    tile, half, row = output // 16, output // 8 % 2, output % 8
+    for first in range(tl.program_id(0) * ROWS, count, tl.num_programs(0) * ROWS):
+        lanes = first + tl.arange(0, ROWS)
+        rows_inside = lanes < count
+        rows = (offset + lanes).to(tl.int64)
+        choices = tl.load(order + rows, mask=rows_inside, other=0).to(tl.int64)
+        total = tl.zeros([64, ROWS], tl.float32)
+        for chunk in range(0, DEPTH // _INPUTS):
+            total = _multiply(total, words + (block + chunk) * _WORDS, scales + (block + chunk) * _SCALES, tile, half,
+                              row, activation, rows, DEPTH, rows_inside, chunk)
+        total *= tl.load(routing_weights + choices, mask=rows_inside, other=0.0)[None]
+        tl.store(out + choices[None] * WIDTH + columns[:, None], total, mask=rows_inside[None])
 
 
-def _separate(rows: Tensor) -> Tensor:
-    """The way back."""
-    return rows.unflatten(1, (-1, 2, 8)).transpose(1, 2).flatten(1, 3)
-
-
-def experts_int4(
-    x_ND: Tensor, indices_NK: Tensor, weights_NK: Tensor, gate_up_EBJY: Tensor, down_EBJY: Tensor,
-    token_tiles: int | None = None,
+def experts_int4_cuda(
+    x_ND: Tensor, indices_NK: Tensor, weights_NK: Tensor, gate_up_EBJY: Tensor, down_EBJY: Tensor
 ) -> Tensor:
-    """w_nk · E_{i_nk}(x_n) of every choice, fp32 [N, K, D], like `experts_decoding_cuda.experts_for_inference`.
-
-    `x_ND` bf16; `indices_NK` int32 or int64 in 0..E-1; `weights_NK` fp32; weights from `pack_chunks`. Weights count as
-    q·s, unrounded; the activations between the two products are rounded to bf16. Sizes: `fits`. One launch, nothing is
-    read back. `token_tiles`: an expert's tokens at once, in eights, 1 or 2; who has more reads its weights again.
-    """
-    (tokens, hidden), choices, experts = x_ND.shape, indices_NK.shape[1], gate_up_EBJY.shape[0]
+    """See `experts_int4_hopper`; `x_ND` bf16 or fp32, any number of tokens and experts."""
+    (num_tokens, hidden), num_choices, num_experts = x_ND.shape, indices_NK.shape[1], gate_up_EBJY.shape[0]
     width = down_EBJY.shape[2] * CHUNK_INPUTS
-    assert gate_up_EBJY.shape == (experts, 2 * width // CHUNK_ROWS, hidden // CHUNK_INPUTS, CHUNK_BYTES)
-    assert down_EBJY.shape == (experts, hidden // CHUNK_ROWS, width // CHUNK_INPUTS, CHUNK_BYTES)
-    assert x_ND.dtype == torch.bfloat16 and weights_NK.dtype == torch.float32
-    assert x_ND.stride(1) == 1 and x_ND.stride(0) % 8 == 0 and x_ND.data_ptr() % 16 == 0  # 16 bytes at a time
-    assert all(each.is_contiguous() for each in (indices_NK, weights_NK, gate_up_EBJY, down_EBJY))
-    assert fits(tokens * choices, experts, hidden, width)
-    activation = x_ND.new_empty(tokens * choices, width)
-    out_NKD = torch.empty(tokens, choices, hidden, dtype=torch.float32, device=x_ND.device)
-    progress = _progress(x_ND.device, experts)
-    arguments = _Arguments(
-        *[each.data_ptr() for each in
-          (x_ND, indices_NK, weights_NK, gate_up_EBJY, down_EBJY, activation, out_NKD, progress)],
-        x_ND.stride(0), tokens, choices, experts, hidden, width, indices_NK.dtype == torch.int64)
-    kernels, blocks, stream = _where(x_ND.device)
-    token_tiles = token_tiles or (1 if tokens <= 8 or tokens * choices <= 2 * experts else 2)
-    error = kernels.moonbase_experts_int4(ctypes.byref(arguments), token_tiles, blocks, ctypes.c_void_p(stream))
-    if error:
-        raise RuntimeError(f"experts_int4: CUDA error {error} at x {tuple(x_ND.shape)}, {experts} experts of {width}")
+    assert gate_up_EBJY.shape == (num_experts, 2 * width // CHUNK_ROWS, hidden // CHUNK_INPUTS, CHUNK_BYTES)
+    assert down_EBJY.shape == (num_experts, hidden // CHUNK_ROWS, width // CHUNK_INPUTS, CHUNK_BYTES)
+    assert weights_NK.dtype == torch.float32 and x_ND.stride(1) == 1
+    assert all(each.is_contiguous() for each in (weights_NK, gate_up_EBJY, down_EBJY))
+    grouped = group_by_expert(indices_NK, num_experts)
+    rows, row_programs = rows_at_once(num_tokens, num_choices, num_experts)
+    # More rows at once leave no registers for weights.
+    schedule = {"ROWS": min(rows, MOST_ROWS), "num_warps": 4}
+    row_programs *= triton.cdiv(rows, MOST_ROWS)
+
+    def stack(chunks_EBJY: Tensor) -> tuple[Tensor, Tensor]:
+        return chunks_EBJY.view(torch.int32), chunks_EBJY.view(torch.bfloat16)
+
+    activation = x_ND.new_empty(num_tokens * num_choices, width)
+    _gate_up[(row_programs, width // 64, num_experts)](
+        x_ND, *grouped, *stack(gate_up_EBJY), activation, x_ND.stride(0), CHOICES=num_choices, WIDTH=width,
+        DEPTH=hidden, **schedule)
+    out_NKD = torch.empty(num_tokens, num_choices, hidden, dtype=torch.float32, device=x_ND.device)
+    _down[(row_programs, hidden // 64, num_experts)](
+        activation, *grouped, weights_NK, *stack(down_EBJY), out_NKD, WIDTH=hidden, DEPTH=width, **schedule)
     return out_NKD
 
 
-def _where(device: torch.device) -> tuple[ctypes.CDLL, int, int]:
-    """The kernels, how many blocks run at once, and the stream."""
-    kernels = library("experts_int4")
-    assert kernels is not None
-    return kernels, _processors(device), torch.cuda.current_stream(device).cuda_stream
-
-
-@functools.cache
-def _processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
-
-
-@functools.cache
-def _progress(device: torch.device, experts: int) -> Tensor:
-    """The kernel's counters, zero between launches. One kernel of a device at a time."""
-    return torch.zeros(experts + 1, dtype=torch.int32, device=device)
+def experts_int4_for_few(
+    x_ND: Tensor, indices_NK: Tensor, weights_NK: Tensor, gate_up_EBJY: Tensor, down_EBJY: Tensor
+) -> Tensor:
+    """The same for rows that decode: by the kernel in CUDA C++ where the machine has it, as many rows at once as it
+    takes. Its sums are rounded otherwise than Triton's, so a row's kernel must not depend on how many others there are.
+    """
+    per_call = experts_int4_hopper.MOST_CHOICES // indices_NK.shape[1]
+    if not (x_ND.is_cuda and x_ND.dtype == torch.bfloat16 and experts_int4_hopper.available()
+            and experts_int4_hopper.fits(indices_NK.shape[1], gate_up_EBJY.shape[0], x_ND.shape[1],
+                                         down_EBJY.shape[2] * CHUNK_INPUTS)):
+        return experts_int4_cuda(x_ND, indices_NK, weights_NK, gate_up_EBJY, down_EBJY)
+    parts = [experts_int4_hopper.experts_int4_hopper(*call, gate_up_EBJY, down_EBJY) for call in zip(
+        *(each.split(per_call) for each in (x_ND, indices_NK, weights_NK)), strict=True)]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)

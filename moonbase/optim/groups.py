@@ -18,9 +18,14 @@ from moonbase.recipe import OptimizerConfig
 _LOOKED_UP = ("embed_tokens.weight", "lm_head.weight", "shared_head.head.weight")
 
 
+def is_looked_up(name: str) -> bool:
+    """Whether a parameter is an embedding or a head."""
+    return name.endswith(_LOOKED_UP)
+
+
 def parameter_kind(name: str, parameter: Tensor) -> str:
     """"muon" or "adamw"."""
-    return "adamw" if parameter.ndim < 2 or name.endswith(_LOOKED_UP) else "muon"
+    return "adamw" if parameter.ndim < 2 or is_looked_up(name) else "muon"
 
 
 def row_splits(name: str, config: ModelConfig, per_head: bool) -> int:

@@ -13,6 +13,9 @@ it were alone. The clip itself, which acts after the step, is in `qk_clip`.
 Equal shapes of different parameters are orthogonalised together, in chunks of bounded memory: one matrix at a time
 would be all launch overhead. On a CPU the small fp32 ones of all shapes go through one call (`ops.muon_cpu`). Nothing
 here waits for the device. Sharded parameters (DTensor, FSDP2) get the update of the unsharded ones; see `sharding`.
+
+Parameters may be bf16 with no fp32 masters behind them; `rounding` says how small steps are kept then. And they may be
+updated one at a time before `step` (`update_early`), so that their gradients need not be alive together.
 """
 
 from __future__ import annotations
@@ -39,6 +42,9 @@ from moonbase.ops.newton_schulz import (
     orthogonalize_reference,
     step_coefficients,
 )
+from moonbase.optim import rounding
+from moonbase.optim.bf16_weights import Bf16Weights
+from moonbase.optim.qk_clip import scale_rows_
 from moonbase.optim.sharding import Exchange, RowShard, like_parameter, local_part, row_shard
 
 
@@ -66,9 +72,16 @@ class _Stack:
     momentum: Tensor
     gradient: Tensor
     group: dict[str, Any]
+    key: rounding.Key | None = None
+    """Names the random numbers of weights that are written by `rounding`; None for all others."""
+    residual: Tensor | None = None
+    first: int = 0
+    """Where in the parameter the first matrix starts, in elements."""
 
     def part(self, start: int, stop: int) -> _Stack:
-        return _Stack(self.weight[start:stop], self.momentum[start:stop], self.gradient[start:stop], self.group)
+        residual = None if self.residual is None else self.residual[start:stop]
+        return _Stack(self.weight[start:stop], self.momentum[start:stop], self.gradient[start:stop], self.group,
+                      self.key, residual, self.first + start * self.weight[0].numel())
 
     def accumulate(self, out: Tensor) -> None:
         """M ← μ M + G and out = the matrix to orthogonalise. One pass each: `_foreach_mul_` and `_foreach_add_` would
@@ -80,9 +93,13 @@ class _Stack:
         else:
             out.copy_(self.momentum)
 
-    def apply(self, update: Tensor, scale: float) -> None:
+    def apply(self, update: Tensor, scale: float, kind: rounding.Kind | None = None) -> None:
         lr = self.group["lr"]
-        if isinstance(lr, Tensor):
+        if self.key is not None:
+            # Decay belongs to the same rounding: 1 − 1e-4 times a bf16 number is, to the nearest, that number.
+            rounding.write_(self.weight, update, kind, self.key, first=self.first, residual=self.residual,
+                            keep=1 - lr * self.group["weight_decay"], rate=lr * scale)
+        elif isinstance(lr, Tensor):
             self.weight.addcmul_(update, lr * -scale)
         else:
             self.weight.add_(update, alpha=-lr * scale)
@@ -112,6 +129,9 @@ class MuonClip(torch.optim.Optimizer):
     ns_dtype: dtype of the Newton-Schulz products; None takes bf16 on accelerators and fp32 on CPUs.
     momentum_dtype: dtype of the momentum; None takes the parameter's. It is the only state of a Muon matrix.
     workspace_bytes: bound on the scratch memory of a step beside parameters, gradients and state.
+    bf16_rounding: how bf16 parameters are written; None writes them as any others, which loses small steps. Momentum
+    and AdamW's moments of such parameters are bf16 too. Not for sharded parameters nor a rate in a tensor. `seed`: of
+    the random numbers that this takes.
 
     Raises ValueError for a group that cannot be treated as it asks. Parameters without gradient are left alone.
     """
@@ -133,8 +153,11 @@ class MuonClip(torch.optim.Optimizer):
         adam_eps: float = 1e-8,
         adam_lr_ratio: float = 1.0,
         workspace_bytes: int | None = None,
+        bf16_rounding: rounding.Kind | None = None,
+        seed: int = 0,
     ) -> None:
         step_coefficients(ns_steps, ns_coefficients)
+        self.bf16_weights, self._begun = Bf16Weights(bf16_rounding, seed), False
         self.ns_dtype, self.momentum_dtype, self.workspace_bytes = ns_dtype, momentum_dtype, workspace_bytes
         self.adam_lr_ratio = adam_lr_ratio
         self._squares: dict[RowShard | None, Tensor] = {}
@@ -161,6 +184,7 @@ class MuonClip(torch.optim.Optimizer):
         group.setdefault("names", group.get("param_names", [str(first + i) for i in range(len(group["params"]))]))
         if len(group["names"]) != len(group["params"]):
             raise ValueError(f"{len(group['names'])} names for {len(group['params'])} parameters")
+        self.bf16_weights.add(group["params"], group["names"])
         if kind == "adamw":
             return
         for name, parameter in zip(group["names"], group["params"], strict=True):
@@ -177,6 +201,21 @@ class MuonClip(torch.optim.Optimizer):
             else:
                 group["lr"] = lr * group["lr_ratio"]
 
+    def begin_step(self, number: int | None = None, *, measure_update: bool = False) -> None:
+        """Before the first `update_early` of a step; `step` alone begins by itself. number: what the random numbers of
+        `bf16_rounding` are keyed by, the steps made so far unless told."""
+        self.bf16_weights.number = self.bf16_weights.number if number is None else number
+        self._squares, self._measured_elements, self._measured = {}, 0, measure_update
+        self._begun = True
+
+    @torch.no_grad()
+    def update_early(self, parameter: Tensor) -> None:
+        """Update one parameter with the gradient that it has, and drop that; `step` finds it without one then."""
+        assert self._begun, "begin_step() comes first"
+        group = next(g for g in self.param_groups if any(parameter is other for other in g["params"]))
+        self._update([(group, [parameter])])
+        parameter.grad = None
+
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None, *, measure_update: bool = False) -> Any:
         """One update. With `measure_update` the RMS of the Muon updates can be read by `update_rms` afterwards."""
@@ -184,15 +223,32 @@ class MuonClip(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._squares, self._measured_elements, self._measured = {}, 0, measure_update
+        if not self._begun:
+            self.begin_step(measure_update=measure_update)
+        self._update([(group, group["params"]) for group in self.param_groups])
+        self._begun = False
+        self.bf16_weights.number += 1
+        return loss
+
+    @torch.no_grad()
+    def scale_rows_(self, parameter: Tensor, factors: Tensor) -> None:
+        """Multiply row i by factors[i], rounded as updates are: what `qk_clip_` scales with, after the step."""
+        if self.bf16_weights.takes(parameter):
+            self.bf16_weights.scale_rows_(parameter, factors, self.state[parameter])
+        else:
+            scale_rows_(parameter, factors)
+
+    def _update(self, groups: list[tuple[dict[str, Any], list[Tensor]]]) -> None:
+        """Update those of each group's parameters that have a gradient."""
+        measure_update = self._measured
         batches: dict[_Shape, list[_Stack]] = {}
         native: list[tuple[_Shape, _Stack]] = []
-        for group in self.param_groups:
+        for group, parameters in groups:
             if group["kind"] == "adamw":
-                self._adamw_step(group)
+                self._adamw_step(group, parameters)
                 continue
             decayed = []
-            for parameter in group["params"]:
+            for parameter in parameters:
                 if parameter.grad is None:
                     continue
                 shape, stack = self._stack(parameter, group)
@@ -204,7 +260,7 @@ class MuonClip(torch.optim.Optimizer):
                     native.append((shape, stack))
                 else:
                     batches.setdefault(shape, []).append(stack)
-                    decayed.append(stack.weight)
+                    decayed += [stack.weight] if stack.key is None else []
             self._decay(decayed, group)
         if native:
             self._native_update(native, measure_update)
@@ -215,7 +271,6 @@ class MuonClip(torch.optim.Optimizer):
                 first_owner += len(stacks)  # continue in turn, or the first processes would own all the remainders
             else:
                 self._whole_matrices(shape, stacks, measure_update)
-        return loss
 
     @torch.no_grad()
     def update_rms(self) -> Tensor:
@@ -258,7 +313,9 @@ class MuonClip(torch.optim.Optimizer):
 
         weight, momentum = matrices(parameter), matrices(state["momentum"])
         assert weight.data_ptr() == local_part(parameter).data_ptr(), "parameters must be contiguous"
-        return shape, _Stack(weight, momentum, matrices(parameter.grad), group)
+        key, residual = self.bf16_weights.key(parameter, "muon"), self.bf16_weights.residual(parameter, state)
+        return shape, _Stack(weight, momentum, matrices(parameter.grad), group, key,
+                             None if residual is None else matrices(residual))
 
     def _takes_native(self, shape: _Shape, stack: _Stack) -> bool:
         return (not shape.cut and self.ns_dtype in (None, torch.float32)
@@ -298,7 +355,7 @@ class MuonClip(torch.optim.Optimizer):
                 stack.accumulate(combined[start:stop])
             updates = self._orthogonalize(combined, shape)
             for stack, start, stop in zip(chunk, ends, ends[1:], strict=False):
-                stack.apply(updates[start:stop], shape.scale)
+                stack.apply(updates[start:stop], shape.scale, self.bf16_weights.kind)
             if measure:
                 self._measure(updates, shape)
 
@@ -327,9 +384,9 @@ class MuonClip(torch.optim.Optimizer):
 
     # --- AdamW --------------------------------------------------------------------------------------------------------
 
-    def _adamw_step(self, group: dict[str, Any]) -> None:
+    def _adamw_step(self, group: dict[str, Any], candidates: list[Tensor]) -> None:
         parameters, gradients, means, squares, steps = [], [], [], [], []
-        for parameter in group["params"]:
+        for parameter in candidates:
             if parameter.grad is None:
                 continue
             state = self.state[parameter]
@@ -339,6 +396,9 @@ class MuonClip(torch.optim.Optimizer):
                 state["exp_avg_sq"] = torch.zeros_like(parameter)
             if local_part(parameter).numel() == 0:
                 state["step"] += 1
+                continue
+            if (key := self.bf16_weights.key(parameter, "adamw")) is not None:
+                self.bf16_weights.adamw_(parameter, state, group, key)
                 continue
             parameters.append(local_part(parameter))
             gradients.append(local_part(parameter.grad).to(parameter.dtype))
@@ -376,7 +436,8 @@ class MuonClip(torch.optim.Optimizer):
                    for key, value in self.state.get(parameter, {}).items()}
         kinds = {name: group["kind"] for name, _, group in self._named_parameters()}
         rates = {group["kind"]: float(group["lr"]) for group in self.param_groups}
-        return tensors, {"optimizer": "MuonClip", "kinds": kinds, "learning_rates": rates}
+        return tensors, {"optimizer": "MuonClip", "kinds": kinds, "learning_rates": rates,
+                         "num_steps": self.bf16_weights.number}
 
     @torch.no_grad()
     def load_named_state(self, tensors: dict[str, Tensor], scalars: dict[str, Any] | None = None) -> None:
@@ -400,14 +461,18 @@ class MuonClip(torch.optim.Optimizer):
             if name not in parameters:
                 raise CheckpointError(f"optimizer state: {name} is no parameter of this model")
             parameter, group = parameters[name]
-            if set(items) != expected[group["kind"]]:
+            needed = expected[group["kind"]]
+            if self.bf16_weights.kind == "compensated" and self.bf16_weights.takes(parameter):
+                needed = needed | {"residual"}
+            if set(items) != needed:
                 raise CheckpointError(f"optimizer state: {name} is updated by {group['kind']} and needs "
-                                      f"{sorted(expected[group['kind']])}, found {sorted(items)}")
+                                      f"{sorted(needed)}, found {sorted(items)}")
             for item, value in items.items():
                 if item != "step" and value.shape != parameter.shape:
                     raise CheckpointError(f"optimizer state: {name}/{item} has shape {tuple(value.shape)}, "
                                           f"the parameter has {tuple(parameter.shape)}")
         self.state.clear()
+        self.bf16_weights.number = (scalars or {}).get("num_steps", self.bf16_weights.number)
         for name, items in found.items():
             parameter, _ = parameters[name]
             dtypes = {"momentum": self.momentum_dtype or parameter.dtype, "step": torch.float32}

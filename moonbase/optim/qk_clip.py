@@ -21,7 +21,7 @@ Shapes: L layers, H heads, N non-rope and R rope dims of a query, V value dims, 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -81,13 +81,15 @@ def qk_clip_reference(weights: AttentionWeights, max_logit: Tensor, tau: float,
 
 
 @torch.no_grad()
-def qk_clip_(weights: Sequence[AttentionWeights], max_logit: Tensor, tau: float, config: ModelConfig) -> Tensor:
+def qk_clip_(weights: Sequence[AttentionWeights], max_logit: Tensor, tau: float, config: ModelConfig,
+             scale: Callable[[Tensor, Tensor], None] | None = None) -> Tensor:
     """Apply the clip in place to all layers at once; returns how many heads were clipped in each, int64 [L].
 
     max_logit: fp32 [L, H], for each head its largest scaled logit, or anything between that and τ where that is at
     most τ. Weights may be of any floating dtype, plain or sharded by rows (a head may lie across a border). Heads that
-    need no clip keep their weights bit for bit. Where masters and compute copies exist, pass the masters and copy
-    afterwards. Nothing waits for the device.
+    need no clip keep their weights bit for bit. scale: multiplies the rows of a weight by factors in place, None as
+    its dtype does; bf16 weights without masters need `MuonClip.scale_rows_`. Where masters and compute copies exist,
+    pass the masters and copy afterwards. Nothing waits for the device.
     """
     heads = config.num_attention_heads
     assert max_logit.shape == (len(weights), heads), f"max_logit {tuple(max_logit.shape)} for {len(weights)} layers"
@@ -100,12 +102,13 @@ def qk_clip_(weights: Sequence[AttentionWeights], max_logit: Tensor, tau: float,
     untouched = torch.ones_like(root)
     key_value_rows = torch.cat([root.expand(-1, -1, nope), untouched.expand(-1, -1, value)], dim=-1).flatten(1)
     for layer, (query, key_value) in enumerate(weights):
-        _scale_rows_(query, query_rows[layer])
-        _scale_rows_(key_value, key_value_rows[layer])
+        (scale or scale_rows_)(query, query_rows[layer])
+        (scale or scale_rows_)(key_value, key_value_rows[layer])
     return clipped.sum(dim=-1)
 
 
-def _scale_rows_(weight: Tensor, factors: Tensor) -> None:
+@torch.no_grad()
+def scale_rows_(weight: Tensor, factors: Tensor) -> None:
     """Multiply row i by factors[i] where it lives; a factor of exactly 1 changes no bit."""
     assert len(factors) == weight.shape[0], f"{weight.shape[0]} rows, {len(factors)} expected"
     shard = row_shard(weight)

@@ -13,7 +13,7 @@ from typing import Any
 
 PACKAGES = ("torch", "triton", "numpy", "pydantic", "pyyaml", "tokenizers", "tiktoken",
             "jinja2", "matplotlib", "rich", "typer", "datasets", "pyarrow", "zstandard", "tensorboard")
-_SECONDS = 3.0
+_SECONDS = 30.0
 _COMMIT = re.compile(r"[0-9a-f]{40}([0-9a-f]{24})?")
 
 

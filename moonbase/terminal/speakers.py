@@ -77,7 +77,7 @@ class LocalSpeaker:
 
         self.tokenizer = load_tokenizer_of(source)
         folder = resolve_model_folder(source)
-        model = load(source)
+        model = load(source, keep_int4="auto")
         # One reply at a time: room for one context, and the blocks of earlier turns are found again.
         context = model.config.max_position_embeddings
         self.engine = Engine(model, self.tokenizer, self.tokenizer.eos_ids, max_running=1,

@@ -32,14 +32,13 @@ from moonbase.data import (
     validation_batches,
 )
 from moonbase.errors import TrainingStopped, UserError
-from moonbase.layout import INT4_KINDS, checkpoint_layout
 from moonbase.model import Transformer
 from moonbase.recipe import Recipe, load_recipe
 from moonbase.report import write_report
 from moonbase.report.console import Console
 from moonbase.report.machine import free_memory_bytes, git_commit, machine_facts, package_versions
-from moonbase.sizes import sizes
-from moonbase.train.assembly import make_trainer
+from moonbase.sizes import least_training_bytes, sizes
+from moonbase.train.assembly import check_processes, make_trainer
 from moonbase.train.callbacks.checkpoints import Checkpoints, resume
 from moonbase.train.callbacks.metrics import MetricsWriter, TensorBoardWriter
 from moonbase.train.callbacks.progress import Progress
@@ -107,6 +106,7 @@ def _enter(recipe: Recipe, path: Path, resume: bool, world: World) -> RunFolder:
     """Take possession of the run folder. Raises UserError for one that is taken or that the recipe cannot go on in."""
     if recipe.batch_size % world.size:
         raise UserError(f"batch_size={recipe.batch_size} cannot be shared evenly by {world.size} processes")
+    check_processes(recipe, world)
     _check_room(recipe, world)
     if resume and not (path / "config.yaml").is_file():
         raise UserError(f"{path}: no run to resume here (no config.yaml)")
@@ -129,18 +129,14 @@ def _enter(recipe: Recipe, path: Path, resume: bool, world: World) -> RunFolder:
 
 
 def _check_room(recipe: Recipe, world: World) -> None:
-    """Raises UserError for a model that cannot be trained here whatever its batch: its weights in fp32, their gradients
-    and one moment take 12 bytes a parameter, and a machine that runs out of memory ends other people's processes."""
+    """Raises UserError for a model that cannot be trained here whatever its batch: a machine that runs out of memory
+    ends other people's processes."""
     if world.device.type == "cuda":
         place, room = "GPU memory", torch.cuda.get_device_properties(world.device).total_memory * world.size
     else:
         machines = world.size / announced("LOCAL_WORLD_SIZE", world.size)
         place, room = "free memory", (free_memory_bytes() or math.inf) * machines
-    parameters = sizes(recipe.model, recipe.sequence_length).parameters
-    needed = 12 * parameters
-    if recipe.qat:
-        # What the experts compute with, beside their masters.
-        needed += 4 * sum(tensor.numel for tensor in checkpoint_layout(recipe.model) if tensor.kind in INT4_KINDS)
+    parameters, needed = sizes(recipe.model, recipe.sequence_length).parameters, least_training_bytes(recipe)
     if needed > room:
         raise UserError(f"model: {parameters / 1e9:,.1f}B parameters need at least {needed / 1e9:,.0f} GB to "
                         f"train, and there are {room / 1e9:,.0f} GB of {place}. Take a smaller model, pico for "

@@ -32,6 +32,7 @@ from moonbase.optim import (
 )
 from moonbase.recipe import Recipe
 from moonbase.sizes import train_flops_per_token
+from moonbase.train.early import EarlyUpdates
 from moonbase.train.guard import Guard
 from moonbase.train.parallel import World
 from moonbase.train.precision import Masters
@@ -106,6 +107,9 @@ class Trainer:
         share = recipe.batch_size // world.size
         self.micro_batch_size = min(recipe.micro_batch_size or share, share)
         self._clip_weights = attention_weights(masters.named, recipe.model)
+        self.early = None
+        if recipe.gradients == "freed":
+            self.early = EarlyUpdates(masters, optimizer, recipe.optimizer.grad_clip)
         self._biases = [buffer for name, buffer in model.named_buffers() if name.endswith("e_score_correction_bias")]
 
     # --- the loop -----------------------------------------------------------------------------------------------------
@@ -137,13 +141,17 @@ class Trainer:
         self.masters.prepare(self.step)
         quantized = self.masters.quantized
         num_targets = self._count_targets(batch)
+        lr = learning_rate(self.step + 1, recipe.steps, config.lr, recipe.schedule)
+        if self.early is not None:
+            self.early.begin(self.step, lr, config.name == "muonclip")
         totals, statistics = self._accumulate(batch, num_targets)
         self.masters.collect()
         masters = list(self.masters.named.values())
         norm = grad_norm(masters)
+        if self.early is not None:
+            norm = self.early.norm_with(norm)
         loss_sum, mtp_sum, balance, norm_value = torch.stack([*self.world.sum(totals), norm]).tolist()
         loss = loss_sum / num_targets
-        lr = learning_rate(self.step + 1, recipe.steps, config.lr, recipe.schedule)
         max_logits = reduce_max_logits([layer.max_logit for layer in statistics])
         loads = [layer.expert_load for layer in statistics if layer.expert_load.numel()]
         load = reduce_load(loads) if loads else None
@@ -151,6 +159,10 @@ class Trainer:
         clipped, update_rms = None, 0.0
         if skipped is None:
             clipped, update_rms = self._update(masters, norm, lr, max_logits, load)
+        elif self.early is not None:
+            self.masters.publish(self.step)
+        if self.early is not None:
+            self.early.end(norm_value)
         self.masters.zero_gradients()
         self.step += 1
         self.tokens += recipe.tokens_per_step
@@ -199,7 +211,9 @@ class Trainer:
             token_loss = (losses.loss_sum + recipe.mtp_loss * losses.mtp_loss_sum) * (self.world.size / num_targets)
             # A mean over sequences; the last micro-batch may be a shorter one.
             balance = losses.balance_loss * (tokens.shape[0] / batch.tokens.shape[0])
-            (token_loss + recipe.balance.sequence_loss * balance).backward()
+            total = token_loss + recipe.balance.sequence_loss * balance
+            if self.early is None or total.isfinite():  # what is updated early cannot be taken back
+                total.backward()
             totals += torch.stack([losses.loss_sum.detach(), losses.mtp_loss_sum.detach(), balance.detach()])
             merged = merge_statistics(merged, losses.statistics)
         return totals, merged
@@ -210,12 +224,14 @@ class Trainer:
         recipe, config = self.recipe, self.recipe.optimizer
         if config.grad_clip is not None:
             clip_gradients_(masters, config.grad_clip, norm)
-        self.optimizer.set_learning_rate(lr)
         measure = config.name == "muonclip"
-        self.optimizer.step(measure_update=measure)
+        if self.early is None:
+            self.optimizer.set_learning_rate(lr)
+            self.optimizer.begin_step(self.step, measure_update=measure)
+        self.optimizer.step()
         clipped = None
         if config.qk_clip is not None:
-            clipped = qk_clip_(self._clip_weights, max_logits, config.qk_clip, recipe.model)
+            clipped = qk_clip_(self._clip_weights, max_logits, config.qk_clip, recipe.model, self.optimizer.scale_rows_)
         if load is not None and recipe.balance.bias_rate:
             update_router_bias_(self._biases, load, recipe.balance.bias_rate, recipe.balance.bias_rule)
         self.masters.publish(self.step)
@@ -226,15 +242,17 @@ class Trainer:
     def state(self) -> dict[str, Any]:
         """JSON-able facts beside weights and optimizer tensors."""
         return {"step": self.step, "tokens": self.tokens, "seconds": self.seconds, "stream": self.stream.state_dict(),
-                "guard": self.guard.state()}
+                "guard": self.guard.state(), "last_norm": self.early.last_norm if self.early else 0.0}
 
     def load_state(self, state: dict[str, Any]) -> None:
         self.step, self.tokens, self.seconds = state["step"], state["tokens"], state["seconds"]
         self.stream.load_state_dict(state["stream"])
         self.guard.load_state(state["guard"])
+        if self.early is not None:
+            self.early.last_norm = state.get("last_norm", 0.0)
 
     def weights(self) -> dict[str, Tensor]:
-        """What a checkpoint holds: fp32 masters and the router's biases."""
+        """What a checkpoint holds: the masters and the router's biases."""
         return {**self.masters.named, **{name: b for name, b in self.model.named_buffers()}}
 
 

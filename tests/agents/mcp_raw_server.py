@@ -40,7 +40,7 @@ def result_of(name: str) -> dict:
         return {"content": [], "structuredContent": {"n": "no number"}}
     if name == "flood":
         print("no JSON\n" * 5000, flush=True)
-        time.sleep(60)
+        time.sleep(600)
     return {"content": [{"type": "text", "text": f"{name} of {os.getpid()}"}]}
 
 
@@ -72,8 +72,10 @@ if behaviour == "exits":
     sys.exit(7)
 if behaviour == "silent":
     time.sleep(600)
-if behaviour == "slow":
-    time.sleep(1.0)
+if behaviour == "meets":
+    open(os.path.join(os.environ["PLACE"], str(os.getpid())), "w").close()
+    while len(os.listdir(os.environ["PLACE"])) < 4:
+        time.sleep(0.02)
 if behaviour == "lying":
     print("Welcome to the server!\n\n{\"half\": \n\xff\xfe[]", flush=True)
 for line in sys.stdin:

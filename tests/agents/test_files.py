@@ -39,7 +39,7 @@ def work(tmp_path: Path) -> Path:
 
 def call(tools: Toolset, name: str, **arguments) -> ToolResult:
     async def within() -> ToolResult:
-        return await asyncio.wait_for(tools.call(name, json.dumps(arguments), CONTEXT), 5)
+        return await asyncio.wait_for(tools.call(name, json.dumps(arguments), CONTEXT), 60)
 
     return asyncio.run(within())
 

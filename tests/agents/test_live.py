@@ -136,7 +136,10 @@ def test_drawing_on_a_terminal_leaves_nothing_behind(events: list[dict[str, Any]
 
     async def draw() -> None:
         drawing = asyncio.create_task(show(view, console, lambda: 100.0))
-        await asyncio.sleep(0.35)
+        async with asyncio.timeout(60):
+            while "4.0.15 helper" not in screen.getvalue():
+                await asyncio.sleep(0.02)
+        await asyncio.sleep(0.35)  # several pictures
         drawing.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await drawing

@@ -58,7 +58,7 @@ def events() -> list[Any]:
                     "usage": {"output_tokens": 7, "input_tokens": None}}, {"type": "message_stop"}]
 
 
-def run(answer: Any, messages: Any = USER, tools: Any = (), options: CallOptions = CallOptions(timeout=5), **more: Any
+def run(answer: Any, messages: Any = USER, tools: Any = (), options: CallOptions = CallOptions(timeout=60), **more: Any
         ) -> tuple[Completion, list[Asked]]:
     async def one() -> tuple[Completion, list[Asked]]:
         async with serving(answer) as endpoint:
@@ -101,7 +101,7 @@ def test_a_strategy_acts_before_a_refusal_where_the_context_is_told(name: str) -
         async with serving(answer) as endpoint:
             model = connect("anthropic:claude", base_url=endpoint.url, api_key="key", context_tokens=context_tokens)
             agent = Agent("reader", model, Toolset([look]), context=STRATEGIES[name], limits=Limits(steps=60),
-                          options=CallOptions(max_tokens=100, timeout=5))
+                          options=CallOptions(max_tokens=100, timeout=60))
             result = await agent.run("Read all.")
             await model.close()
             return result, sum(tokens + 100 > most for tokens in prompts)
@@ -165,7 +165,7 @@ def test_a_dialogue_as_turns() -> None:
 
 
 def test_what_is_sent() -> None:
-    options = CallOptions(max_tokens=9, temperature=1.4, top_p=0.9, tool_choice="required", timeout=5)
+    options = CallOptions(max_tokens=9, temperature=1.4, top_p=0.9, tool_choice="required", timeout=60)
     _, (asked,) = run(whole(message()), [{"role": "system", "content": "S"}, *USER], [TOOL], options)
     mark = {"cache_control": {"type": "ephemeral"}}
     assert asked.path == "/v1/messages" and asked.headers["x-api-key"] == "key"
@@ -196,7 +196,7 @@ def test_of_temperature_and_top_p_some_models_take_one() -> None:
             return whole({"type": "error", "error": error}, 400)
         return whole(message())
 
-    completion, asked = run(answer, options=CallOptions(temperature=0.5, top_p=0.9, timeout=5))
+    completion, asked = run(answer, options=CallOptions(temperature=0.5, top_p=0.9, timeout=60))
     assert len(asked) == 2 and asked[1].body["temperature"] == 0.5
     assert completion.notes == ["the endpoint does not take top_p"]
 

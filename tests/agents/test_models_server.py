@@ -40,7 +40,7 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
     lines: list[str] = []
     threading.Thread(target=lambda: lines.extend(process.stderr), daemon=True).start()
-    until = time.monotonic() + 60
+    until = time.monotonic() + 300
     while not any("http://" in line for line in lines):
         assert process.poll() is None and time.monotonic() < until, lines
         time.sleep(0.02)

@@ -383,6 +383,6 @@ def test_the_line_is_quick() -> None:
         async def complete(self, messages: Any, tools: Any, options: Any) -> Completion:
             return Completion({"role": "assistant", "content": ""}, "stop", Usage(), "fake")
 
-    start = time.perf_counter()
+    start = time.process_time()
     play(ask_many(Pool(Instant()), 10_000))
-    assert time.perf_counter() - start < 5
+    assert time.process_time() - start < 5

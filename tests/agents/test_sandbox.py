@@ -25,7 +25,7 @@ from moonbase.agents.tools.sandbox import Capture, Sandbox, SandboxLimits, Sandb
 from moonbase.errors import UserError
 
 BUBBLEWRAP, WHY_NOT = find_bubblewrap()
-LIMITS = SandboxLimits(wall_seconds=8.0, memory_bytes=300 << 20, processes=60, output_bytes=1 << 20, kept_bytes=4000,
+LIMITS = SandboxLimits(wall_seconds=60.0, memory_bytes=300 << 20, processes=60, output_bytes=1 << 20, kept_bytes=4000,
                        disk_free_bytes=1 << 20)
 needs_bubblewrap = pytest.mark.skipif(BUBBLEWRAP is None, reason=WHY_NOT)
 
@@ -81,7 +81,7 @@ def test_wall_seconds(script: str, kind: str, tmp_path: Path) -> None:
     began = time.monotonic()
     result = run(tmp_path, kind, script, wall_seconds=0.5)
     assert (result.limit, result.status) == ("wall_seconds", None)
-    assert time.monotonic() - began < 3
+    assert time.monotonic() - began < 60, "not when it ends by itself"
     assert result.text() == "[stopped: it took more than 0.5 seconds]"
 
 
@@ -94,7 +94,7 @@ def test_wall_seconds(script: str, kind: str, tmp_path: Path) -> None:
 def test_cpu_seconds(script: str, kind: str, tmp_path: Path) -> None:
     result = run(tmp_path, kind, script, "python", cpu_seconds=0.4)
     assert result.limit == "cpu_seconds"
-    assert 0.4 <= result.cpu_seconds < 2
+    assert 0.4 <= result.cpu_seconds < 10
 
 
 def test_one_process_gets_no_more_memory(kind: str, tmp_path: Path) -> None:
@@ -105,10 +105,10 @@ def test_one_process_gets_no_more_memory(kind: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("script", [
     # Shared memory, which the kernel's limit of a process does not count, a little at a time.
     "import mmap, time\nx = mmap.mmap(-1, 260 << 20)\nfor _ in range(65): x.write(bytes(4 << 20)); time.sleep(0.005)\n"
-    "time.sleep(5)",
+    "time.sleep(50)",
     # Each of them alone stays below.
-    "import os, time\nfor _ in range(4):\n  if os.fork() == 0:\n    x = b'x' * (50 << 20); time.sleep(5); os._exit(0)\n"
-    "time.sleep(5)",
+    "import os, time\nfor _ in range(4):\n  if os.fork() == 0:\n    x = b'x' * (50 << 20); time.sleep(50); os._exit(0)"
+    "\ntime.sleep(50)",
 ])
 def test_memory_of_the_tree(script: str, kind: str, tmp_path: Path) -> None:
     result = run(tmp_path, kind, script, "python", memory_bytes=150 << 20)
@@ -129,24 +129,23 @@ def test_shared_pages_count_once(kind: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("script", [
     # Doubles eight times, not for ever: the machine must live through a sandbox that fails.
-    "bomb() { [ $1 = 0 ] || { bomb $(($1 - 1)) & bomb $(($1 - 1)) & } ; sleep 3; }; bomb 8",
-    "bomb() { [ $1 = 0 ] || { bomb $(($1 - 1)) & bomb $(($1 - 1)) & } ; }; bomb 9; sleep 5",
-    "for i in $(seq 200); do sleep 5 & done; wait",
-    "for i in $(seq 200); do setsid sleep 5 & done; wait",
+    "bomb() { [ $1 = 0 ] || { bomb $(($1 - 1)) & bomb $(($1 - 1)) & } ; sleep 50; }; bomb 8",
+    "bomb() { [ $1 = 0 ] || { bomb $(($1 - 1)) & bomb $(($1 - 1)) & } ; }; bomb 9; sleep 50",
+    "for i in $(seq 200); do sleep 50 & done; wait",
+    "for i in $(seq 200); do setsid sleep 50 & done; wait",
 ])
 def test_a_fork_bomb(script: str, kind: str, tmp_path: Path) -> None:
-    mark, began = a_mark(), time.monotonic()
+    mark = a_mark()
     result = run(tmp_path, kind, f"# {mark}\n{script}", processes=40)
     # Either the guard ended it, or the kernel refused it more.
     assert result.limit == "processes" or "fork" in result.output
-    assert time.monotonic() - began < 7
     assert processes_with(mark) == []
 
 
 def test_threads_are_counted(kind: str, tmp_path: Path) -> None:
     result = run(tmp_path, kind, """
         import threading, time
-        for _ in range(100): threading.Thread(target=time.sleep, args=(1,)).start()
+        for _ in range(100): threading.Thread(target=time.sleep, args=(50,)).start()
         """, "python", processes=40)
     assert result.limit == "processes" or "can't start new thread" in result.output
 
@@ -160,7 +159,7 @@ def test_threads_are_counted(kind: str, tmp_path: Path) -> None:
 def test_nothing_in_the_background_is_left(script: str, kind: str, tmp_path: Path) -> None:
     mark, began = a_mark(), time.monotonic()
     assert run(tmp_path, kind, script.format(mark)).output == "ok\n"
-    assert time.monotonic() - began < 4
+    assert time.monotonic() - began < 60, "it does not wait for what is left"
     assert processes_with(mark) == []
 
 
@@ -274,7 +273,7 @@ def test_cancelling_ends_everything(kind: str, tmp_path: Path) -> None:
             await task
         assert processes_with(mark) == [] and not sandbox.running
 
-    asyncio.run(asyncio.wait_for(cancel(), 10))
+    asyncio.run(asyncio.wait_for(cancel(), 120))
 
 
 def test_the_end_of_the_caller_ends_everything(kind: str, tmp_path: Path) -> None:
@@ -296,32 +295,30 @@ asyncio.run(sandbox.run(["bash", "-c", "setsid sleep {mark} & touch started; wai
 
 
 def wait_until(true) -> None:
-    end = time.monotonic() + 10
+    end = time.monotonic() + 120
     while not true():
         assert time.monotonic() < end
         time.sleep(0.02)
 
 
 def test_twenty_at_once(kind: str, tmp_path: Path) -> None:
+    """Each waits for all the others."""
     async def many() -> list[SandboxResult]:
         async with Sandbox(tmp_path, LIMITS, bubblewrap=BUBBLEWRAP if kind == "bubblewrap" else None, most=20) as box:
-            script = "echo $0 > file$0; sleep 0.3; cat file$0"
+            script = "echo $0 > file$0; until [ $(ls | wc -l) = 20 ]; do sleep 0.05; done; cat file$0"
             return await asyncio.gather(*(box.run(["bash", "-c", script, str(number)]) for number in range(20)))
 
-    began = time.monotonic()
     assert [result.output for result in asyncio.run(many())] == [f"{number}\n" for number in range(20)]
-    assert time.monotonic() - began < 8
 
 
 def test_more_than_allowed_wait_for_their_turn(tmp_path: Path) -> None:
     async def many() -> list[SandboxResult]:
         async with Sandbox(tmp_path, LIMITS, bubblewrap=None, most=2) as box:
-            script = "echo >> running; sleep 0.1; wc -l < running; sed -i 1d running"
-            short = [box.run(["bash", "-c", script], seconds=2) for _ in range(6)]
-            return await asyncio.gather(*short)
+            script = "mkdir running$0; ls | wc -l; sleep 0.1; rmdir running$0"
+            return await asyncio.gather(*(box.run(["bash", "-c", script, str(number)]) for number in range(6)))
 
     results = asyncio.run(many())
-    assert all(result.limit is None for result in results)
+    assert all(result.limit is None and result.output in ("1\n", "2\n") for result in results)
 
 
 def test_no_descriptor_is_left(kind: str, tmp_path: Path) -> None:
@@ -348,7 +345,7 @@ def test_a_killed_guard_is_noticed(tmp_path: Path) -> None:
 def test_no_network(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
-        socket.create_connection(("127.0.0.1", port), timeout=2).close()
+        socket.create_connection(("127.0.0.1", port), timeout=60).close()
         result = run(tmp_path, "bubblewrap", f"""
             import socket
             for family, address in ((socket.AF_INET, ("127.0.0.1", {port})), (socket.AF_INET, ("192.0.2.1", 80)),

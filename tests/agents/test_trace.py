@@ -256,9 +256,10 @@ def test_ten_megabytes_are_folded_at_once(tmp_path: Path) -> None:
     path = tmp_path / "events.jsonl"
     path.write_text("".join(json.dumps(event) + "\n" for event in story.events), encoding="utf-8")
     assert path.stat().st_size > 9e6
-    start = time.perf_counter()
+    start = time.process_time()
     (episode,) = read_episodes(path)
-    assert time.perf_counter() - start < 2
+    # Of this process alone, and a second on most machines: what folds every event again and again takes minutes.
+    assert time.process_time() - start < 20
     assert len(episode.agents) == len(story.truth)
 
 

@@ -45,20 +45,20 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     assert process.poll() is None, lines
     yield re.search(r"http://[^\s]+", "".join(lines))[0]
     process.terminate()
-    assert process.wait(timeout=20) == 0, lines
+    assert process.wait(timeout=120) == 0, lines
 
 
 @pytest.fixture(scope="module")
 def scripted() -> Iterator[str]:
     """The URL of an endpoint whose agents know what they do."""
-    process = subprocess.Popen([sys.executable, "-m", "tests.agents.chain_endpoint", "--seconds", "0.05"],
+    process = subprocess.Popen([sys.executable, "-m", "tests.agents.chain_endpoint", "--seconds", "0.25"],
                                env=ENVIRONMENT, cwd=ROOT, stdout=subprocess.PIPE, text=True)
     yield process.stdout.readline().strip()
     process.kill()
     process.wait()
 
 
-def wait_until(true: Any, seconds: float = 60, pause: float = 0.02) -> None:
+def wait_until(true: Any, seconds: float = 300, pause: float = 0.02) -> None:
     end = time.monotonic() + seconds
     while not true():
         assert time.monotonic() < end
@@ -103,7 +103,7 @@ class Chain:
     def finish(self) -> tuple[int, str, str]:
         """Resume to the end: exit code, standard output, standard error."""
         process = self.start(self.resume)
-        out, err = process.communicate(timeout=120)
+        out, err = process.communicate(timeout=300)
         wait_until(lambda: not self.left(), pause=0.2)
         return process.returncode, out, err
 

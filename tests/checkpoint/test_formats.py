@@ -9,14 +9,8 @@ from compressed_tensors.quantization import QuantizationArgs
 from compressed_tensors.quantization.lifecycle.forward import dequantize, quantize
 from compressed_tensors.quantization.utils import calculate_qparams
 
-from moonbase.checkpoint.formats import (
-    dequantize_fp8,
-    dequantize_int4,
-    pack_int4,
-    quantize_fp8,
-    quantize_int4,
-    unpack_int4,
-)
+from moonbase.checkpoint.formats import dequantize_fp8, quantize_fp8, quantize_int4
+from moonbase.ops.int4_packed import dequantize_int4, pack_int4, unpack_int4
 
 GROUP = QuantizationArgs(num_bits=4, type="int", symmetric=True, strategy="group", group_size=32)
 
@@ -75,7 +69,7 @@ def test_int4_brute_force(rule: str) -> None:
 def test_int4_dequantises_like_compressed_tensors() -> None:
     packed, scale = quantize_int4(random(4, 64))
     theirs = dequantize(unpack_int4(packed), scale, None, GROUP)
-    assert torch.equal(dequantize_int4(packed, scale).bfloat16(), theirs)
+    assert torch.equal(dequantize_int4(packed, scale, dtype=torch.bfloat16), theirs)
 
 
 def test_int4_again_changes_nothing() -> None:

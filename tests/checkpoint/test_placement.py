@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +15,7 @@ from moonbase.checkpoint import load_state, read_config, save_weights
 from moonbase.checkpoint.placement import local_part, materialise, named_tensors
 from tests.checkpoint.test_writer import disk, fingerprint
 from tests.checkpoint.variants import assert_same, load
+from tests.ports import free_port
 
 WORKER = """
 import sys
@@ -78,17 +78,14 @@ dist.destroy_process_group()
 @pytest.mark.parametrize("variant", ["moonlight"], indirect=True)
 def test_two_processes_equal_one(written, variant: str, tmp_path: Path) -> None:
     source = written(variant)[1]
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    environment = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2"}
+    environment = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
     workers = [
         subprocess.Popen([sys.executable, "-c", WORKER, source, tmp_path], stderr=subprocess.PIPE, text=True,
                          env=environment | {"RANK": str(rank)}, cwd=Path(__file__).parents[2])
         for rank in (0, 1)
     ]
     try:
-        errors = [worker.communicate(timeout=120)[1] for worker in workers]
+        errors = [worker.communicate(timeout=600)[1] for worker in workers]
     finally:
         for worker in workers:
             worker.kill()

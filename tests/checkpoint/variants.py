@@ -10,9 +10,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from moonbase.checkpoint import load_weights, read_config
-from moonbase.checkpoint.formats import dequantize_fp8, dequantize_int4, quantize_fp8, quantize_int4
+from moonbase.checkpoint.formats import dequantize_fp8, quantize_fp8, quantize_int4
 from moonbase.checkpoint.names import checkpoint_pieces, model_shapes
 from moonbase.checkpoint.quantization import quantization_block
+from moonbase.ops.int4_packed import dequantize_int4
 
 SENTINEL = -12345.0
 

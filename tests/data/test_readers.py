@@ -154,7 +154,7 @@ def test_texts_are_read_without_the_packages_of_other_files(tmp_path: Path) -> N
             f"data = DataConfig(sources=(Source(path={str(tmp_path)!r}),), workers=1)\n"
             f"corpus = prepare_corpus(data, None, 512, {str(tmp_path / 'corpus')!r}, 0)\n"
             "print(corpus.summary['documents'], corpus.summary['skipped'])")
-    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
     assert answer.stdout == "2 {}\n", answer.stderr
 
 
@@ -228,7 +228,7 @@ def test_without_a_network_one_line_comes_at_once(tmp_path: Path) -> None:
     environment |= dict.fromkeys(("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"), "")
     for offline, words in (("0", "http://127.0.0.1:0 does not answer"), ("1", "HF_HUB_OFFLINE")):
         answer = subprocess.run([sys.executable, "-c", code], env=environment | {"HF_HUB_OFFLINE": offline},
-                                capture_output=True, text=True, timeout=120)
+                                capture_output=True, text=True, timeout=300)
         assert answer.stdout.startswith("hub:some/name: cannot be streamed") and answer.stdout.count("\n") == 1
         assert words in answer.stdout and answer.stderr == ""
 

@@ -8,10 +8,12 @@ import os
 import pytest
 import torch
 
+from moonbase.checkpoint.formats import quantize_int4
 from moonbase.engine import Engine, Sampling
 from moonbase.engine.cache import BLOCK_TOKENS, Batch, LatentCache
 from moonbase.engine.pass_cuda import CudaPass, Reading, context_attention
 from moonbase.model import Transformer
+from moonbase.model.quantized_experts import hold_in_int4
 from moonbase.ops import attention_cuda
 from moonbase.ops.attention import attention_reference
 from tests.engine.tiny import Bytes
@@ -22,12 +24,20 @@ on_gpu = pytest.mark.skipif(DEVICE.type != "cuda", reason="needs a CUDA device")
 MODELS = {
     "plain query, groups": dict(q_lora_rank=None, kv_lora_rank=16, n_group=2, topk_group=1),
     "long context": dict(rope_scaling=yarn(8), n_shared_experts=2, max_position_embeddings=4096),
+    "INT4 experts": dict(hidden_size=128, moe_intermediate_size=128, n_routed_experts=4, num_hidden_layers=2),
 }
 TOLERANCE = dict(rtol=4e-2, atol=4e-2) if DEVICE.type == "cuda" else dict(rtol=1e-4, atol=1e-5)
 
 
 def model_of(changes: dict) -> Transformer:
-    model = tiny_model(**changes).to(DEVICE).eval()
+    model = tiny_model(**changes).eval()
+    if changes is MODELS["INT4 experts"]:
+        held = {name: [torch.stack(each) for each in zip(*map(quantize_int4, stack.data), strict=True)]
+                for name, stack in model.named_parameters() if ".experts." in name}
+        hold_in_int4(model)
+        model.load_state_dict({name + part: tensor for name, both in held.items()
+                               for part, tensor in zip(("_packed", "_scale"), both, strict=True)}, strict=False)
+    model = model.to(DEVICE)
     if DEVICE.type == "cuda":
         for parameter in model.parameters():
             parameter.data = parameter.data.bfloat16()

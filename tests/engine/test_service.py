@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 
 import pytest
 
@@ -18,7 +19,7 @@ def run(work, **options):
         service = Service(engine(vocab_size=300, options=options.pop("engine", None)), **options)
         service.start()
         try:
-            return await asyncio.wait_for(work(service), 60)
+            return await asyncio.wait_for(work(service), 240)
         finally:
             await service.stop()
     return asyncio.run(whole())
@@ -50,18 +51,22 @@ def test_text_arrives_while_the_rest_is_made() -> None:
     assert len(first.ids) == 1 and first.finish_reason is None and running
 
 
-def test_a_closed_request_frees_its_blocks() -> None:
+def test_a_closed_request_frees_its_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     async def work(service: Service):
+        step = service.engine.step
+        # So that 200 tokens take longer than it takes anyone to close the request.
+        monkeypatch.setattr(service.engine, "step", lambda: (time.sleep(0.05), step()))
         pieces = service.generate([1] * 40, Sampling(max_tokens=200))
         await anext(pieces)
         await pieces.aclose()
+        while service.statistics.finished["cancelled"] < 1 or service.statistics.running:
+            await asyncio.sleep(0.01)
         task = asyncio.create_task(collect(service, [1] * 40, Sampling(max_tokens=200)))
-        await asyncio.sleep(0.05)
+        while not service.statistics.running:
+            await asyncio.sleep(0.01)
         task.cancel()
-        for _ in range(100):
-            if service.statistics.finished["cancelled"] == 2:
-                break
-            await asyncio.sleep(0.02)
+        while service.statistics.finished["cancelled"] < 2 or service.statistics.running:
+            await asyncio.sleep(0.01)
         return service.statistics, service.open_requests
 
     statistics, still_open = run(work)
@@ -138,7 +143,7 @@ def test_stopping_lets_running_requests_finish_within_the_grace_time() -> None:
     async def work(service: Service):
         task = asyncio.create_task(collect(service, [5], Sampling(max_tokens=30)))
         await asyncio.sleep(0.01)
-        await service.stop(grace_seconds=30)
+        await service.stop(grace_seconds=200)
         with pytest.raises(Stopped):
             await collect(service, [5], Sampling())
         return await task

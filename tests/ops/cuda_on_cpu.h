@@ -217,7 +217,7 @@ inline unsigned __byte_perm(unsigned x, unsigned y, unsigned selector) {
   return result;
 }
 
-// --- what `experts_int4.cu` asks of the chip ---------------------------------------------------------------------------
+// --- what `experts_int4_hopper.cu` asks of the chip ---------------------------------------------------------------------------
 
 inline void barrier_init(uint64_t* barrier) { *barrier = 0; }  // here: how many phases have ended
 inline void barriers_visible() {}

@@ -43,10 +43,11 @@ def test_package_versions():
 
 
 @pytest.fixture
-def checkout(tmp_path):
+def checkout(tmp_path, monkeypatch):
     """A git checkout with one commit and a folder `package`; (package folder, run git)."""
     if shutil.which("git") is None:
         pytest.skip("git is not installed")
+    monkeypatch.setattr(machine, "_SECONDS", 60.0)  # a run does not wait so long for git, a test does
     root = tmp_path / "checkout"
     (root / "package").mkdir(parents=True)
     (root / "package" / "code.py").write_text("x = 1\n")

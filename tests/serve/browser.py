@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-PATIENCE = 30.0
+PATIENCE = 120.0
+"""Seconds, against hanging alone: a machine may stand still while a test waits."""
 
 KEYS = {
     "Enter": (13, "\r"), "Escape": (27, None), "Tab": (9, None), "Space": (32, " "), "ArrowUp": (38, None),

@@ -64,7 +64,7 @@ def http(scripted: Any) -> Iterator[Any]:
     """For what no such client sends."""
     import httpx
 
-    with httpx.Client(base_url=scripted.url, timeout=30) as client:
+    with httpx.Client(base_url=scripted.url, timeout=120) as client:
         yield client
 
 

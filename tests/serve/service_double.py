@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import socket
 import threading
 import time
@@ -18,8 +19,11 @@ from moonbase.serve.app import create_app
 from moonbase.serve.run import address, bind, make_server
 from moonbase.serve.settings import Settings
 
-Step = Piece | Exception | float
-"""What a script holds: a piece to say, an error to raise, seconds to wait."""
+PATIENCE = 120.0
+"""Seconds, against hanging alone: a machine may stand still while a test waits."""
+
+Step = Piece | Exception | float | threading.Event
+"""What a script holds: a piece to say, an error to raise, seconds to wait, something to wait for."""
 
 
 @dataclass
@@ -78,6 +82,9 @@ class ScriptedService:
                 if isinstance(step, Piece):
                     over = step.finish_reason is not None
                     yield step
+                elif isinstance(step, threading.Event):
+                    while not step.is_set():
+                        await asyncio.sleep(0.01)
                 else:
                     await asyncio.sleep(step)
         finally:
@@ -125,20 +132,34 @@ def serving(service: Any, tokenizer: Any, *, context_length: int = 512, vocab_si
     listener: socket.socket = bind(chosen)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
     thread.start()
-    assert listening.wait(20), "the server did not start"
+    assert listening.wait(PATIENCE), "the server did not start"
     try:
         yield Running(address(listener), app, service, log, server)
     finally:
         server.should_exit = True
-        thread.join(20)
+        thread.join(PATIENCE)
         listener.close()
         assert not thread.is_alive(), "the server did not end"
 
 
-def until(condition: Callable[[], bool], seconds: float = 30.0) -> float:
-    """Wait for something that another thread brings about; the seconds it took."""
-    start = time.monotonic()
+@contextmanager
+def by_hand(running: Running, path: str, body: dict[str, Any], **options: int) -> Iterator[socket.socket]:
+    """A connection on which a request was sent; the end of the block hangs up, whatever was read. `options`: of it."""
+    host, port = running.url.removeprefix("http://").split(":")
+    content = json.dumps(body).encode()
+    with socket.socket() as connection:
+        connection.settimeout(PATIENCE)
+        for name, value in options.items():
+            connection.setsockopt(socket.SOL_SOCKET, getattr(socket, name), value)
+        connection.connect((host, int(port)))
+        head = f"POST {path} HTTP/1.1\r\nHost: {host}\r\nContent-Length: {len(content)}\r\n\r\n"
+        connection.sendall(head.encode() + content)
+        yield connection
+
+
+def until(condition: Callable[[], bool], seconds: float = PATIENCE) -> None:
+    """Wait for something that another thread brings about."""
+    end = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() - start < seconds, "it did not happen"
+        assert time.monotonic() < end, "it did not happen"
         time.sleep(0.005)
-    return time.monotonic() - start

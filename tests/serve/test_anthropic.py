@@ -8,7 +8,7 @@ import anthropic
 import httpx
 import pytest
 
-from tests.serve.service_double import Running, ScriptedService, says, serving
+from tests.serve.service_double import PATIENCE, Running, ScriptedService, says, serving
 from tests.serve.test_openai import SECTION, TWO_CALLS, call
 
 USER = [{"role": "user", "content": "How warm is it in Paris?"}]
@@ -76,7 +76,7 @@ def test_the_events_on_the_wire(server: Running, tokenizer: Any) -> None:
     server.service.script = says(tokenizer, "hm</think>Look:" + TWO_CALLS)
     body = {"model": "moon", "messages": USER, "max_tokens": 50, "stream": True, "thinking": THINKING,
             "tools": [WEATHER]}
-    text = httpx.post(f"{server.url}/anthropic/v1/messages", json=body).text
+    text = httpx.post(f"{server.url}/anthropic/v1/messages", json=body, timeout=PATIENCE).text
     events = [part.split("\n") for part in text.strip().split("\n\n")]
     seen, open_block, opened = [], None, 0
     for name, data in events:
@@ -127,7 +127,7 @@ def test_a_call_that_the_limit_cuts_off_is_none(server: Running, client: anthrop
 
 def test_more_than_the_context_is_said_so(server: Running, client: anthropic.Anthropic, tokenizer: Any) -> None:
     server.service.script = says(tokenizer, "x", finish="length")
-    reply = create(client, max_tokens=100_000, timeout=30)
+    reply = create(client, max_tokens=100_000, timeout=PATIENCE)
     asked = server.service.asked[-1]
     assert reply.stop_reason == "model_context_window_exceeded"
     assert asked.sampling.max_tokens == 512 - len(asked.prompt_ids)

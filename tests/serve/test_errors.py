@@ -13,7 +13,7 @@ import pytest
 
 from moonbase.engine.service import Failed, QueueFull
 from moonbase.errors import UserError
-from tests.serve.service_double import Running, ScriptedService, says, serving, until
+from tests.serve.service_double import PATIENCE, Running, ScriptedService, says, serving, until
 from tests.serve.test_openai import TWO_CALLS
 
 USER = [{"role": "user", "content": "hi"}]
@@ -62,7 +62,7 @@ def test_no_json(http: httpx.Client, server: Running, path: str, body: bytes, wo
 def test_a_body_that_is_too_large(tokenizer: Any, path: str, chunked: bool) -> None:
     with serving(ScriptedService(), tokenizer, most_body_bytes=1000) as running:
         body = json.dumps(CHAT | {"user": "x" * 3_000_000}).encode()
-        response = httpx.post(running.url + path, content=iter([body]) if chunked else body)
+        response = httpx.post(running.url + path, content=iter([body]) if chunked else body, timeout=PATIENCE)
         assert response.status_code == 413
         assert "1,000 bytes" in told(response)["message"]
 
@@ -72,7 +72,7 @@ def test_a_body_that_never_comes(tokenizer: Any) -> None:
 
     with serving(ScriptedService(), tokenizer, body_timeout=0.2) as running:
         host, port = running.url.removeprefix("http://").split(":")
-        with socket.create_connection((host, int(port)), timeout=10) as connection:
+        with socket.create_connection((host, int(port)), timeout=PATIENCE) as connection:
             head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: {host}\r\nContent-Length: 9\r\n\r\n"
             connection.sendall(head.encode() + b"{")
             # The server hangs up afterwards.
@@ -282,7 +282,7 @@ def test_a_failure_that_nobody_waits_for_is_logged(
 ) -> None:
     """One of two choices fails while the other's failure is being told, or after the client has gone."""
     server.service.script = lambda number: [UserError("too long") if number == 0 else Failed("the pass failed")]
-    response = httpx.post(f"{server.url}/v1/chat/completions", json=CHAT | {"n": 2})
+    response = httpx.post(f"{server.url}/v1/chat/completions", json=CHAT | {"n": 2}, timeout=PATIENCE)
     assert response.status_code == 400 and "too long" in response.text
     until(lambda: "Failed" in caplog.text)
     assert f"request {response.headers['x-request-id']} failed" in caplog.text

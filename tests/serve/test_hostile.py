@@ -31,7 +31,7 @@ from moonbase.serve.settings import Settings
 from tests.serve.conftest import CONTEXT
 from tests.serve.test_errors import told
 
-PATIENCE = 30.0
+PATIENCE = 120.0
 """Seconds for one answer; a short one takes some hundredths."""
 
 pytestmark = pytest.mark.filterwarnings("ignore:Generating overly large repr")

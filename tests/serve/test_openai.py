@@ -9,7 +9,7 @@ import openai
 import pytest
 
 from moonbase import chat
-from tests.serve.service_double import Running, says, serving
+from tests.serve.service_double import PATIENCE, Running, says, serving
 
 USER = [{"role": "user", "content": "How warm is it in Paris?"}]
 WEATHER = {"type": "function", "function": {
@@ -492,7 +492,8 @@ def test_any_name_of_a_model_will_do_unless_names_were_given(tokenizer: Any) -> 
             assert create(client, model=name).model == name
             assert {chunk.model for chunk in create(client, model=name, stream=True)} == {name}
         assert [model.id for model in client.models.list()] == ["moonbase"]
-        said = httpx.post(f"{running.url}/v1/messages", json={"model": "claude", "messages": USER, "max_tokens": 5})
+        said = httpx.post(f"{running.url}/v1/messages", json={"model": "claude", "messages": USER, "max_tokens": 5},
+                          timeout=PATIENCE)
         assert said.json()["model"] == "claude"
 
 

@@ -12,6 +12,7 @@ import math
 import operator
 import random
 import re
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -29,8 +30,12 @@ HOSTILE = ('<img src="/stolen" onerror="window.hacked=1"><script>window.hacked=2
            '```html\n<svg onload="window.hacked=5">\n```\n\n- <a href="javascript:window.hacked=6">item</a>\n')
 
 
+SLOW_WORDS = 20_000
+"""Minutes: on no machine does a test meet the end of them."""
+
+
 def slow(_: Any) -> Iterator[dict[str, Any]]:
-    for number in range(2000):
+    for number in range(SLOW_WORDS):
         yield from text(f"word{number} ", pause=0.01)
 
 
@@ -175,19 +180,27 @@ def module(page: Page, expression: str) -> Any:
 
 
 def test_a_reply_is_streamed_and_measured(page: Page, server: PageServer) -> None:
-    say(page, "slow")
-    page.wait(f"{LAST}?.innerText.includes('word3')")
+    seen = threading.Event()
+
+    def halves(_: Any) -> Iterator[dict[str, Any]]:
+        for number, delta in enumerate(text("Hello to you, dear reader of tests.")):
+            if number == 3:
+                assert seen.wait(120)
+            yield delta
+
+    server.replies = REPLIES | {"halves": halves}
+    say(page, "halves")
+    page.wait(f"{LAST}?.innerText.includes('you,')")
     assert page.run(f"{LAST}.getAttribute('aria-busy')") == "true"
-    assert not page.run(f"{LAST}.innerText.includes('word400')")
-    page.press("Escape")
+    seen.set()
     page.wait(IDLE)
-    assert ask(page, "hello") == "Hello to you, dear reader of tests."
+    assert page.run(f"{LAST}.querySelector('.answer').innerText") == "Hello to you, dear reader of tests."
     stats = page.run(f"{LAST}.querySelector('.stats').innerText")
     assert re.search(r"[\d,.]+ tokens/s\s+first token \d+(\.\d+)? m?s\s+40 tokens in, 7 out", stats), stats
     request = server.requests[-1]
     assert request["stream"] is True and request["stream_options"] == {"include_usage": True}
     assert request["model"] == "runs/tiny"
-    assert request["messages"][-1] == {"role": "user", "content": "hello"}
+    assert request["messages"][-1] == {"role": "user", "content": "halves"}
     assert page.run(f"{LAST}.getAttribute('aria-busy')") == "false"
     assert page.run("document.querySelector('#status').textContent").startswith("Reply finished")
 
@@ -201,7 +214,7 @@ def test_stop_ends_the_reply_and_the_request(page: Page, server: PageServer, how
     else:
         page.press("Escape")
     page.wait(IDLE)
-    assert server.broken.wait(10), "the connection is closed, so that the server can stop too"
+    assert server.broken.wait(60), "the connection is closed, so that the server can stop too"
     said = page.run(f"{LAST}.innerText")
     assert "stopped" in said and "word3" in said
     assert page.run("document.activeElement.id") == "message" and not shown(page, "#stop")
@@ -309,7 +322,8 @@ def test_the_page_follows_what_is_written_unless_one_reads_above(page: Page) -> 
     page.run("scrollTo(0, 0)")
     height = page.run("document.documentElement.scrollHeight")
     page.wait(f"document.documentElement.scrollHeight > {height}")
-    assert page.run("scrollY") == 0 and shown(page, "#to-end")
+    page.wait("document.querySelector('#to-end').checkVisibility()")
+    assert page.run("scrollY") == 0
     page.click("#to-end")
     page.wait(f"{gap} < 60")
     page.press("Escape")
@@ -323,8 +337,12 @@ def test_copy(page: Page, server: PageServer) -> None:
     ask(page, "markdown")
     for selector, expected in ((".last.assistant > .bar .quiet", MARKDOWN), (".user .bar .quiet", "markdown"),
                                (".code-head .quiet", 'def f(x):\n    return "**not bold**" + x')):
-        page.run(f"document.querySelector({json.dumps(selector)}).click()")
-        page.wait(f"document.querySelector({json.dumps(selector)}).innerText == 'Copied'")
+        # The button says so for a moment only, which a look now and then could miss.
+        assert page.run(f"""new Promise((done) => {{
+            const button = document.querySelector({json.dumps(selector)});
+            new MutationObserver(() => done(button.innerText)).observe(button, {{childList: true}});
+            button.click();
+        }})""") == "Copied"
         assert page.run("navigator.clipboard.readText()") == expected
 
 
@@ -405,15 +423,17 @@ ENDLESS = ("*a " * 20000, "**" * 20000, "`" * 40000 + "x", "``x` " * 10000, "# "
 
 
 def test_no_text_makes_the_page_hang(page: Page) -> None:
-    """Every step is linear: 40,000 characters of the worst kind are a moment."""
-    for words in ENDLESS:
-        milliseconds = page.run(f"""Promise.all([import('/markdown.js'), import('/dom.js')])
+    """Every step is linear: 40,000 characters of the worst kind are a moment, or are when the machine is not busy."""
+    def milliseconds(words: str) -> float:
+        return page.run(f"""Promise.all([import('/markdown.js'), import('/dom.js')])
           .then(([{{Markdown}}, {{make}}]) => {{
             const started = performance.now();
             new Markdown(make("div")).update({json.dumps(words)});
             return performance.now() - started;
         }})""")
-        assert milliseconds < 1500, words[:20]
+
+    for words in ENDLESS:
+        assert any(milliseconds(words) < 1500 for _ in range(5)), words[:20]
 
 
 # --- settings --------------------------------------------------------------------------------------------------------
@@ -697,12 +717,16 @@ CONTRAST = """(() => {
 })()"""
 
 
+COLOURS_HAVE_CHANGED = """Promise.allSettled(document.getAnimations()
+    .filter((one) => one instanceof CSSTransition).map((one) => one.finished))"""
+
+
 def test_every_text_can_be_read(page: Page) -> None:
     """WCAG 2 AA: a contrast of 4.5 to 1."""
     def look() -> None:
         for scheme in ("light", "dark"):
             page.scheme(scheme)
-            page.run("new Promise((done) => setTimeout(done, 250))")  # colours take a moment to change
+            page.run(COLOURS_HAVE_CHANGED)
             assert page.run(CONTRAST) == [], scheme
 
     look()
@@ -832,7 +856,7 @@ def test_with_the_real_server(tab: Page) -> None:
         until(lambda: service.statistics.running == 0)
         assert not page.complaints()
         assert all(address.startswith(running.url) for address in page.addresses())
-    
+
 
 # --- the files -------------------------------------------------------------------------------------------------------
 

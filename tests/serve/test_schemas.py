@@ -109,7 +109,7 @@ def test_every_valid_schema_is_accepted_and_kept_to(every: int, real: Running, s
     lines = schemas(shared_data, "valid")
     assert len(lines) == 103
     instant = {"thinking": {"type": "disabled"}, "seed": 5, "temperature": 1.0}
-    with httpx.Client(base_url=real.url, timeout=60) as http:
+    with httpx.Client(base_url=real.url, timeout=300) as http:
         for line in lines[::every]:
             schema = json.loads(line)
             chat = http.post(CHAT, content=body_of(CHAT, {"response_format": FORMAT} | instant, line))
@@ -128,7 +128,7 @@ def test_every_valid_schema_is_accepted_and_kept_to(every: int, real: Running, s
 def test_every_valid_schema_of_an_object_may_be_a_tools(every: int, real: Running, shared_data: Path) -> None:
     found = [line for line in schemas(shared_data, "valid") if json.loads(line).get("type") in ("object", ["object"])]
     assert len(found) > 50
-    with httpx.Client(base_url=real.url, timeout=60) as http:
+    with httpx.Client(base_url=real.url, timeout=300) as http:
         for number, line in enumerate(found[::every]):
             schema, strict = json.loads(line), number % 2 == 0
             more = {"tool_choice": "required", "thinking": {"type": "disabled"}, "parallel_tool_calls": False}

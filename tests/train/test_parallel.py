@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -19,6 +18,7 @@ import torch
 from moonbase.errors import UserError
 from moonbase.recipe import load_recipe
 from moonbase.train.parallel import start_world
+from tests.ports import free_port
 from tests.train.tiny import checkpoints, facts, go_on, metrics, run, tensors, write_yaml
 
 pytestmark = pytest.mark.multiprocess
@@ -39,7 +39,7 @@ def torchrun(*arguments: object) -> subprocess.Popen:
 
 def finish(process: subprocess.Popen) -> tuple[int, str]:
     try:
-        _, err = process.communicate(timeout=120)
+        _, err = process.communicate(timeout=600)
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
         raise
@@ -122,12 +122,6 @@ def test_a_checkpoint_of_one_goes_on_with_two_until_sigterm(made: tuple[Path, Pa
     for line in (lines[STEPS - 1], finished[-1]):  # the last point of a finished run is measured on all held-out text
         del line["validation_loss"], line["validation_bits_per_byte"]
     assert_same_curve(lines[:STEPS], finished)
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
 
 
 @pytest.mark.slow

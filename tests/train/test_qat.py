@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -44,23 +45,30 @@ def by_hand(weight: torch.Tensor) -> torch.Tensor:
     return ((numbers + (numbers.round().clamp(-7, 7) - numbers).detach()) * scale).flatten(-2)
 
 
-def test_loss_and_gradients_are_those_of_the_textbook(recipe: Recipes, corpus: Corpus) -> None:
-    plan = recipe(model=WIDE, qat__start_step=0, optimizer__grad_clip=None, micro_batch_size=2)
-    plain = make(recipe(model=WIDE), corpus).model
+@pytest.mark.parametrize(("model", "dtype"), [
+    (WIDE, torch.float32), (WIDE | {"num_nextn_predict_layers": 1}, torch.float32), (WIDE, torch.bfloat16),
+], ids=["fp32", "with a module that looks ahead", "bf16"])
+def test_loss_and_gradients_are_those_of_the_textbook(
+    model: dict[str, Any], dtype: torch.dtype, recipe: Recipes, corpus: Corpus
+) -> None:
+    """In bf16 the copies are what INT4 makes of the fp32 masters, rounded once; the gradients are the masters'."""
+    precision = {torch.float32: "fp32", torch.bfloat16: "bf16"}[dtype]
+    plan = recipe(model=model, qat__start_step=0, optimizer__grad_clip=None, micro_batch_size=2, precision=precision)
+    plain = make(recipe(model=model), corpus).model
     batch: Batch = next(PackedStream(corpus, "train", plan.sequence_length, plan.batch_size, plan.seed))
-    masters = dict(plain.named_parameters())
-    for name in EXPERTS:
-        masters[name] = masters[name].detach().requires_grad_()
-    replaced = masters | {name: by_hand(masters[name]) for name in EXPERTS}
-    total = torch.zeros(())
+    masters = {name: parameter.detach().requires_grad_() for name, parameter in plain.named_parameters()}
+    quantized = [name for name in masters if ".mlp.experts." in name]
+    assert len(quantized) == 2 + 2 * len(plain.mtp)
     targets = int((batch.targets >= 0).sum())
     for rows in (slice(0, 2), slice(2, 4)):
+        replaced = {name: (by_hand(master) if name in quantized else master).to(dtype)
+                    for name, master in masters.items()}
         documents = Documents.from_ids(batch.documents[rows], torch.device("cpu"))
         loss = torch.func.functional_call(
             Loss(plain), {f"model_.{name}": value for name, value in replaced.items()},
             (batch.tokens[rows], batch.targets[rows], documents))
-        total = total + loss.loss_sum / targets + plan.balance.sequence_loss * loss.balance_loss / 2
-    total.backward()
+        token_loss = (loss.loss_sum + plan.mtp_loss * loss.mtp_loss_sum) / targets
+        (token_loss + plan.balance.sequence_loss * loss.balance_loss / 2).backward()
 
     trainer = make(plan, corpus)
     gradients: dict[str, torch.Tensor] = {}
@@ -69,8 +77,10 @@ def test_loss_and_gradients_are_those_of_the_textbook(recipe: Recipes, corpus: C
     trainer.optimizer.update_rms = lambda: torch.zeros(())  # type: ignore[method-assign]
     record = trainer.train_step()
     assert record["int4"] is True
-    assert record["loss"] != pytest.approx(make(recipe(model=WIDE), corpus).train_step()["loss"], rel=1e-6)
+    unquantized = make(recipe(model=model, precision=precision), corpus).train_step()
+    assert record["loss"] != pytest.approx(unquantized["loss"], rel=1e-6)
     for name, parameter in masters.items():
+        assert gradients[name].dtype == torch.float32
         torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-4, atol=1e-6)
 
 
@@ -98,13 +108,14 @@ def test_it_begins_at_the_chosen_step_and_touches_experts_alone(recipe: Recipes,
             (parameter is master) is (name not in EXPERTS))
 
 
-@pytest.mark.parametrize("stopped", [4, 7])
-def test_a_resumed_run_is_the_same_to_the_bit(stopped: int, recipe: Recipes, tmp_path: Path) -> None:
-    """Stopped before quantisation began, and after."""
+def test_a_resumed_run_is_the_same_to_the_bit(recipe: Recipes, tmp_path: Path) -> None:
+    """Stopped before quantisation began, and again after."""
     plan = recipe(model=WIDE, qat__start_step=5)
     run(plan, tmp_path / "whole")
-    run(plan, tmp_path / "parts", on_ready=stop_after(stopped))
+    run(plan, tmp_path / "parts", on_ready=stop_after(4))
+    go_on(tmp_path / "parts", on_ready=stop_after(7))
     go_on(tmp_path / "parts")
+    assert [line["int4"] for line in metrics(tmp_path / "parts")] == [False] * 5 + [True] * 7
     assert metrics(tmp_path / "parts") == metrics(tmp_path / "whole")
     last = "checkpoints/step-000012"
     assert content(tmp_path / "parts" / last) == content(tmp_path / "whole" / last)

@@ -200,7 +200,7 @@ def test_ctrl_c_saves_and_kill_9_loses_only_what_came_after_the_last_checkpoint(
     first = start(long_run, folder)
     wait_for_steps(first, folder, 30)
     first.send_signal(signal.SIGINT)
-    out, err = first.communicate(timeout=60)
+    out, err = first.communicate(timeout=300)
     assert first.returncode == 130 and "the checkpoint comes first" in err and "--resume" in out, err
     done = len(metrics(folder))
     assert checkpoints(folder)[-1] == f"step-{done:06d}"

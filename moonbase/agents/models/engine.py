@@ -164,7 +164,7 @@ def open_engine(source: str, *, price: Price = Price(), style: str | None = None
     else:
         folder = resolve_model_folder(Path(source))
         tokenizer = load_tokenizer(folder)
-        model = load(source)
+        model = load(source, keep_int4="auto")
         published, style = read_json(folder / "config.json"), style or style_of(source)
     engine = Engine(model, tokenizer, stop_ids=tokenizer.eos_ids)
     return EngineModel(engine, tokenizer, style or default_style(tokenizer.special_tokens, published), name=source,

@@ -23,7 +23,7 @@ from moonbase.agents.tools.sandbox import MARK, kill_marked
 from moonbase.agents.tools.tool import Tool, ToolContext, ToolResult, Toolset
 from moonbase.errors import UserError
 
-START_SECONDS = 30.0
+START_SECONDS = 120.0
 MOST_TOOLS = 1000
 MOST_PAGES = 100
 MOST_GARBAGE = 1000

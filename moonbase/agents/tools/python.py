@@ -125,7 +125,7 @@ class PythonSessions:
             lines = [running.capture.take().rstrip("\n"), str(answer.get("trouble", ""))[:500]]
             return ToolResult("\n".join(line for line in lines if line) or "[no output]", bool(answer["error"]))
         # Not ended from here at once: how it ended by itself is to be known.
-        await asyncio.wait([running.ended], timeout=1.0)
+        await asyncio.wait([running.ended], timeout=10.0)
         await session.end()
         end = "[The interpreter has ended: the next call begins a new one, with nothing defined.]"
         return ToolResult(f"{running.result().text()}\n{end}", error=True)

@@ -51,7 +51,8 @@ class Checkpoints(Callback):
             # The first process alone writes, the others help to gather; each part says so to all if it fails.
             partial = world.on_first(lambda: self._begin(stack, path)) or path
             write_weights(trainer.weights(), partial, trainer.recipe.model, extra_files=self.tokenizer_files)
-            if tensors or world.is_first:  # before the first update there is no state, and nothing to gather
+            # Before the first update there is no state, and nothing to gather.
+            if trainer.recipe.checkpoint.optimizer and (tensors or world.is_first):
                 save_state(partial, tensors, facts)
             world.on_first(stack.close)
         if world.is_first:
@@ -76,6 +77,9 @@ class Checkpoints(Callback):
 def resume(trainer: Trainer, checkpoint: Path) -> None:
     """Continue from a checkpoint, written by any number of processes. Raises CheckpointError; optimizer state that
     does not fit is found only after the weights have been filled."""
+    if not (checkpoint / "trainer_state.json").is_file() and not trainer.recipe.checkpoint.optimizer:
+        raise CheckpointError(f"{checkpoint} holds weights alone (checkpoint.optimizer=false): train them further in a "
+                              f"new run with stage=continue init={checkpoint}")
     try:
         tensors, facts = load_state(checkpoint, into=_room_for_state(trainer, checkpoint))
         load_weights(trainer.weights(), checkpoint, trainer.recipe.model)

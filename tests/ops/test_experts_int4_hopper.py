@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from moonbase.checkpoint.formats import quantize_int4
-from moonbase.ops import cuda_library, experts_int4_cuda
-from moonbase.ops.experts_int4_cuda import CHUNK_BYTES, experts_int4, fits, pack_chunks, unpack_chunks
+from moonbase.ops import cuda_library, experts_int4_hopper
+from moonbase.ops.experts_int4_hopper import fits
+from moonbase.ops.int4_chunks import CHUNK_BYTES, pack_chunks, unpack_chunks
 
 SHIM = Path(__file__).parent / "cuda_on_cpu.h"
 
@@ -22,13 +23,13 @@ SHIM = Path(__file__).parent / "cuda_on_cpu.h"
 def kernels() -> ctypes.CDLL | None:
     """None: the machine's own, on its GPU."""
     if torch.cuda.is_available():
-        if cuda_library.library("experts_int4") is None:
+        if cuda_library.library("experts_int4_hopper") is None:
             pytest.skip("no nvcc")
         return None
     compiler = shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
         pytest.skip("no C++ compiler")
-    return cuda_library.build("experts_int4", [compiler, "-std=c++17", "-O1", "-shared", "-fPIC", "-x", "c++",
+    return cuda_library.build("experts_int4_hopper", [compiler, "-std=c++17", "-O1", "-shared", "-fPIC", "-x", "c++",
                                                "-include", str(SHIM)], headers=[SHIM])
 
 
@@ -36,7 +37,7 @@ def kernels() -> ctypes.CDLL | None:
 def device(kernels: ctypes.CDLL | None, monkeypatch: pytest.MonkeyPatch) -> str:
     if kernels is None:
         return "cuda"
-    monkeypatch.setattr(experts_int4_cuda, "_where", lambda device: (kernels, 2, 0))
+    monkeypatch.setattr(experts_int4_hopper, "_where", lambda device: (kernels, 2, 0))
     return "cpu"
 
 
@@ -74,7 +75,8 @@ def check(device: str, tokens: int, choices: int, experts: int, hidden: int, wid
 
     def run(count: int) -> Tensor:
         call = [each[:count].to(device) for each in (wide, indices, weights)]
-        return experts_int4(call[0][:, :hidden], *call[1:], *chunks, token_tiles=token_tiles).cpu()
+        kernel = experts_int4_hopper.experts_int4_hopper
+        return kernel(call[0][:, :hidden], *call[1:], *chunks, token_tiles=token_tiles).cpu()
 
     out, right = run(tokens), expected(x_ND, indices, weights, gate_up[2], down[2])
     # Activations are rounded to bf16 after a sum in another order: here and there to the neighbour.

@@ -2,7 +2,7 @@
 // SwiGLU, down. Made for at most a few tokens an expert, where the time is that of reading the weights once.
 //
 // What it does about it:
-// - Weights lie in chunks of 64 rows x 128 inputs with their scales (`experts_int4_cuda.py`). Every warp owns a ring of
+// - Weights lie in chunks of 64 rows x 128 inputs with their scales (`int4_chunks.py`). Every warp owns a ring of
 //   chunks in shared memory and fills it ahead by bulk copies; it runs on into the next piece of work, and over the
 //   border between the two matrices, so that memory is never idle while sums are finished or others are waited for.
 // - The eight warps of a block share the inputs of the same rows among them and add up at the end: no input is read

@@ -36,15 +36,18 @@ _STRETCHES = 100
 _SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
-def loss_chart(metrics: Metrics, held_out_text: str = "held-out files") -> Chart | None:
+def loss_chart(
+    metrics: Metrics, held_out_text: str = "held-out files", int4_from: float | None = None
+) -> Chart | None:
     """Training loss, raw and smoothed, with the validation points and a tick for every skipped step. `held_out_text`:
-    what the run is measured on."""
+    what the run is measured on. `int4_from`: the first step whose experts compute in INT4."""
     loss, held_out = metrics.scalars.get("loss"), metrics.scalars.get("validation_loss")
     if loss is None and held_out is None:
         return None
     steps = metrics.step
     known = np.isin(steps, [step for step, _ in metrics.skipped])
     cropped = _steep_start(loss) if loss is not None else 0
+    turns = int4_from is not None and len(steps) > 0 and steps[0] < int4_from <= steps[-1]
 
     def paint(axes: Axes, frame: Frame) -> None:
         if loss is not None:
@@ -57,6 +60,12 @@ def loss_chart(metrics: Metrics, held_out_text: str = "held-out files") -> Chart
             axes.annotate(f"↑ {fixed(loss[first_finite(loss)])} at step {count(steps[first_finite(loss)])}", xy=(0, 1),
                           xycoords="axes fraction", xytext=(26, 0), textcoords="offset points", ha="left", va="center",
                           color=COLOUR["accent"])
+        if turns:
+            axes.axvline(int4_from, color=COLOUR["ink"], linewidth=1.1, linestyle=(0, (4, 3)))
+            on_the_left = int4_from > (steps[0] + steps[-1]) / 2
+            axes.annotate("INT4", xy=(int4_from, 1), xycoords=("data", "axes fraction"),
+                          xytext=(-4 if on_the_left else 4, -2), textcoords="offset points",
+                          ha="right" if on_the_left else "left", va="top", color=COLOUR["ink"], zorder=5)
         if known.any():
             _rug(axes, steps[known], steps, "^")
         quiet_axes(axes, frame, steps)
@@ -77,6 +86,8 @@ def loss_chart(metrics: Metrics, held_out_text: str = "held-out files") -> Chart
         legend.append(Key("dot", "second", held_out_text))
     else:
         words.append("No validation was recorded.")
+    if turns:
+        words.append(f"From step {count(int4_from)} on the routed experts compute in INT4.")
     if known.any():
         words.append(f"{plural(int(known.sum()), 'step')} {'was' if known.sum() == 1 else 'were'} skipped.")
         legend.append(Key("mark", "alarm", "skipped step"))

@@ -222,10 +222,18 @@ def _tiles(run: RunRecord) -> list[tuple[str, str, str]]:
         # Up to τ a bound is recorded, the largest log-sum-exp: nobody needs to know more exactly.
         add("Largest logit", float(logits[logits == logits].max()), words.compact,
             f"at most; τ = {words.compact(tau)}" if tau is not None else "")
+    add("Experts in INT4", _int4_from(run), lambda step: f"step {words.count(step)} on",
+        _text(dig(run.recipe, "qat", "rule")))
     if load is not None:
         last = load[(load == load).any(axis=1)][-1]
         add("Expert load", float(last[last == last].max()), words.fixed, "busiest ÷ mean, at the end")
     return tiles
+
+
+def _int4_from(run: RunRecord) -> float | None:
+    """The first step, counted from one as the charts do, whose experts compute in INT4."""
+    first = number(dig(run.recipe, "qat", "start_step"))
+    return None if first is None else first + 1
 
 
 def _tau(run: RunRecord) -> float | None:
@@ -252,7 +260,7 @@ def _charts(run: RunRecord) -> dict[str, Any]:
     xz = number(dig(run.facts, "results", "xz_bits_per_byte"))
     share_rows = len(metrics.expert_share[1]) if metrics.expert_share else 0
     drawn = (
-        ("loss", figures.loss_chart(metrics, _held_out(run))),
+        ("loss", figures.loss_chart(metrics, _held_out(run), _int4_from(run))),
         ("bits per byte", figures.bits_chart(metrics, xz, _held_out(run))),
         ("attention logits", figures.logit_chart(metrics, _tau(run), names(width("max_logit"), 0))),
         ("expert load", figures.load_chart(metrics, names(width("expert_load"), dense))),

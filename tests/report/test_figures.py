@@ -23,6 +23,13 @@ def path_points(svg: str, colour: str) -> list[list[tuple[float, float]]]:
     return [[(float(x), float(y)) for x, y in re.findall(r"[ML](-?[\d.]+) (-?[\d.]+)", path)] for path in found]
 
 
+def test_the_step_that_turns_to_int4_is_marked_where_it_is_in_view() -> None:
+    data = metrics(loss=np.linspace(5, 2, 50))
+    plain, marked = figures.loss_chart(data), figures.loss_chart(data, int4_from=data.step[20])
+    assert "INT4" not in plain.gist + plain.wide and "From step" in marked.gist and ">INT4<" in marked.wide
+    assert figures.loss_chart(data, int4_from=1e6) == plain
+
+
 def test_a_curve_is_drawn_where_its_values_are():
     values = np.linspace(1.0, 0.0, 6)
     chart = next(chart for chart in figures.small_charts(metrics(6, lr=values)) if chart.key == "lr")

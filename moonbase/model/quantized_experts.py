@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from moonbase.config import ModelConfig
-from moonbase.layout import INT4_GROUP
 from moonbase.model.moe import MixtureOfExperts
 from moonbase.ops.experts_int4 import experts_int4
+from moonbase.ops.int4_packed import INT4_GROUP
 
 Pack = Callable[[Tensor, Tensor, bool], Tensor]
 Unpack = Callable[[Tensor, bool], tuple[Tensor, Tensor]]

@@ -24,7 +24,8 @@ on_gpu = pytest.mark.skipif(DEVICE.type != "cuda", reason="needs a CUDA device")
 MODELS = {
     "plain query, groups": dict(q_lora_rank=None, kv_lora_rank=16, n_group=2, topk_group=1),
     "long context": dict(rope_scaling=yarn(8), n_shared_experts=2, max_position_embeddings=4096),
-    "INT4 experts": dict(hidden_size=128, moe_intermediate_size=128, n_routed_experts=4, num_hidden_layers=2),
+    "INT4 experts": dict(hidden_size=128, moe_intermediate_size=128, n_routed_experts=2, num_experts_per_tok=1,
+                         num_hidden_layers=2),
 }
 TOLERANCE = dict(rtol=4e-2, atol=4e-2) if DEVICE.type == "cuda" else dict(rtol=1e-4, atol=1e-5)
 

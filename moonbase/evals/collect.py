@@ -95,6 +95,15 @@ def newest_logs(logs: Path, models: Sequence[str], suite: Suite) -> list[tuple[P
         found[1].eval.task))
 
 
+def asked_in(logs: Path, models: Sequence[str], suite: Suite) -> dict[tuple[str, str], int]:
+    """Task and model to how many samples were to be asked, by the heads of the logs. Raises UserError."""
+    asked: Counter[tuple[str, str]] = Counter()
+    for _, header in newest_logs(logs, models, suite):
+        items = len(header.eval.dataset.sample_ids or ()) or header.eval.dataset.samples or 0
+        asked[spec_of(suite, header).name, header.eval.model] += items * (header.eval.config.epochs or 1)
+    return dict(asked)
+
+
 def spec_of(suite: Suite, header: Any) -> TaskSpec:
     """The part of the suite that a log is of. Raises UserError where it is of none."""
     named = ((header.eval.metadata or {}).get("moonbase") or {}).get("task")

@@ -7,8 +7,7 @@ margin was set beforehand and equivalence was shown.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import combinations
@@ -23,25 +22,28 @@ from moonbase.evals.figure_plan import (
     HARMLESS,
     POLITICAL,
     REFUSED,
+    between,
+    by_itself,
     cluster_params,
     hypothesis_specs,
     main_metric,
+    models_of,
     seed_of,
 )
 from moonbase.evals.figures import Figure, FigureSpec, compute
-from moonbase.evals.statistics import holm, n_needed, newcombe_paired, power
-from moonbase.evals.statistics.distributions import critical
+from moonbase.evals.inversion import Interval, against_reference, interval_at, smallest_alpha
+from moonbase.evals.statistics import holm, n_needed, power
 from moonbase.evals.table import Table
 
 if TYPE_CHECKING:
     from moonbase.evals.suite import Hypothesis, Suite
 
 Verdict = Literal["better", "worse", "equivalent", "undecided"]
-Interval = Callable[[float], tuple[float, float] | None]
-"""Ends of an interval at a confidence; None where there is none."""
 Bearing = Literal["supported", "contradicted", "undecided", ""]
 NAMED = 5
 """Items that a refusal names."""
+NARROWEST = 2e-4
+"""Confidence below which no interval is asked for."""
 NOT_THE_QUESTION = ("condition.provider", "condition.thinking", "condition.dose")
 """Conditions that do not change what is asked: under all of them an item has one input digest."""
 
@@ -149,58 +151,6 @@ def refuse_other_questions(table: Table) -> None:
 # Deciding
 
 
-def interval_at(figure: Figure, confidence: float) -> tuple[float, float] | None:
-    """The figure's own interval at another confidence; None where it has none."""
-    details, value = figure.details, figure.value
-    if value is None or figure.low is None:
-        return None
-    if figure.method.startswith("Newcombe, paired"):
-        one, two = int(details["only_first"]), int(details["only_second"])
-        both = round(details["first"] * figure.n) - one
-        found = newcombe_paired(both, one, two, figure.n - both - one - two, confidence)
-        return found.low, found.high
-    if figure.standard_error:
-        half = critical(confidence, float(details.get("degrees") or max(figure.clusters - 1, 1)))
-        return value - half * figure.standard_error, value + half * figure.standard_error
-    if figure.unit == "points" and figure.clusters > 1:
-        differs = figure.spec.function == "difference_in_differences"
-        reach = 4.0 if differs and "second" in figure.spec.params else 2.0 if differs else 1.0
-        half = (1.0 - ((1.0 - confidence) / 2.0) ** (1.0 / figure.clusters)) * (reach + abs(value))
-        return value - half, value + half
-    return None
-
-
-def smallest_alpha(figure: Figure, sign: float, margin: float, both_sides: bool,
-                   interval: Interval | None = None) -> float | None:
-    """P-value of non-inferiority (or equivalence): the smallest α at which the 1 - 2α interval keeps the margin.
-
-    For Student's intervals this is the p-value of the one-sided test(s); for Newcombe's it is its inversion, which
-    stays honest where no pair disagrees. `interval`: where another than the figure's own is meant.
-    """
-    ends_at = interval or partial(interval_at, figure)
-
-    def kept(alpha: float) -> bool:
-        ends = ends_at(1.0 - 2.0 * alpha)
-        assert ends is not None
-        low, high = ends if sign > 0 else (-ends[1], -ends[0])
-        return low > -margin and (high < margin or not both_sides)
-
-    return None if ends_at(0.5) is None else smallest_that(kept, 0.4999)
-
-
-def smallest_that(holds: Callable[[float], bool], most: float) -> float:
-    """The smallest α up to `most` for which something holds that holds for all larger ones; 1 where it never does."""
-    low, high = 1e-12, most
-    if not holds(high):
-        return 1.0
-    if holds(low):
-        return low
-    while high > low * (1.0 + 1e-9):
-        middle = (low * high) ** 0.5
-        low, high = (low, middle) if holds(middle) else (middle, high)
-    return high
-
-
 @dataclass(frozen=True)
 class Question:
     """A hypothesis made ready: what to compute, and which sign is good."""
@@ -219,9 +169,13 @@ class Question:
     """What the statement claims: `better`, `worse`, `different`; "" where it does not speak of this comparison."""
     interval: Interval | None = None
     """Where the figure does not tell by itself what its interval is at another confidence."""
+    by_itself: bool = False
+    """A rate of one model, which nothing is held against: it is reported, and decides nothing."""
 
     @property
     def p_value(self) -> float | None:
+        if self.by_itself:
+            return None
         if self.kind == "superiority":
             return self.figure.p_value
         if self.margin is None or self.figure.value is None:
@@ -229,8 +183,20 @@ class Question:
         return smallest_alpha(self.figure, self.sign, self.margin, self.kind == "equivalence", self.interval)
 
 
+BY_ITSELF = "one model by itself; moonbase compare A B holds it against another"
+
+
 def points(value: float) -> str:
     return f"{100 * value:.3g} points"
+
+
+def counted(figure: Figure) -> str:
+    """`49 pairs are`: of what a figure's n is a number."""
+    if figure.versus:
+        unit = "answer" if "different items" in figure.method or figure.spec.params.get("pair") == "none" else "pair"
+    else:
+        unit = "item" if figure.function in ("pass_at_k", "pass_hat_k", "slope") else "answer"
+    return f"{figure.n} {unit}{' is' if figure.n == 1 else 's are'}"
 
 
 def decide(question: Question, adjusted: float | None, family: int, smallest_n: int = 0) -> tuple[Verdict, str]:
@@ -238,8 +204,10 @@ def decide(question: Question, adjusted: float | None, family: int, smallest_n: 
     figure, margin, alpha = question.figure, question.margin, question.alpha
     if figure.value is None:
         return "undecided", f"no value: {figure.note or 'nothing to compare'}"
+    if question.by_itself:
+        return "undecided", BY_ITSELF
     if figure.n < smallest_n:
-        return "undecided", f"{figure.n} pairs are fewer than the {smallest_n} that the suite asks for"
+        return "undecided", f"{counted(figure)} fewer than the {smallest_n} that the suite asks for"
     if adjusted is None:
         return "undecided", f"no test: {figure.method}"
     good = question.sign * figure.value
@@ -253,7 +221,7 @@ def decide(question: Question, adjusted: float | None, family: int, smallest_n: 
                 return "equivalent", f"the difference lies within {points(margin)}, p = {equal:.2g}"
         return "undecided", f"p = {adjusted:.2g} after correction"
     assert margin is not None
-    ends = (question.interval or partial(interval_at, figure))(1.0 - 2.0 * alpha / family)
+    ends = (question.interval or partial(interval_at, figure))(max(1.0 - 2.0 * alpha / family, NARROWEST))
     low, high = (0.0, 0.0) if ends is None else ends if question.sign > 0 else (-ends[1], -ends[0])
     if adjusted <= alpha:
         if question.kind == "non_inferiority":
@@ -286,11 +254,14 @@ BEARINGS = {"supported": "; statement supported", "contradicted": "; statement c
 
 
 def judge(questions: Sequence[Question], smallest_n: int = 0) -> list[Judged]:
-    """All verdicts of one family, Holm-corrected together."""
-    p_values = [question.p_value for question in questions]
+    """All verdicts of one family, Holm-corrected together. What decides nothing is no member of it."""
+    family = [question for question in questions if not question.by_itself]
+    p_values = [question.p_value for question in family]
+    found = {id(question): both for question, *both in zip(family, p_values, holm(p_values), strict=True)}
     judged = []
-    for question, p_value, adjusted in zip(questions, p_values, holm(p_values), strict=True):
-        verdict, reason = decide(question, adjusted, len(questions), smallest_n)
+    for question in questions:
+        p_value, adjusted = found.get(id(question), (None, None))
+        verdict, reason = decide(question, adjusted, len(family), smallest_n)
         facts = {name: getattr(question, name) for name in (
             "id", "statement", "kind", "margin", "alpha", "pre_registered", "first", "second", "figure")}
         who = " against ".join(filter(None, [question.first, question.second]))
@@ -304,7 +275,7 @@ def judge(questions: Sequence[Question], smallest_n: int = 0) -> list[Judged]:
 
 def power_of(question: Question) -> tuple[float | None, int | None]:
     figure, size = question.figure, question.margin or 0.05
-    if not figure.standard_error or not figure.n:
+    if not figure.standard_error or not figure.n or question.by_itself:
         return None, None
     spread = figure.standard_error * figure.n**0.5
     return round(power(size, spread, figure.n, question.alpha), 4), n_needed(size, spread, question.alpha)
@@ -321,21 +292,6 @@ def sign_of(spec: FigureSpec) -> float:
     return -1.0 if (refusing and harmless) or spec.value in ("cost", "seconds") else 1.0
 
 
-def between(figure: FigureSpec, first: str, second: str, more: dict[str, str]) -> FigureSpec | None:
-    """A hypothesis' figure as a difference, first model minus second; None where it cannot be made one.
-
-    `more`: parameters that the figure has unless it says otherwise.
-    """
-    name, params = f"{figure.id}/{first} minus {second}", more | figure.params
-    select, seed = figure.select | {"model": first}, seed_of(f"{figure.id}/{first} minus {second}")
-    if figure.versus is None and figure.function in ("mean", "corrected_rate", "bootstrap"):
-        return FigureSpec(name, "difference", select, figure.value, {"model": second}, params, seed)
-    if figure.versus and "model" not in figure.versus and figure.function in ("difference", "contamination"):
-        return FigureSpec(name, "difference_in_differences", select, figure.value, figure.versus,
-                          params | {"control": {"model": second}}, seed)
-    return None
-
-
 def expectation_of(spec: FigureSpec, kind: str, of_two: bool) -> str:
     """What a statement claims of its figure, in the words of verdicts: `params.expects` says. Without it, of two models
     that the first is better; of one model's difference nothing is known, and nothing is said of the statement."""
@@ -345,27 +301,41 @@ def expectation_of(spec: FigureSpec, kind: str, of_two: bool) -> str:
     return said
 
 
+def question_of(hypothesis: Hypothesis, spec: FigureSpec, table: Table) -> Question:
+    """Of a figure that a suite's hypothesis asks for as it stands.
+
+    A rate is held against `params.reference` (a rate); better means above it, or below it for what is bad. A rate
+    against nothing is no comparison, and a statement about two models is not decided by it.
+    """
+    found = compute(spec, table)
+    figure, interval = against_reference(found, table)
+    alone, second = by_itself(spec), found.versus.get("model", "")
+    expects = "" if alone else expectation_of(spec, hypothesis.kind, bool(second))
+    return Question(**facts_of(hypothesis), pre_registered=True, first=found.model, second=second, figure=figure,
+                    interval=interval, sign=sign_of(spec), by_itself=alone, expects=expects)
+
+
+def facts_of(hypothesis: Hypothesis) -> dict[str, Any]:
+    return {name: getattr(hypothesis, name) for name in ("id", "statement", "kind", "margin", "alpha")}
+
+
 def questions_of(hypotheses: Sequence[Hypothesis], table: Table, models: Sequence[str],
                  more: dict[str, str] | None = None) -> list[Question]:
+    """Of all that compare two of the models, or name their models themselves."""
     found = []
     for hypothesis in hypotheses:
-        facts = {name: getattr(hypothesis, name) for name in ("id", "statement", "kind", "margin", "alpha")}
         own = hypothesis.figure
         if "model" in (own.versus or {}) or "model" in own.select:
-            spec = replace(own, params=(more or {}) | own.params)
-            figure = compute(spec, table)
-            second = figure.versus.get("model", "")
-            found.append(Question(**facts, pre_registered=True, first=figure.model, second=second, figure=figure,
-                                  sign=sign_of(spec),
-                                  expects=expectation_of(spec, hypothesis.kind, "model" in (own.versus or {}))))
+            found.append(question_of(hypothesis, replace(own, params=(more or {}) | own.params), table))
             continue
+        # A statement about a difference within one model, or about its distance from a number, says nothing about
+        # which of two has more of it.
+        alone = bool(own.versus) or "reference" in own.params
         for first, second in combinations(models, 2):
             spec = between(own, first, second, more or {})
             if spec is not None:
-                # A statement about a difference within one model says nothing about which of two has more of it.
-                alone = spec.function == "difference_in_differences"
                 expects = "" if alone else expectation_of(spec, hypothesis.kind, of_two=True)
-                found.append(Question(**facts, pre_registered=True, first=first, second=second,
+                found.append(Question(**facts_of(hypothesis), pre_registered=True, first=first, second=second,
                                       figure=compute(spec, table), sign=sign_of(spec), expects=expects))
     return found
 
@@ -421,8 +391,7 @@ def compare(folders: Sequence[Path | str], *, suite: Suite | None = None, alpha:
     suite = suite or (suites[0] if suites else None)
     notes = [f"the folders were run by different suites: {', '.join(sorted({one.name for one in suites}))}"
              ] if len({one.name for one in suites}) > 1 else []
-    order = np.sort(np.unique(table.codes["model"], return_index=True)[1])
-    models = [str(table.word("model", int(row))) for row in order]
+    models = models_of(table)
     if len(models) < 2:
         raise UserError("compare: name evaluations of two models at least; "
                         f"{', '.join(map(str, folders))} has {', '.join(models) or 'none'}")
@@ -432,7 +401,7 @@ def compare(folders: Sequence[Path | str], *, suite: Suite | None = None, alpha:
     notes += [f"{row.id}: {row.note}" for row in rows if row.note]
     questions = questions_of(suite.hypotheses, table, models, cluster_params(suite, table)) if suite else []
     if not questions:
-        questions = [Question(row.id, f"{row.metric} of {row.model} differs from that of "
+        questions = [Question(row.id, f"{row.metric.replace('over_', 'over-')} of {row.model} differs from that of "
                               f"{row.versus['model']}", "superiority", margin, alpha, False,
                               row.model, row.versus["model"], row, sign_of(row.spec), "different") for row in rows]
         notes.append("no pre-registered hypothesis compares models: the verdicts are exploratory")
@@ -441,50 +410,7 @@ def compare(folders: Sequence[Path | str], *, suite: Suite | None = None, alpha:
 
 
 def hypotheses_of(suite: Suite, table: Table) -> list[Judged]:
-    """The verdicts of one evaluation: every pre-registered hypothesis, for each model where it is about one.
-
-    A rate is held against `params.reference` (a rate); better means above it, or below it for what is bad.
-    """
-    questions = []
-    for hypothesis, spec in hypothesis_specs(suite, table):
-        facts = {name: getattr(hypothesis, name) for name in ("id", "statement", "kind", "margin", "alpha")}
-        found = compute(spec, table)
-        figure, interval = against_reference(found, table)
-        # A rate against nothing is no comparison, and a statement about two models is not decided by it.
-        alone = spec.function in ("mean", "corrected_rate", "bootstrap") and "reference" not in spec.params
-        questions.append(Question(**facts, pre_registered=True, first=found.model, second=found.versus.get("model", ""),
-                                  figure=figure, interval=interval, sign=sign_of(spec),
-                                  expects="" if alone else expectation_of(spec, hypothesis.kind,
-                                                                          "model" in found.versus)))
-    return judge(questions, suite.smallest_n)
-
-
-def against_reference(figure: Figure, table: Table) -> tuple[Figure, Interval | None]:
-    """A rate with `params.reference` as the difference from it, and its interval at any confidence; others as they are.
-
-    The p-value is the smallest α at which the figure's own 1 - α interval leaves the reference out, so the verdict
-    never contradicts the interval that is printed: of Wilson's it is the score test, of Student's the t-test. Raises
-    UserError for a reference that is no number, or of a figure that is no rate or mean.
-    """
-    spec, reference = figure.spec, figure.spec.params.get("reference")
-    if reference is None:
-        return figure, None
-    if isinstance(reference, bool) or not isinstance(reference, int | float) or not math.isfinite(reference):
-        raise UserError(f"hypothesis figure {spec.id!r}: reference {reference!r} is no number")
-    if spec.function not in ("mean", "corrected_rate"):
-        raise UserError(f"hypothesis figure {spec.id!r}: a reference belongs to mean or corrected_rate, "
-                        f"not to {spec.function}")
-
-    def interval(confidence: float) -> tuple[float, float] | None:
-        found = compute(replace(spec, params=spec.params | {"confidence": confidence}), table)
-        return None if found.low is None or found.high is None else (found.low - reference, found.high - reference)
-
-    def left_out(alpha: float) -> bool:
-        ends = interval(1.0 - alpha)
-        return ends is not None and (ends[0] > 0.0 or ends[1] < 0.0)
-
-    if figure.value is None or figure.low is None or figure.high is None:
-        return figure, interval
-    return figure.model_copy(update={
-        "value": figure.value - reference, "low": figure.low - reference, "high": figure.high - reference,
-        "p_value": smallest_that(left_out, 1.0 - 1e-6), "note": f"against {reference}; {figure.text}"}), interval
+    """The verdicts of one evaluation: every pre-registered hypothesis, for each model where it is about one, for every
+    two in the order in which they were asked where it is about a first and a second."""
+    return judge([question_of(hypothesis, spec, table) for hypothesis, spec in hypothesis_specs(suite, table)],
+                 suite.smallest_n)

@@ -41,7 +41,6 @@ def evaluate(
 
         refuse_another_promise(commitment, suite, limit, public_randomness)
         seed = effective_seed(Opening.read(commitment / OPENING), models, public_randomness)
-    make_folder(folder)
     if salt_from is not None:
         _take_salt(salt_from, folder)
     run_suite(suite, models, folder, seed=seed, limit=limit, data=data, **settings)
@@ -123,6 +122,7 @@ def _take_salt(source: Path, folder: Path) -> None:
         raise UserError(f"{source}: no evaluation with a salt of its own (private/salt)")
     mine = folder / "private" / "salt"
     if not mine.exists():
+        make_folder(folder)
         make_folder(mine.parent).chmod(0o700)
         write_bytes(mine, salt_of(source))
         mine.chmod(0o600)

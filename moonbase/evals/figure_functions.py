@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -63,7 +63,10 @@ def clusters_of(spec: FigureSpec, table: Table, rows: np.ndarray, with_task: boo
 
 
 def confidence_of(spec: FigureSpec) -> float:
-    return float(spec.params.get("confidence", 0.95))
+    confidence = float(spec.params.get("confidence", 0.95))
+    if not 0.0 < confidence < 1.0:
+        raise ValueError(f"confidence {confidence} is not between 0 and 1")
+    return confidence
 
 
 def span_of(spec: FigureSpec, values: np.ndarray) -> float | None:
@@ -245,19 +248,22 @@ def difference_in_differences(spec: FigureSpec, table: Table) -> Fields:
     """(select - versus) minus the same among `params.control`, an override of `select`: {"group": "us|eu|russia"}.
 
     With params `second` and `second_control`, two more overrides, the triple difference: that, minus the same of the
-    second pair (Olden & Moen 2022). {"group": "us"} and {"group": "benign", "condition.twin_of": "us"}, say.
+    second pair (Olden & Moen 2022). {"group": "us"} and {"group": "benign", "condition.twin_of": "us"}, say. Paired as
+    `difference` is.
     """
     names = ("control", "second", "second_control") if "second" in spec.params else ("control",)
     overrides = [{}, *(spec.params.get(name) for name in names)]
     if not spec.versus or not all(isinstance(one, dict) for one in overrides):
         raise ValueError(f"a difference in differences needs `versus` and params {', '.join(names)}")
+    weights = (1.0, -1.0, -1.0, 1.0)[:len(overrides)]
+    if spec.params.get("pair") == "none":
+        return unpaired_differences(spec, table, dict(zip(("treated", *names), overrides, strict=True)), weights)
     groups = [pairs_of(spec, table, spec.select | one, spec.versus) for one in overrides]
     values = np.concatenate([group.first_K - group.second_K for group in groups])
     cells = np.repeat(range(len(groups)), [len(group.first_K) for group in groups])
     clusters = np.concatenate([group.clusters_K for group in groups])
     span = span_of(spec, np.concatenate([side for group in groups for side in (group.first_K, group.second_K)]))
-    found = statistics.contrast(values, cells, clusters, (1.0, -1.0, -1.0, 1.0)[:len(groups)], confidence_of(spec),
-                                2.0 if span else None)
+    found = statistics.contrast(values, cells, clusters, weights, confidence_of(spec), 2.0 if span else None)
     called = ("treated", *names)
     notes = [note for group in groups if (note := pairs_note(group))]
     notes += [f"no pair in the {name.replace('_', ' ')} group" for name, group in zip(called, groups, strict=True)
@@ -268,6 +274,34 @@ def difference_in_differences(spec: FigureSpec, table: Table) -> Fields:
             "unit": "points" if span else "difference", "note": "; ".join(notes) or None,
             **counts_of(*(side for group in groups for side in group.sides)),
             "details": {**dict(zip(called, found.means, strict=True)), "degrees": found.degrees}}
+
+
+def unpaired_differences(spec: FigureSpec, table: Table, groups: dict[str, dict[str, str]],
+                         weights: Sequence[float]) -> Fields:
+    """`difference_in_differences` between different items (`pair: none`): each group's is of the means of its sides.
+
+    groups: name to override of `select`. The sides are cells of one contrast, so answers that share a cluster count
+    together, on whichever side they are.
+    """
+    versus = spec.versus or {}
+    sides = [table.measure(select, spec.value) for one in groups.values()
+             for select in (spec.select | one, spec.select | one | versus)]
+    rows, values = (np.concatenate([getattr(side, name) for side in sides]) for name in ("rows", "values"))
+    cells, span = np.repeat(range(len(sides)), [len(side.rows) for side in sides]), span_of(spec, values)
+    signed = [part for weight in weights for part in (weight, -weight)]
+    found = statistics.contrast(values, cells, clusters_of(spec, table, rows, with_task="task" not in versus), signed,
+                                confidence_of(spec), span)
+    means = found.means
+    gaps = {name: means[place] - means[place + 1] if None not in means[place:place + 2] else None
+            for name, place in zip(groups, range(0, len(sides), 2), strict=True)}
+    notes = [hosts_note(table, *(side.rows[np.isfinite(side.values)] for side in sides[place:place + 2]), versus)
+             for place in range(0, len(sides), 2)]
+    notes += [f"no pair in the {name.replace('_', ' ')} group" for name, gap in gaps.items() if gap is None]
+    return {"value": found.value, "low": found.low, "high": found.high, "n": found.n, "clusters": found.clusters,
+            "method": f"{'triple difference' if len(groups) == 4 else 'difference in differences'}, {found.method}",
+            "standard_error": found.standard_error, "p_value": found.p_value,
+            "unit": "points" if span else "difference", "note": "; ".join(filter(None, notes)) or None,
+            **counts_of(*sides), "details": {**gaps, "degrees": found.degrees}}
 
 
 def agreement(spec: FigureSpec, table: Table) -> Fields:

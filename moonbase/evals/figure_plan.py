@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import combinations
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from moonbase.evals.figure_functions import sides_of
 from moonbase.evals.figures import FigureSpec, metric_of
 from moonbase.evals.records import LABELS
 from moonbase.evals.table import Table
@@ -35,6 +37,8 @@ MOST_LEVELS = 12
 LEAST_JUDGED = 10
 """Answers about which two members spoke, from which on their agreement is worth a number of its own."""
 MOST_PAIRS = 28
+HELD_AGAINST = ("difference", "contamination", "difference_in_differences", "members", "slope")
+"""Functions whose zero means that there is nothing to be found."""
 
 
 def seed_of(name: str) -> int:
@@ -64,9 +68,9 @@ def member_value(value: str, member: str) -> str | None:
 
 
 def by_members(spec: FigureSpec, table: Table) -> Iterator[FigureSpec]:
-    """A figure of the panel's labels once more for each member, where more than one of them spoke about these rows."""
-    sides = [spec.select, *([spec.select | spec.versus] if spec.versus else [])]
-    rows = np.unique(np.concatenate([table.rows(side) for side in sides]))
+    """A figure of the panel's labels once more for each member, where more than one of them spoke about its rows: both
+    sides, and those of the controls that its parameters name."""
+    rows = np.unique(np.concatenate([table.rows(side) for side in sides_of(spec)]))
     if member_value(spec.value, "") is None or len(table.members(rows, spoke=True)) < 2:
         return
     for member in table.members(rows):
@@ -368,16 +372,54 @@ def between_models(suite: Suite | None, table: Table, task: str) -> Iterator[Fig
         yield spec_of(f"{name}, power", "power", sides, value, f"{metric} power", {"model": other}, **params)
 
 
+def models_of(table: Table) -> list[str]:
+    """In the order in which they were asked: who of two comes first is part of a hypothesis about both."""
+    if "model" not in table.codes:  # no records
+        return []
+    order = np.sort(np.unique(table.codes["model"], return_index=True)[1])
+    return [str(table.word("model", int(row))) for row in order]
+
+
+def by_itself(figure: FigureSpec) -> bool:
+    """A rate, a mean or a cost held against nothing: it decides nothing until another model's stands beside it."""
+    return figure.function not in HELD_AGAINST and "reference" not in figure.params
+
+
+def between(figure: FigureSpec, first: str, second: str, more: dict[str, str]) -> FigureSpec | None:
+    """A hypothesis' figure as a difference, first model minus second; None where it cannot be made one.
+
+    `more`: parameters that the figure has unless it says otherwise.
+    """
+    name, params = f"{figure.id}/{first} minus {second}", more | figure.params
+    select, seed = figure.select | {"model": first}, seed_of(f"{figure.id}/{first} minus {second}")
+    if figure.versus is None and figure.function in ("mean", "corrected_rate", "bootstrap"):
+        return FigureSpec(name, "difference", select, figure.value, {"model": second}, params, seed)
+    if figure.versus and "model" not in figure.versus and figure.function in ("difference", "contamination"):
+        mine = {name: value for name, value in params.items() if name not in ("second", "second_control")}
+        return FigureSpec(name, "difference_in_differences", select, figure.value, figure.versus,
+                          mine | {"control": {"model": second}}, seed)
+    return None
+
+
 def hypothesis_specs(suite: Suite | None, table: Table) -> Iterator[tuple[Hypothesis, FigureSpec]]:
-    """The figure that decides each pre-registered hypothesis, for every model where it names none."""
+    """The figure that decides each pre-registered hypothesis: for every model where it names none; for every two of
+    them, in the order in which they were named, where one alone decides nothing."""
+    models, more = models_of(table), cluster_params(suite, table)
+    pairs = list(combinations(models, 2))
     for hypothesis in getattr(suite, "hypotheses", ()):
         figure = hypothesis.figure
         named = "model" in figure.select or "model" in (figure.versus or {})
-        for model in [""] if named else table.present("model"):
+        if by_itself(figure) and not named and len(pairs) <= MOST_PAIRS:
+            own = replace(figure, id=f"hypothesis/{hypothesis.id}")
+            specs = [spec for pair in pairs if (spec := between(own, *pair, more)) is not None]
+            if specs:
+                yield from ((hypothesis, spec) for spec in specs)
+                continue
+        for model in [""] if named else sorted(models):
             name = "/".join(filter(None, ["hypothesis", hypothesis.id, model]))
             select = figure.select | ({"model": model} if model else {})
             yield hypothesis, FigureSpec(name, figure.function, select, figure.value, figure.versus,
-                                         cluster_params(suite, table) | figure.params, figure.seed or seed_of(name))
+                                         more | figure.params, figure.seed or seed_of(name))
 
 
 def of_hypotheses(suite: Suite | None, table: Table) -> Iterator[FigureSpec]:

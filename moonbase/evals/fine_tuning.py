@@ -20,11 +20,11 @@ from moonbase.evals.comparison import (
     Question,
     records_of,
     refuse_other_questions,
-    smallest_alpha,
     suite_if_known,
 )
 from moonbase.evals.figure_plan import HARMLESS, POLITICAL, REFUSED, cluster_params, main_metric, seed_of
 from moonbase.evals.figures import Figure, FigureSpec, compute
+from moonbase.evals.inversion import smallest_alpha
 from moonbase.evals.statistics import holm
 from moonbase.evals.table import Table
 

@@ -80,12 +80,17 @@ def significant(value: float) -> str:
     return f"{value:.10f}".rstrip("0") if "e" in text else text
 
 
-def rate_text(value: float, low: float | None, high: float | None, n: int, clusters: int, language: str = "en") -> str:
-    """Neither no event nor nothing but events is a bare 0% or 100%."""
+def rate_text(value: float, low: float | None, high: float | None, n: int, clusters: int, language: str = "en",
+              brief: bool = False) -> str:
+    """Neither no event nor nothing but events is a bare 0% or 100%. `brief`, beside a drawn interval: `0 of 49
+    (≤ 7.3%)`."""
     said = _SAID[language]
-    among = said["among"].format(clusters=clusters) if 0 < clusters < n else ""
+    among = said["among"].format(clusters=clusters) if 0 < clusters < n and not brief else ""
     if value in (0.0, 1.0):
-        return said["always" if value else "never"].format(n=n, among=among, bound=_bound(value, low, high, said))
+        end = low if value else high
+        bound = f"{'≥' if value else '≤'} {percent(end)}" if brief and end is not None else \
+            _bound(value, low, high, said)
+        return said["always" if value else "never"].format(n=n, among=among, bound=bound)
     return f"{percent(value)} {_ends(low, high, '{:.1f}', said, 100)}"
 
 

@@ -26,6 +26,7 @@ from typing import Any
 
 from moonbase.errors import UserError
 from moonbase.evals.collect import HEEDED, collect
+from moonbase.evals.progress import inspect_progress
 from moonbase.evals.records import read_records
 from moonbase.evals.suite import Suite, missing_needs, out_of_reach, read_plan
 from moonbase.files import explain_os_error, make_folder, write_text
@@ -33,7 +34,7 @@ from moonbase.files import explain_os_error, make_folder, write_text
 PLAN_SCHEMA = "moonbase.plan/1"
 _NO_INSPECT = 'evaluation needs Inspect: pip install "moonbase[evals]"'
 PRIVATE = "private"
-STORED_PREFIX = "replay/"
+OUR_PREFIX, STORED_PREFIX = "moonbase/", "replay/"
 STORED_SAMPLES = 32
 """Samples at a time where nothing is waited for: more of them only take memory."""
 RETRIES = 8
@@ -72,7 +73,9 @@ def run_suite(
         judges = [judge if judge == "rules" else inspect_name(judge) for judge in judges]
         _check_judges(judges)
         suite = suite.model_copy(update={"judges": tuple(dict.fromkeys([*suite.judges, *judges]))})
-    suite, left_out = runnable(suite, data, roles or {})
+    roles = {role: inspect_name(model) for role, model in (roles or {}).items()}
+    suite, left_out = runnable(suite, data, roles)
+    _check_stored(models, data)
     settle(suite, models, folder, seed=seed, limit=limit, price=price, model_args=model_args, roles=roles,
            left_out=left_out, temperature=temperature)
     for name, missing in left_out.items():
@@ -112,14 +115,28 @@ def _check_judges(judges: Sequence[str]) -> None:
 
 
 def inspect_name(model: str) -> str:
-    """A model as Inspect names it: a folder or a preset is one of ours. Raises UserError for an absent folder."""
+    """A model as Inspect names it: a folder or a preset is one of ours. Raises UserError for a folder that is absent,
+    or holds no whole model."""
+    from moonbase.evals.providers.engines import check_source
+
     ours = model.startswith("preset:") or Path(model).is_dir()
     if not ours and model.startswith(("/", ".", "~", "runs/")):
         raise UserError(f"{model}: no such folder")
+    if ours or model.startswith(OUR_PREFIX):
+        check_source(model if ours else model.removeprefix(OUR_PREFIX))
     if not ours:
         return model
     # A slash at the end, as shells complete names, makes no other model.
-    return f"moonbase/{model if model.startswith('preset:') else os.path.normpath(model)}"
+    return OUR_PREFIX + (model if model.startswith("preset:") else os.path.normpath(model))
+
+
+def _check_stored(models: Sequence[str], data: Path | None) -> None:
+    """Raises UserError for stored answers that are not in the data folder."""
+    from moonbase.evals.providers.stored import check_answers
+
+    for model in models:
+        if model.startswith(STORED_PREFIX):
+            check_answers(model.removeprefix(STORED_PREFIX), data)
 
 
 def runnable(suite: Suite, data: Path | None, roles: Mapping[str, str]) -> tuple[Suite, dict[str, list[str]]]:
@@ -200,7 +217,7 @@ def group_models(models: Sequence[str]) -> dict[str | None, list[str]]:
 
 def tells_by_call(models: Sequence[str]) -> bool:
     """Whether who answered is told by the raw call alone, which the logs must keep then: ours tell it themselves."""
-    return any(not model.startswith(("moonbase/", STORED_PREFIX)) for model in models)
+    return any(not model.startswith((OUR_PREFIX, STORED_PREFIX)) for model in models)
 
 
 def _run_group(
@@ -208,7 +225,7 @@ def _run_group(
     limit: int | None, data: Path | None, max_connections: int | None, model_args: Mapping[str, Mapping[str, Any]],
     roles: Mapping[str, str], temperature: float | None, quiet: bool,
 ) -> list[str]:
-    """One set of Inspect's evaluations. Returns what went wrong with whole tasks, a line each."""
+    """One set of Inspect's evaluations. Returns what went wrong in tasks, a line each."""
     try:
         from inspect_ai import eval_set
         from inspect_ai.model import get_model
@@ -218,8 +235,9 @@ def _run_group(
 
     with contextlib.redirect_stdout(sys.stderr):
         tasks = build_tasks(suite, data, seed, limit, stored=stored, roles=roles)
-    silent = quiet or suite.withhold
-    with _inspect_state(folder / PRIVATE), _rare_collections(), contextlib.redirect_stdout(sys.stderr):
+    seen = contextlib.nullcontext() if quiet else inspect_progress(
+        lambda message: _bare(_problem(message, suite.withhold)), warn=not suite.withhold)
+    with _inspect_state(folder / PRIVATE), _rare_collections(), contextlib.redirect_stdout(sys.stderr), seen:
         arguments = {model: dict(model_args.get(model, {})) for model in models}
         if stored is not None and data is not None:
             arguments = {model: {"data": str(data), **given} for model, given in arguments.items()}
@@ -228,8 +246,8 @@ def _run_group(
             tasks, str(logs), model=named, log_dir_allow_dirty=True,
             # A sample that fails leaves the others alone, and is tried again when the run is.
             fail_on_error=True, continue_on_fail=True, retry_attempts=0, retry_immediate=False,
-            # Texts of prompts may stand in what Inspect shows of errors.
-            display="none" if silent else "plain", log_level="critical" if silent else "warning",
+            # Texts of prompts may stand in warnings.
+            display="none", log_level="critical" if quiet or suite.withhold else "warning",
             log_format="eval", log_model_api=tells_by_call(models), score_display=False,
             # A paid answer is on the disk as soon as it is there; a stored one is found again for nothing.
             log_realtime=stored is None, log_buffer=None if stored is None else 1000,
@@ -240,6 +258,10 @@ def _run_group(
             **({} if max_connections is None else {"max_connections": max_connections}))
     if done:
         return []
+    for log in found:
+        if log.error and not quiet:
+            print(f"failed: {log.eval.task}, {log.eval.model}: {_bare(_problem(log.error.message, suite.withhold))}",
+                  file=sys.stderr)
     return [_problem(log.error.message if log.error else log.status, suite.withhold) for log in found
             if log.status != "success"]
 

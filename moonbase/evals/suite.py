@@ -75,7 +75,7 @@ class Hypothesis(Strict):
     figure: Any
     """A `figures.FigureSpec`."""
     kind: Literal["superiority", "non_inferiority", "equivalence"] = "superiority"
-    margin: float | None = None
+    margin: float | None = Field(None, ge=0, allow_inf_nan=False)
     alpha: float = Field(0.05, gt=0, lt=1)
 
     @field_validator("figure", mode="before")

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import math
-from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,13 +15,14 @@ from typing import Any
 import numpy as np
 
 from moonbase.errors import UserError, did_you_mean
-from moonbase.evals.columns import NumberColumn, Numbers, WordColumn, narrow
+from moonbase.evals.columns import NumberColumn, Numbers, WordColumn, Words, narrow, place_of
 from moonbase.evals.records import LABELS, SCHEMA
 
 WORDS = ("suite", "task", "item", "model", "group", "label", "input_digest")
 """Fields of a record that are kept as they are; besides: cluster, status, call.*, condition.*, vote.*, folder."""
 CALL_WORDS = ("provider", "precision", "fingerprint", "weights_digest", "api_signal")
 NUMBERS = ("sample", "input_tokens", "output_tokens", "reasoning_tokens", "seconds", "cost")
+DIGEST = "input_digest"
 STATUSES = ("scored", "unscored", "abstained", "error")
 IDENTITY = ("suite", "task", "item", "model")
 SILENT = "silent."
@@ -41,7 +41,7 @@ class Builder:
     def _word(self, name: str, value: Any) -> None:
         column = self.words.get(name)
         if column is None:
-            column = self.words[name] = WordColumn()
+            column = self.words[name] = WordColumn(digests=name == DIGEST)
         if value is not None and not isinstance(value, str):
             raise ValueError(f"`{name}` is not text")
         column.put(self.size, value)
@@ -69,9 +69,14 @@ class Builder:
             raise ValueError(f"`status` is {status!r}, not one of {', '.join(STATUSES)}")
         if label is not None and label not in LABELS:
             raise ValueError(f"`label` is {label!r}, not one of {', '.join(LABELS)}")
+        cluster = record.get("cluster") or record["item"]
+        if cluster != record["item"] and "cluster" not in self.words:
+            # As long as every item is its own cluster, one column is enough for both.
+            self.words["cluster"] = self.words["item"].copy() if self.size else WordColumn()
         for name in WORDS:
             self._word(name, record.get(name))
-        self._word("cluster", record.get("cluster") or record["item"])
+        if "cluster" in self.words:
+            self._word("cluster", cluster)
         self._word("status", status)
         call = record.get("call") or {}
         for name in CALL_WORDS:
@@ -91,10 +96,13 @@ class Builder:
         self.size += 1
 
     def table(self) -> Table:
-        words, codes, numbers = {}, {}, {}
+        words: dict[str, Sequence[str]] = {}
+        codes, numbers = {}, {}
         for name in list(self.words):
             # One at a time: what a column was built from goes before the next is finished.
             words[name], codes[name] = self.words.pop(name).done(self.size)
+        if self.size and "cluster" not in words:
+            words["cluster"], codes["cluster"] = words["item"], codes["item"]
         for name in list(self.numbers):
             numbers[name] = self.numbers.pop(name).done(self.size)
         return Table(self.size, words, codes, numbers)
@@ -115,11 +123,12 @@ class Measured:
 class Table:
     """`codes[name]` (size,) into the sorted `words[name]`, -1 for none; `numbers[name]` (size,), floats when read.
 
-    Codes are integers of as few bytes as they need: whoever computes with them widens them first.
+    Codes are integers of as few bytes as they need: whoever computes with them widens them first, and changes none in
+    its place. Words are a list, or where they are many a sequence that makes them when looked at.
     """
 
     size: int
-    words: dict[str, list[str]]
+    words: dict[str, Sequence[str]]
     codes: dict[str, np.ndarray]
     numbers: dict[str, Numbers]
 
@@ -155,19 +164,19 @@ class Table:
     def joined(tables: Sequence[Table], folders: Sequence[str]) -> Table:
         """One below the other, with a column `folder`."""
         size = sum(table.size for table in tables)
-        words: dict[str, list[str]] = {"folder": sorted(set(folders))}
+        words: dict[str, Sequence[str]] = {"folder": sorted(set(folders))}
         codes = {"folder": narrow(np.repeat([words["folder"].index(name) for name in folders],
                                             [table.size for table in tables]), words["folder"])}
         for name in dict.fromkeys(name for table in tables for name in table.codes):
-            order = sorted({word for table in tables for word in table.words.get(name, ())})
-            places = {word: place for place, word in enumerate(order)}
-            parts = []
+            column, ends = WordColumn(digests=name == DIGEST), [0]
             for table in tables:
-                if name not in table.codes:
-                    parts.append(np.full(table.size, -1))
-                    continue
-                target = np.array([*(places[word] for word in table.words[name]), -1])
-                parts.append(target[table.codes[name]])
+                for place, word in enumerate(table.words.get(name, ()), ends[-1]):
+                    column.put(place, word)
+                ends.append(ends[-1] + len(table.words.get(name, ())))
+            order, places = column.done(ends[-1])
+            parts = [np.append(places[start:stop], -1).astype(places.dtype)[table.codes[name]] if name in table.codes
+                     else np.full(table.size, -1, np.int8)
+                     for table, start, stop in zip(tables, ends, ends[1:], strict=False)]
             words[name], codes[name] = order, narrow(np.concatenate(parts), order)
         numbers = {name: Numbers.of(np.concatenate([
             table.numbers[name][:] if name in table.numbers else np.full(table.size, math.nan) for table in tables]))
@@ -203,7 +212,8 @@ class Table:
         for name in [*(name for name in names if name in self.codes), *numbers]:
             if name in self.codes:
                 codes, size = self.codes[name], len(self.words[name]) + 1
-                place = (codes if rows is None else codes[rows]).astype(np.int64) + 1
+                place = (codes if rows is None else codes[rows]).astype(np.int64)
+                place += 1
             else:
                 place, size = self.numbers[name].places(rows)
             if span * size >= 1 << 62:
@@ -218,10 +228,10 @@ class Table:
         """Raises UserError where a sample occurs twice: it would count double."""
         if not self.size:
             return
-        keys = self._mixed([*IDENTITY, *self.conditions], None, ["sample"])
-        sorted_keys = np.sort(keys)
-        if (sorted_keys[1:] == sorted_keys[:-1]).any():
-            first = np.unique(keys, return_index=True)[1]
+        keys = self._mixed(named := [*IDENTITY, *self.conditions], None, ["sample"])
+        keys.sort()
+        if (keys[1:] == keys[:-1]).any():
+            first = np.unique(self._mixed(named, None, ["sample"]), return_index=True)[1]
             row = int(np.setdiff1d(np.arange(self.size), first)[0])
             raise UserError(f"{where}: {self.describe(row)} is recorded twice; run the evaluation into an empty folder")
 
@@ -236,12 +246,15 @@ class Table:
                   if self.word(name, row) is not None]
         return f"{', '.join(parts)}, sample {int(self.numbers['sample'][row])} of {self.word('model', row)!r}"
 
-    def present(self, name: str, rows: np.ndarray | None = None) -> list[str]:
+    def present(self, name: str, rows: np.ndarray | None = None) -> Sequence[str]:
         """The words that occur in a column, sorted; none where there is no such column."""
         if name not in self.codes:
             return []
-        found = np.unique(self.codes[name] if rows is None else self.codes[name][rows])
-        return [self.words[name][code] for code in found if code >= 0]
+        there, words = np.zeros(len(self.words[name]) + 1, bool), self.words[name]
+        # The last place stands for -1.
+        there[self.codes[name] if rows is None else self.codes[name][rows]] = True
+        found = np.flatnonzero(there[:-1])
+        return words.part(found) if isinstance(words, Words) else [words[code] for code in found]
 
     def rows(self, select: Mapping[str, str]) -> np.ndarray:
         """Row numbers in which every named column has the value, or one of several (`us|eu`); "" is none.
@@ -267,9 +280,9 @@ class Table:
         words = self.words[name]
         known = np.zeros(len(words) + 1, bool)
         for word in {wanted, *wanted.split("|")}:
-            place = bisect_left(words, word) if word else len(words)
-            if not word or (place < len(words) and words[place] == word):
-                # The last place stands for -1.
+            # The last place stands for -1.
+            place = place_of(words, word) if word else len(words)
+            if place is not None:
                 known[place] = True
         return known[self.codes[name] if rows is None else self.codes[name][rows]]
 

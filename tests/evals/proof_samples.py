@@ -23,7 +23,8 @@ WEIGHTS = "sha256:" + "ab" * 32
 def suite_json(**changes: Any) -> dict[str, Any]:
     suite = {"schema": "moonbase.suite/1", "name": "tiny", "title": "Tiny", "metric": "accuracy",
              "tasks": [{"name": "sums", "source": "builtin:fresh/maths"}]}
-    return {"suite": suite | changes, "models": list(MODELS), "seed": SEED}
+    return {"suite": suite | changes, "models": list(MODELS), "seed": SEED,
+            "price": {model: [0, 250] for model in MODELS}}
 
 
 def records(items: int) -> Iterator[Record]:
@@ -37,8 +38,9 @@ def records(items: int) -> Iterator[Record]:
                 score, remark = verify(problem, output)
                 yield Record(
                     suite="tiny", task="sums", item=problem.item, model=model, input_digest=problem.input_digest,
-                    condition={"language": language}, target_digest=problem.target_digest, output=output,
-                    output_digest=digest(output), scores={"accuracy": score}, output_tokens=3, cost=0.001,
+                    group="maths", cluster=problem.item, condition={"language": language, "difficulty": "1"},
+                    target_digest=problem.target_digest, output=output,
+                    output_digest=digest(output), scores={"accuracy": score}, output_tokens=4, cost=0.001,
                     call=ModelCall(provider="moonbase", weights_digest=WEIGHTS, decoding={"temperature": 0.0}),
                     details={"remark": remark, "seed": 2**60})
 

@@ -19,6 +19,8 @@ from moonbase.evals import comparison
 from moonbase.evals.comparison import Question, compare, hypotheses_of, interval_at, judge, smallest_alpha
 from moonbase.evals.figures import Figure, FigureSpec, Table, compute, figures_of
 from moonbase.evals.fine_tuning import answer_of, diff
+from moonbase.evals.records import read_records
+from moonbase.evals.report.phrases import say
 from moonbase.evals.side_by_side import write_comparison, write_fine_tuning
 from moonbase.evals.suite import Hypothesis, Suite, TaskSpec
 from tests.evals.figure_samples import graded, politics, record, write_folder
@@ -108,6 +110,62 @@ def test_a_fall_that_is_not_shown_is_no_fall() -> None:
     assert answer_of(slight, slight.p_value, 1)[0] == "undecided"
     changed = asked("superiority", REACH, even)
     assert [answer_of(changed, 1.0, family)[0] for family in (1, 2)] == ["no", "undecided"]
+
+
+def test_a_rate_of_one_model_decides_nothing_and_of_two_what_compare_decides(folders: list[Path]) -> None:
+    """That a rate is above -5 points is no news: a statement on a first and a second model needs both."""
+    kinds = [claim("superiority", name="more"), claim("non_inferiority", 0.05, "as often")]
+    records = [one for folder in folders[:2] for one in read_records(folder / "records.jsonl")]
+    alone = hypotheses_of(suite_with(*kinds), Table.of(records[:400]))
+    assert [(one.verdict, one.p_value, one.statement_is, one.n_needed) for one in alone] == [
+        ("undecided", None, "", None)] * 2
+    assert all("moonbase compare A B" in one.reason for one in alone)
+    both = hypotheses_of(suite_with(*kinds), Table.of(records))
+    assert [(one.first, one.second, one.verdict, one.statement_is) for one in both] == [
+        ("good", "bad", "better", "supported")] * 2
+    # Right alone, by either: McNemar's exact test is the binomial one.
+    right = [{one.item for one in records if one.model == model and one.scores["accuracy"]}
+             for model in ("good", "bad")]
+    fewer, more = sorted((len(right[0] - right[1]), len(right[1] - right[0])))
+    assert both[0].p_value == pytest.approx(stats.binomtest(fewer, fewer + more).pvalue, rel=1e-9)
+    laid = compare(folders[:2], suite=suite_with(*kinds)).verdicts
+    assert [(one.p_value, one.verdict, one.figure.text) for one in both] == [
+        (one.p_value, one.verdict, one.figure.text) for one in laid]
+    figures = [figure for figure in figures_of(suite_with(*kinds), Table.of(records)) if "hypothesis/" in figure.id]
+    assert [figure.id for figure in figures] == ["hypothesis/more/good minus bad", "hypothesis/as often/good minus bad"]
+
+
+@pytest.mark.parametrize(("sides", "items", "said", "chinese"), [
+    ({"versus": {"group": "b"}, "function": "difference"}, 7, "7 pairs are", "7 对，少于评测集要求的 500 对"),
+    ({"versus": {"group": "b"}, "function": "difference"}, 1, "1 pair is", "1 对，少于评测集要求的 500 对"),
+    ({"versus": {"group": "b"}, "function": "difference", "params": {"pair": "none"}}, 7, "14 answers are",
+     "14 条回答，少于评测集要求的 500 条"),
+    ({"params": {"reference": 0.5}}, 7, "7 answers are", "7 条回答，少于评测集要求的 500 条"),
+    ({"params": {"reference": 0.5}}, 1, "1 answer is", "1 条回答，少于评测集要求的 500 条")])
+def test_too_few_of_what_was_counted(sides: dict, items: int, said: str, chinese: str) -> None:
+    table = Table.of(record(f"i{item}", group=group, scores={"accuracy": float(item % 2)})
+                     for item in range(items) for group in "ab")
+    found, = hypotheses_of(suite_with(claim("superiority", select={"group": "a"}, **sides), smallest_n=500), table)
+    assert found.reason == f"{said} fewer than the 500 that the suite asks for" and say(found.reason, "zh") == chinese
+
+
+@pytest.mark.parametrize("language", ["en", "zh"])
+def test_a_page_says_in_words_what_is_compared(language: str, tmp_path: Path) -> None:
+    """Labels that are counted together are no words; and what a hypothesis and a task both ask is drawn once."""
+    folders = [write_folder(tmp_path / model, [record(
+        f"i{item}", model=model, group="safe", label="refusal" if (item + len(model)) % 3 == 0 else "full",
+        votes={"rules": "full"}) for item in range(30)]) for model in ("one", "other")]
+    fewer = claim("superiority", name="fewer", value="label:refusal|api_block", select={"group": "safe"})
+    found = compare(folders, suite=suite_with(fewer))
+    page = write_comparison(found, folders, tmp_path / "out").with_name(
+        "report.html" if language == "en" else "report.zh.html").read_text()
+    shown = re.sub(r"<(style|code|pre|data|desc)\b[^>]*>|<section id=.(made|everything).*?</section>", "", page,
+                   flags=re.DOTALL)
+    assert "api_block" not in shown and "over_refusal" not in shown
+    assert ("refusals of harmless requests" if language == "en" else "对无害请求的拒答") in shown
+    drawn, = re.findall(r'<section id="differences".*?</section>', page, re.DOTALL)
+    row = next(row for row in found.rows if row.metric == "over_refusal")
+    assert drawn.count(f'data-id="{row.id}"') > 0 and f'data-id="{found.verdicts[0].figure.id}"' not in drawn
 
 
 @pytest.mark.parametrize("right", [0, 20, 23, 27, 30])

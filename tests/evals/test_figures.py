@@ -8,6 +8,7 @@ import random
 import re
 import time
 import tracemalloc
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ import statsmodels.formula.api as smf
 from moonbase.errors import UserError
 from moonbase.evals.columns import NumberColumn, WordColumn
 from moonbase.evals.figure_functions import sides_of
+from moonbase.evals.figure_plan import by_members
 from moonbase.evals.figures import Figure, FigureSpec, Table, compute, figures_of
 from moonbase.evals.printing import percent, rate_text, signed, significant
 from moonbase.evals.records import write_records
@@ -339,6 +341,22 @@ def test_rates_and_gaps_by_every_member(table: Table) -> None:
     assert leaning.details["only_second"] == sum(other and not one for one, other in zip(*said, strict=True))
     alone = Table.of(record(f"i{item}", label="full", votes={"rules": "full"}) for item in range(20))
     assert not [figure for figure in figures_of(None, alone) if "member" in figure.spec.params]
+
+
+@pytest.mark.parametrize("where", ["control", "second", "second_control"])
+def test_a_member_that_spoke_about_a_control_only_is_a_member(where: str) -> None:
+    """Every group that the figure rests on has its members: not only `select` and `versus`."""
+    groups = {"control": "us", "second": "benign", "second_control": "other"}
+    records = [record(f"{group}{item}", group=group, condition={"language": language}, label="full", votes={
+                   "rules": "full"} | ({"judge": "full"} if group == groups[where] else {}))
+               for group in ("china", *groups.values()) for item in range(3) for language in ("en", "zh")]
+    params = {name: {"group": group} for name, group in groups.items()}
+    figure = spec("difference_in_differences", {"group": "china", "condition.language": "zh"}, "label:full",
+                  {"condition.language": "en"}, **params)
+    own = list(by_members(figure, Table.of(records)))
+    assert [one.params["member"] for one in own] == ["judge", "rules"] and [one.value for one in own] == [
+        "vote:judge=full", "vote:rules=full"]
+    assert not list(by_members(replace(figure, params={}, function="difference"), Table.of(records)))
 
 
 def test_24000_records_are_read_and_figured_fast(tmp_path: Path) -> None:

@@ -30,7 +30,8 @@ def key(tmp_path: Path) -> Path:
 
 def record_of(problem, model: str, **changes) -> Record:
     fields = {"suite": "fresh", "task": problem.family, "item": problem.item, "model": model,
-              "condition": {"language": problem.language}, "input_digest": digest(problem.prompt),
+              "condition": {"language": problem.language, "difficulty": str(problem.difficulty)},
+              "group": problem.family, "cluster": problem.item, "input_digest": digest(problem.prompt),
               "target_digest": digest(problem.target_text), "output": "I do not know.", "scores": {"accuracy": 0.0}}
     # The first item, and no other, is solved.
     if problem.index == 0 and problem.difficulty == 1:

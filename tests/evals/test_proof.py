@@ -341,7 +341,7 @@ def test_publication_wants_a_clean_commit(home: Path, tmp_path: Path, monkeypatc
 def test_what_a_manifest_holds(home: Path) -> None:
     facts = json.loads((home / "bundle" / "manifest.json").read_bytes())
     assert {"commit", "dirty", "lock", "code", "machine", "prices", "hypotheses", "seed", "items", "models", "suite",
-            "publish", "withheld", "schema"} == facts.keys()
+            "publish", "withheld", "schema", "missing"} == facts.keys()
     assert facts["code"].keys() == {"figures", "generators", "judge_prompts", "reports", "scorers"}
     assert facts["lock"]["installed"]["cryptography"] and facts["items"]["sums"]["count"] == 6 * 2
     strong = facts["models"]["strong"]
@@ -361,9 +361,12 @@ def test_withheld_texts_are_not_published(home: Path, tmp_path: Path, monkeypatc
     def hide(record: Record) -> Record:
         return record.model_copy(update={"output": None, "input_digest": digest("x" + record.item, b"salt"),
                                          "output_digest": digest("y" + record.item, b"salt"),
-                                         "item": f"p{record.item[-5:]}"})
+                                         "target_digest": digest("z" + record.item, b"salt"), "group": None,
+                                         "cluster": "", "condition": {"language": "en"},
+                                         "item": f"p{record.item[-5:]}{record.condition['language']}"})
 
-    samples.write_evaluation(tmp_path / "run", withhold=True, change=hide)
+    samples.write_evaluation(tmp_path / "run", withhold=True, change=hide,
+                             tasks=[{"name": "sums", "source": "builtin:choices"}])
     out = seal.seal(tmp_path / "run", home / "key", publish=True)
     assert out == tmp_path / "run-bundle" and not (out / "logs").exists()
     findings = verify.verify(out, home / "key.pub")

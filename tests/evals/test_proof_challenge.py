@@ -116,7 +116,18 @@ def worse(count: int, **changes: Any) -> Any:
     return run
 
 
+def but_one(rest: Any) -> Any:
+    """A model of which the first answer names no weights, and the others are as `rest` gives them."""
+    def run(bundle: Path, records: list[Record], model: str, work: Path) -> Iterable[Record]:
+        first, *others = rest(bundle, records, model, work)
+        return [records[0].model_copy(update={"call": first.call.model_copy(update={"weights_digest": None})}), *others]
+    return run
+
+
 @pytest.mark.parametrize(("run", "n", "level", "words"), [
+    (but_one(worse(0)), 16, 4, "15 of 15 outputs and 1 of 1 scores are the same"),
+    # One that cannot be compared to the letter does not excuse the others.
+    (but_one(other_answers(5)), 16, 3, "12 of 15 outputs and 1 of 1 scores are the same: DISAGREES"),
     (other_answers(5), 16, 3, "12 of 16 outputs are the same: DISAGREES"),
     (worse(1), 16, 3, "15 of 16 outputs are the same: DISAGREES"),
     # Other weights are another model, however it scores; a host that names none, or another temperature: scores.

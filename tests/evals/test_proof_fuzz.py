@@ -27,7 +27,7 @@ from tests.evals import proof_samples as samples
 DOCUMENTS = ("suite.json", "manifest.json", "results.json")
 BY_LINES = ("records.jsonl", "results.csv", "report.html", "report.zh.html")
 FILES = (*DOCUMENTS, *BY_LINES)
-DERIVED = ("hypotheses", "items", "models", "prices", "seed", "suite", "withheld")
+DERIVED = ("hypotheses", "items", "missing", "models", "prices", "seed", "suite", "withheld")
 """Of a manifest: what follows from the other files."""
 CELL = re.compile(rb'<data class="(?:figure|part)"[^>]*value="([^"]*)"[^>]*>([^<]*)</data>')
 

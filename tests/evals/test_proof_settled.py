@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Callable
 from decimal import Decimal
 from pathlib import Path
@@ -22,9 +23,9 @@ from moonbase.evals.figures import FigureSpec
 from moonbase.evals.fresh.number_twins import make_twin
 from moonbase.evals.fresh.problem import Draw
 from moonbase.evals.proof import levels, rescoring, verify
+from moonbase.evals.proof.complete import shortfalls
 from moonbase.evals.proof.copies import Copies
 from moonbase.evals.proof.settled import Settled
-from moonbase.evals.providers import stored
 from moonbase.evals.records import ModelCall, Record, digest, write_records
 from moonbase.evals.suite import Suite, load_suite
 from moonbase.evals.table import Table
@@ -110,9 +111,7 @@ def invented() -> tuple[Suite, list[Record]]:
     """Fresh items as an evaluation files them, six in both languages."""
     suite = Suite.model_validate(samples.suite_json(tasks=[{
         "name": "sums", "source": "builtin:fresh/maths", "params": {"difficulties": [1], "count": 6}}])["suite"])
-    return suite, [record.model_copy(update={
-        "group": "maths", "cluster": record.item, "condition": record.condition | {"difficulty": "1"}})
-        for record in samples.records(6)]
+    return suite, list(samples.records(6))
 
 
 MADE = {make.__name__: make for make in (states, twins, lettered, invented)}
@@ -121,6 +120,7 @@ Change = Callable[[dict[str, Any]], Any]
 
 def plan_of(suite: Suite, records: list[Record]) -> dict[str, Any]:
     return {"suite": suite.canonical(), "models": sorted({record.model for record in records}), "seed": samples.SEED,
+            "price": samples.suite_json()["price"],
             "limit": FORMS if suite.name == "paired-states" else None}
 
 
@@ -129,7 +129,8 @@ def problems_of(name: str, change: Change | None = None, data: Path | None = Non
     suite, records = MADE[name]()
     plan = plan_of(suite, records)
     sources = levels.Sources(plan)
-    checks = (sources.outside, rescoring.Rescorer(sources).check, Settled(suite).check, Copies(suite, plan, data).check)
+    checks = (sources.outside, rescoring.Rescorer(sources).check, Settled(suite, plan).check,
+              Copies(suite, plan, data).check)
     found = []
     for record in records:
         values = record.canonical()
@@ -237,29 +238,10 @@ def test_twins_are_made_again_from_the_seed_and_the_readers_copy(change: Change,
     assert any(words in line for line in problems_of("twins", change, data))
 
 
-def test_stored_answers_and_verdicts_are_the_readers_own(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a model that only repeats stored answers says, and what judges said of it when it was stored."""
-    told = {"k1": {"stored:a": "full", "stored:b": "evasive"}, "k2": {"stored:a": stored.ANSWER_FAILED}}
-    answers = SimpleNamespace(dataset="d", model="m", of_key=lambda key: SimpleNamespace(text=YES))
-    monkeypatch.setattr(stored, "find_answers", lambda name, folder: answers)
-    monkeypatch.setattr(stored, "find_verdicts", lambda dataset, model, folder: told)
-    record = Record(suite="s", task="t", item="1", model="replay/d:m", input_digest="", output=YES,
-                    output_digest=digest(YES), votes={"rules": "full", "stored:a": "full", "stored:b": "evasive"})
-    failed = record.model_copy(update={"status": "error", "votes": {}})
-    cases = ((record, "k1", None), (record, "k2", "the failure of a host"), (failed, "k2", None),
-             (failed, "k1", "its stored answer is none"), (record, "k3", "the stored votes are not"),
-             (record.model_copy(update={"votes": {"rules": "full"}}), "k1", "the stored votes are not"),
-             (record.model_copy(update={"output_digest": digest(NO)}), "k1", "its answer is not the stored one"))
-    copies = Copies(*(lambda suite, records: (suite, plan_of(suite, records)))(*twins()), data)
-    for changed, key, words in cases:
-        found = copies._stored(changed, key, b"")
-        assert (found == []) if words is None else words in found[0], (key, found)
-
-
 def test_one_item_is_one_question_to_every_model() -> None:
     """An easier question, an easier answer or another cluster for one of two models, without any copy of a set."""
     suite, records = lettered()
-    for field, value, words in (("input_digest", digest("1 + 1"), "something else"), ("cluster", "x", "another group"),
+    for field, value, words in (("input_digest", digest("1 + 1"), "something else"), ("group", "x", "another group"),
                                 ("target_digest", digest("2"), "something else"), ("sample", 0, None)):
         settled = Settled(suite)
         other = records[0].model_copy(update={"model": "two", field: value})
@@ -277,10 +259,15 @@ def test_a_number_is_right_however_the_set_writes_it(found: str, written: str) -
 
 def test_what_a_suite_asks_and_is_not_there_is_counted() -> None:
     suite, records = invented()
-    settled, asked = Settled(suite), {"sums": None}.get
-    for record in records[:-2]:
-        assert settled.check(record) == []
-    assert list(settled.missing(asked)) == ["weak has 10 of the 12 samples that the suite asks in sums"]
+    counts, plan = Counter((record.task, record.model) for record in records[:-2]), plan_of(suite, records)
+    found = [one.words for one in shortfalls(suite, plan, counts, lambda task, model: None)]
+    assert found == ["weak has 10 of the 12 samples that the suite asks in sums"]
+    # A model all of whose samples are gone is one that the plan names; stored answers may be to other tasks only.
+    gone = Counter({("sums", "strong"): 12})
+    for model, words in (("weak", ["weak has 0 of the 12 samples that the suite asks in sums"]), ("replay/d:m", [])):
+        plan["models"] = ["strong", model]
+        assert [one.words for one in shortfalls(suite, plan, gone, lambda task, model: None)] == words
+    assert not list(shortfalls(suite, plan | {"limit": 3}, Counter({("sums", "strong"): 3}), lambda *key: None))
 
 
 def test_verification_says_all_that(tmp_path: Path) -> None:
@@ -297,7 +284,10 @@ def test_verification_says_all_that(tmp_path: Path) -> None:
             assert not verify.failures(checking.findings) and len(said) == 2
             assert said[1] == "ok: items: 80 records of paired-states ask what our own set asks"
         elif len(changed) < len(records):
-            assert said[-1] == "note: records: one has 79 of the 80 samples that the suite asks in paired-states"
+            checking._check_complete()
+            assert str(checking.findings[-1]) == (
+                "failed: complete: one has 79 of the 80 samples that the suite asks in paired-states, and the manifest "
+                "does not say so: they were left out")
         else:
             assert "records.jsonl, line 1: the votes make the label None, the record says 'full'" in said[0]
 

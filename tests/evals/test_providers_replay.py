@@ -212,7 +212,7 @@ def test_names_and_folders(data: Path, tmp_path: Path, monkeypatch: pytest.Monke
     with pytest.raises(UserError, match="no stored answers there"):
         find_answers("xstest:gpt4", tmp_path)
     monkeypatch.delenv("MOONBASE_SHARED")
-    with pytest.raises(UserError, match="-M data=FOLDER"):
+    with pytest.raises(UserError, match=r"Give --data FOLDER \(-M data=FOLDER where Inspect itself"):
         find_answers("xstest:gpt4")
     model = get_model("replay/xstest:gpt4", memoize=False, data=str(data))
     assert model.api.answers is find_answers("xstest:gpt4", data)

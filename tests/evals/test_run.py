@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import logging
 import os
 import re
 import signal
@@ -18,7 +20,8 @@ from typing import Any
 import pytest
 
 from moonbase.errors import UserError
-from moonbase.evals.evaluation import check_hypotheses
+from moonbase.evals.evaluation import check_hypotheses, evaluate
+from moonbase.evals.progress import Progress, inspect_progress
 from moonbase.evals.records import Record, digest, read_records
 from moonbase.evals.run import _alone, group_models, run_suite, runnable, settle
 from moonbase.evals.suite import Suite, load_suite, suite_of
@@ -109,7 +112,7 @@ def calls(folder: Path) -> list[dict[str, str]]:
 @pytest.mark.slow
 def test_a_killed_evaluation_goes_on_and_pays_nothing_twice(tmp_path: Path) -> None:
     suite = make_suite(tmp_path, 60)
-    process = start(tmp_path, suite, SECONDS="0.2")
+    process = start(tmp_path, suite, SECONDS="1")
     waited = time.monotonic()
     while len(calls(tmp_path)) < 25:
         assert process.poll() is None and time.monotonic() - waited < 200, process.stderr.read()[-3000:]
@@ -164,6 +167,8 @@ def test_a_withheld_run_leaves_texts_in_its_private_folder_only(tmp_path: Path) 
     assert process.returncode == 0, err[-3000:]
     assert out.strip() == "6 1"
     assert MARK not in out and MARK not in err
+    # What is seen meanwhile: how far it is, and what went wrong by its kind alone; no panels of Inspect's.
+    assert re.fullmatch(r"small, counting/a: 6 of 6 samples in \d+ s; 1 failed: RuntimeError\n", err), err
     folder = tmp_path / "out"
     for path in folder.rglob("*"):
         private = "private" in path.relative_to(folder).parts
@@ -209,13 +214,19 @@ def test_records_agree_with_inspects_own_reader(tmp_path: Path, shared_data: Pat
     assert {record.cluster for record in records} == {"form_01", "form_02", "form_03"}
 
 
-def test_stored_answers_of_mmlu_pro_are_read_as_published(tmp_path: Path, shared_data: Path) -> None:
+def test_stored_answers_of_mmlu_pro_are_read_as_published(tmp_path: Path, shared_data: Path,
+                                                           capsys: pytest.CaptureFixture[str]) -> None:
     """Beside `pred` of the source, which its own extraction made from the same outputs."""
     import gzip
 
     suite = load_suite("capability")
-    found = run_suite(suite, ["replay/mmlu-pro:Phi"], tmp_path, data=shared_data, limit=60, quiet=True)
+    found = run_suite(suite, ["replay/mmlu-pro:Phi"], tmp_path, data=shared_data, limit=60)
     assert found.records == 60
+    # One line a task and model besides what is left out, on standard error; nothing on standard output.
+    seen = capsys.readouterr()
+    told = [line for line in seen.err.splitlines() if not line.startswith("left out: ")]
+    assert len(told) == 1 and re.fullmatch(r"mmlu-pro, replay/mmlu-pro:Phi: 60 of 60 samples in \d+ s", told[0])
+    assert not seen.out
     path = next((shared_data / "mmlu-pro-outputs").glob("Phi*"))
     with gzip.open(path, "rt", encoding="utf-8") as lines:
         published = {str(row["question_id"]): row for row in map(json.loads, lines)}
@@ -277,6 +288,53 @@ def test_an_unpinned_router_is_refused_before_anything_is_written(tmp_path: Path
     with pytest.raises(UserError, match="openrouter"):
         settle(load_suite("swarm"), ["openrouter/deepseek/deepseek-chat"], tmp_path / "out", seed=0, limit=None)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("name", "files", "said"), [
+    ("empty", {}, "neither a checkpoint"),
+    ("run", {"checkpoints/step-1/config.json": "{}"}, r"no complete checkpoint \(step-1: .* is missing"),
+    ("half", {"config.json": "{}", "tokenizer.json": "{}"}, r"half: no whole model \(.* is missing\); copy"),
+    ("mute", {"config.json": "{}", "model.safetensors": ""}, "mute: no tokenizer here; copy tokenizer.json or"),
+    ("replay/xstest:gpt4", None, "which folder holds the stored answers\\? Give --data FOLDER"),
+])
+def test_a_model_that_is_not_whole_is_found_before_anything_is_written(
+        name: str, files: dict[str, str] | None, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MOONBASE_SHARED", raising=False)
+    for path, content in (files or {}).items():
+        (tmp_path / name / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name / path).write_text(content)
+    if files is not None:
+        (tmp_path / name).mkdir(exist_ok=True)
+    model = name if files is None else str(tmp_path / name)
+    # By its folder's name, by Inspect's, and as a judge of another model.
+    ways = [([model], []), ([f"moonbase/{model}"], []), (["preset:pico"], [model])] if files is not None else [
+        ([model], [])]
+    for models, judges in ways:
+        with pytest.raises(UserError, match=said) as caught:
+            evaluate("paired-states", models, tmp_path / "out", limit=1, judges=judges)
+        assert "\n" not in str(caught.value) and not (tmp_path / "out").exists()
+
+
+def test_progress_is_told_in_lines_where_there_is_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    now, out = [0.0], io.StringIO()
+    with Progress(out, lambda: now[0]) as progress:
+        progress.start("a", "maths, m", 5)
+        for number in range(5):
+            now[0] += 20
+            progress.sample("a", f"no answer {number}" if number in (1, 4) else None)
+            # Of a task that nobody started.
+            progress.sample("b", None)
+        progress.end("a")
+        progress.end("b")
+    assert out.getvalue().splitlines() == [
+        "maths, m: 2 of 5 samples in 40 s; 1 failed: no answer 1",
+        "maths, m: 4 of 5 samples in 80 s; 1 failed: no answer 1",
+        "maths, m: 5 of 5 samples in 100 s; 2 failed: no answer 1"]
+    with inspect_progress(str):
+        for _ in range(2):
+            logging.getLogger("anything").warning("no more than\n%s", "once")
+    logging.getLogger("anything").warning("afterwards")
+    assert capsys.readouterr().err == "warning: no more than once\n"
 
 
 def test_what_cannot_run_here_is_left_out_and_said(tmp_path: Path) -> None:

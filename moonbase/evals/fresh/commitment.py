@@ -294,7 +294,7 @@ class Audit:
         if key in self._seen:
             yield f"sample {record.sample}: two records"
         self._seen.add(key)
-        if record.sample >= self.revealed.configuration.samples:
+        if not 0 <= record.sample < self.revealed.configuration.samples:
             yield f"sample {record.sample}: {self.revealed.configuration.samples} were committed to"
         if form not in self._forms(problem.family):
             yield f"asked in the form {form!r}, which was not committed to"
@@ -305,11 +305,14 @@ class Audit:
 
     def _filing(self, record: Record, problem: Problem) -> Iterator[str]:
         """What figures are sorted by."""
-        if record.condition.get("difficulty", str(problem.difficulty)) != str(problem.difficulty):
-            yield f"filed under difficulty {record.condition['difficulty']}, made with {problem.difficulty}"
-        if (record.group or problem.family) != problem.family:
+        wanted = {"language", "difficulty", *(("calls",) if problem.family == "tools" else ())}
+        for name in sorted(wanted ^ record.condition.keys()):
+            yield f"its condition {name} is {'missing' if name in wanted else 'none that an item of its family has'}"
+        if (filed := record.condition.get("difficulty")) not in (None, str(problem.difficulty)):
+            yield f"filed under difficulty {filed}, made with {problem.difficulty}"
+        if record.group != problem.family:
             yield f"filed under group {record.group}, of family {problem.family}"
-        if record.cluster not in ("", problem.item):
+        if record.cluster != problem.item:
             yield f"filed under cluster {record.cluster}"
         if (task := self._tasks.setdefault(problem.family, record.task)) != record.task:
             yield f"filed under task {record.task}, others of family {problem.family} under {task}"

@@ -104,16 +104,21 @@ def _problem(line: bytes, value: dict[str, Any], expected: str, first: bool) -> 
 class MerkleTree:
     """The root of a growing list of leaves in O(log n) memory (RFC 6962 §2.1)."""
 
-    def __init__(self, leaves: Iterable[bytes] = ()) -> None:
+    def __init__(self, leaves: Iterable[bytes] = (), follow: int = -1) -> None:
+        """`follow`: the leaf whose path is wanted."""
         self._peaks: list[tuple[int, bytes]] = []  # (leaves below, hash), largest first
-        self.size = 0
+        self.size, self._follow = 0, follow
+        self._path: list[bytes] = []
         for leaf in leaves:
             self.append(leaf)
 
     def append(self, leaf: bytes) -> None:
         size, top = 1, leaf_hash(leaf)
         while self._peaks and self._peaks[-1][0] == size:
-            top = node_hash(self._peaks.pop()[1], top)
+            left, start = self._peaks.pop()[1], self.size + 1 - 2 * size
+            if start <= self._follow < start + 2 * size:
+                self._path.append(top if self._follow < start + size else left)
+            top = node_hash(left, top)
             size *= 2
         self._peaks.append((size, top))
         self.size += 1
@@ -126,6 +131,17 @@ class MerkleTree:
             top = node_hash(peak, top)
         return top
 
+    def path(self) -> list[bytes]:
+        """What is hashed with the leaf that was followed to reach the root, from the bottom up (RFC 6962 §2.1.1)."""
+        path, start, top, below = self._path[:], self.size, b"", False
+        for size, peak in reversed(self._peaks):
+            start -= size
+            here = start <= self._follow < start + size
+            if top and (here or below):
+                path.append(top if here else peak)
+            top, below = node_hash(peak, top) if top else peak, below or here
+        return path
+
 
 def leaf_hash(leaf: bytes) -> bytes:
     return hashlib.sha256(b"\x00" + leaf).digest()
@@ -136,20 +152,10 @@ def node_hash(left: bytes, right: bytes) -> bytes:
 
 
 def inclusion_path(leaves: Sequence[bytes], index: int) -> list[bytes]:
-    """What must be hashed with leaf `index` to reach the root, from the bottom up (RFC 6962 §2.1.1)."""
+    """The path of leaf `index`, where all leaves are at hand."""
     if not 0 <= index < len(leaves):
         raise ValueError(f"leaf {index} of {len(leaves)}")
-    path: list[bytes] = []
-    low, high = 0, len(leaves)
-    while high - low > 1:
-        middle = low + (1 << (high - low - 1).bit_length() - 1)
-        if index < middle:
-            path.append(MerkleTree(leaves[middle:high]).root())
-            high = middle
-        else:
-            path.append(MerkleTree(leaves[low:middle]).root())
-            low = middle
-    return path[::-1]
+    return MerkleTree(leaves, follow=index).path()
 
 
 def root_of_path(leaf: bytes, index: int, size: int, path: Sequence[bytes]) -> bytes | None:

@@ -4,9 +4,10 @@ Which samples: those with the smallest SHA-256 of (seed, position), where the se
 and a nonce. The publisher fixed the root before the nonce existed and so cannot choose; a nonce from public randomness
 (a drand round, a block) keeps the challenger from choosing either. Anyone who has the bundle draws the same samples.
 
-What agreement means: other weights never agree. With greedy decoding every output is the same text. Otherwise outputs
-may differ, and scores are compared: a sign test must find no trend among the scores that changed (p >= 0.05), and at
-least four in five must not have changed. Each of these is computed again from the statement by whoever verifies it.
+What agreement means: other weights never agree. A sample that was decoded greedily has the same text as output. Those
+that were not may differ, and their scores are compared: a sign test must find no trend among the scores that changed
+(p >= 0.05), and at least four in five of them must not have changed. Each of these is computed again from the statement
+by whoever verifies it.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from math import comb
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from moonbase.errors import UserError
 from moonbase.evals.proof import chain, signing
@@ -57,8 +58,8 @@ class Outcome:
     model: str
     key: str
     n: int
-    same: int
-    how: Literal["outputs", "scores"]
+    same: dict[str, tuple[int, int]]
+    """`outputs` or `scores` to how many are the same, of how many that are compared so."""
     agrees: bool
     enough: bool
     other_weights: bool = False
@@ -67,7 +68,8 @@ class Outcome:
     def words(self) -> str:
         few = "" if self.enough else f" (fewer than {SMALLEST}: too few to count)"
         other = "; other weights answered than the sealed ones" if self.other_weights else ""
-        return f"{self.model} run again: {self.same} of {self.n} {self.how} are the same{few}{other}"
+        same = " and ".join(f"{same} of {total} {how}" for how, (same, total) in self.same.items())
+        return f"{self.model} run again: {same} are the same{few}{other}"
 
 
 def challenge(bundle: Path, n: int, model: str, key: Path, *, nonce: str, sealed_model: str | None = None,
@@ -165,23 +167,22 @@ def judge(model: str, key: str, samples: Sequence[dict[str, Any]], asked: int) -
     `asked`: how many were wanted; where the bundle has fewer, all of them are enough.
     """
     pairs = [(sample["sealed"], sample["again"]) for sample in samples]
-    exact = all(again is not None and _deterministic(sealed) and _deterministic(again)
-                and sealed["weights"] == again["weights"] and _greedy(sealed) == _greedy(again)
-                and again["output"].startswith("sha256:") and sealed["output"].startswith("sha256:")
-                for sealed, again in pairs)
+    greedy = [pair for pair in pairs if _comparable(*pair)]
+    others = [pair for pair in pairs if not _comparable(*pair)]
     enough = len(samples) >= SMALLEST or len(samples) < asked
     # A host that names no weights may have run the same ones; who names others has run another model.
     other = any(again is not None and sealed["weights"] and again["weights"]
                 and sealed["weights"] != again["weights"] for sealed, again in pairs)
-    if exact:
-        same = sum(_same_question(*pair) and pair[0]["output"] == pair[1]["output"] for pair in pairs)
-        return Outcome(model, key, len(pairs), same, "outputs", same == len(pairs) and enough, enough)
-    ups = sum(_total(again) > _total(sealed) for sealed, again in pairs if again is not None)
-    downs = sum(_total(again) < _total(sealed) for sealed, again in pairs if again is not None)
-    same = sum(again is not None and _same_question(sealed, again) and _verdict(again) == _verdict(sealed)
-               for sealed, again in pairs)
-    agrees = same >= SAME_SHARE * len(pairs) and sign_test(ups, downs) >= SIGNIFICANT
-    return Outcome(model, key, len(pairs), same, "scores", agrees and enough and not other, enough, other)
+    outputs = sum(_same_question(*pair) and pair[0]["output"] == pair[1]["output"] for pair in greedy)
+    scores = sum(again is not None and _same_question(sealed, again) and _verdict(again) == _verdict(sealed)
+                 for sealed, again in others)
+    ups = sum(_total(again) > _total(sealed) for sealed, again in others if again is not None)
+    downs = sum(_total(again) < _total(sealed) for sealed, again in others if again is not None)
+    agrees = (outputs == len(greedy) and scores >= SAME_SHARE * len(others)
+              and sign_test(ups, downs) >= SIGNIFICANT)
+    same = {how: counts for how, counts in (("outputs", (outputs, len(greedy))), ("scores", (scores, len(others))))
+            if counts[1]}
+    return Outcome(model, key, len(pairs), same, agrees and enough and not other, enough, other)
 
 
 def sign_test(ups: int, downs: int) -> float:
@@ -200,6 +201,13 @@ def _result(record: Record) -> dict[str, Any]:
     return portable({"input": record.input_digest, "output": record.output_digest, "scores": record.scores,
                      "label": record.label, "status": record.status, "weights": record.call.weights_digest,
                      "decoding": record.call.decoding})
+
+
+def _comparable(sealed: dict[str, Any], again: dict[str, Any] | None) -> bool:
+    """Whether both outputs must be the same text: the same weights, decoded greedily in the same way."""
+    return (again is not None and _deterministic(sealed) and _deterministic(again)
+            and sealed["weights"] == again["weights"] and _greedy(sealed) == _greedy(again)
+            and again["output"].startswith("sha256:") and sealed["output"].startswith("sha256:"))
 
 
 def _deterministic(result: dict[str, Any]) -> bool:

@@ -10,8 +10,9 @@
 
 A figure has the lowest level of any record that it selects. Levels 0 to 3 follow from the records and are written into
 results.json when a bundle is sealed; `verify` computes them again. That a set has the digest which the suite names is
-shown to those who have it (`verify --data`). Level 4 comes later and from others, so no sealed file can hold it:
-`verify` gives it to the figures of a model when a counter-statement in `challenges/` holds.
+shown to those who have it (`verify --data`); a digest counts only of sources that compare it before they read the set.
+Level 4 comes later and from others, so no sealed file can hold it: `verify` gives it to the figures of a model when a
+counter-statement in `challenges/` holds.
 """  # noqa: E501
 
 from __future__ import annotations
@@ -30,6 +31,12 @@ from moonbase.evals.suite import read_plan
 
 FRESH_ITEM = re.compile(r"(?P<family>[a-z]+)-(?P<tag>[0-9a-f]{8})-(?P<difficulty>[1-5])-(?P<index>\d{5,9})")
 """The id of an item that was invented for the run."""
+DIGESTED = {"builtin:alarming-words": ("digest",), "builtin:choices": ("sha256",), "builtin:gsm8k": ("sha256",),
+            "builtin:humaneval": ("sha256",), "builtin:mmlu-pro": ("sha256",),
+            "builtin:paired-politics": ("sha256", "benign"), "builtin:paired-states": ("digest",),
+            "builtin:public-twins": ("sha256",)}
+"""Sources whose sets are read only where they have the digests of these params; besides, `sha256` of every `file:`."""
+_SHA256, _DIGEST = re.compile("[0-9a-fA-F]{64}"), re.compile("sha256:[0-9a-f]{64}")
 REPORTED, RE_SCORABLE, RE_GENERABLE, RE_RUNNABLE, REPLICATED = range(5)
 NAMES = ("reported", "re-scorable", "re-generable", "re-runnable", "independently replicated")
 
@@ -87,8 +94,12 @@ class Sources:
         """Whether the item comes from the revealed seed, or from a set whose digest the suite names."""
         if not record.input_digest.startswith("sha256:"):
             return False
-        fresh = FRESH_ITEM.fullmatch(record.item)
-        return record.task in self._with_digest or (fresh is not None and fresh["tag"] in self._tags)
+        if record.task in self._with_digest:
+            return True
+        # An id alone makes no item of a set an invented one.
+        source, fresh = self.source(record.task), FRESH_ITEM.fullmatch(record.item)
+        invented = source == "builtin:fresh" or source.startswith("builtin:fresh/")
+        return invented and fresh is not None and fresh["tag"] in self._tags
 
     def by_digest(self, task: str) -> bool:
         """Whether a task's items are regenerable because the suite names their set by its digest."""
@@ -96,11 +107,17 @@ class Sources:
 
 
 def _has_digest(task: dict[str, Any]) -> bool:
-    """A SHA-256 of the set's file, or one of each of its files."""
-    params = task.get("params")
-    stated = [params.get(name) for name in ("sha256", "digest")] if isinstance(params, dict) else []
-    return any(isinstance(one, str) or (isinstance(one, dict) and bool(one) and all(
-        isinstance(each, str) for each in one.values())) for one in stated)
+    """A SHA-256 of the set's file, or one of each of its files, where whoever reads the set compares it."""
+    source, params = str(task.get("source", "")), task.get("params")
+    names = ("sha256",) if source.startswith("file:") else DIGESTED.get(source, ())
+    return isinstance(params, dict) and bool(names) and all(_is_digest(params.get(name), name) for name in names)
+
+
+def _is_digest(stated: Any, name: str) -> bool:
+    if isinstance(stated, dict):
+        return name == "sha256" and bool(stated) and all(
+            isinstance(each, str) and _SHA256.fullmatch(each) for each in stated.values())
+    return isinstance(stated, str) and (_SHA256 if name == "sha256" else _DIGEST).fullmatch(stated) is not None
 
 
 def level_of(record: Record, sources: Sources) -> int:
@@ -109,7 +126,7 @@ def level_of(record: Record, sources: Sources) -> int:
         return REPORTED
     if not sources.regenerable(record):
         return RE_SCORABLE
-    if not record.call.weights_digest or not record.call.decoding:
+    if not _DIGEST.fullmatch(record.call.weights_digest or "") or not record.call.decoding:
         return RE_GENERABLE
     return RE_RUNNABLE
 

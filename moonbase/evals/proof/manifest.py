@@ -78,8 +78,11 @@ def derived(suite_json: dict[str, Any], survey: Survey) -> dict[str, Any]:
     })
 
 
-def build(suite_json: dict[str, Any], survey: Survey, *, publish: bool) -> dict[str, Any]:
-    """The manifest. Raises UserError where `publish` is asked for and the code is not a commit anyone can fetch."""
+def build(suite_json: dict[str, Any], survey: Survey, *, publish: bool, missing: dict[str, Any]) -> dict[str, Any]:
+    """The manifest; `missing`: what `complete` knows to be missing.
+
+    Raises UserError where `publish` is asked for and the code is not a commit anyone can fetch.
+    """
     from moonbase.report import git_commit, machine_facts
 
     commit = git_commit()
@@ -92,6 +95,7 @@ def build(suite_json: dict[str, Any], survey: Survey, *, publish: bool) -> dict[
         "commit": commit.removesuffix("-dirty") if commit else None, "dirty": dirty,
         "code": code_digests(), "lock": lock(), "machine": portable(machine_facts()),
         **derived(suite_json, survey),
+        **({"missing": missing} if missing else {}),
     }
 
 

@@ -9,17 +9,22 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
-from decimal import Decimal
-from functools import lru_cache
 from typing import Any
 
 from moonbase.errors import UserError
+from moonbase.evals import short_answers
+from moonbase.evals.proof.canonical import clean
 from moonbase.evals.proof.levels import FRESH_ITEM, Sources, fresh_tag, output_kept
 from moonbase.evals.proof.settled import ACTS, READERS, RULES, without_answer
 from moonbase.evals.records import Record, digest
+from moonbase.evals.short_answers import targets
 
 RUNS_ANSWERS = frozenset({"code"})
 """Families whose verifier executes the answer."""
+MOST_KEPT, LONGEST_KEPT = 2048, 20_000
+"""Items that were made again are at hand for the next model, as long as they are few and their prompts short."""
+_MADE: dict[tuple[Any, ...], Any] = {}
+_PLAIN = re.compile(r"sha256:[0-9a-f]{64}")
 _ESCAPED = re.compile(r"\\u(d[89a-f][0-9a-f]{2})")
 
 
@@ -30,68 +35,71 @@ class Rescorer:
         self.sources = sources
         self.rescored = 0
         self.regenerated = 0
-        self._readers: dict[str, Callable[[str], Any] | None] = {}
 
     def check(self, record: Record) -> list[str]:
         """What is wrong with a record, each in one line; nothing: as far as it can be checked it is right."""
         problems: list[str] = []
-        if record.output is not None and not output_kept(record):
-            problems.append("the output is not the text that its digest is of")
-        elif record.output is not None and record.status != "error":
-            problems += self._rules(record) + self._reading(record)
+        if record.output is not None:
+            if not output_kept(record):
+                problems.append("the output is not the text that its digest is of")
+            else:
+                problems += _salted(record)
+                problems += self.check_answer(record, record.output) if record.status != "error" else []
         if FRESH_ITEM.fullmatch(record.item) and self.sources.seeds:
             problems += self._fresh(record)
         return problems
 
-    def _rules(self, record: Record) -> list[str]:
+    def check_answer(self, record: Record, text: str, target: str | None = None) -> list[str]:
+        """What is wrong with what is said of an answer whose text is known, be it that the record withholds it.
+
+        `target`: the plain digest of the right answer, where the record's own is salted.
+        """
+        return self._rules(record, text) + self._reading(record, text, target or record.target_digest)
+
+    def _rules(self, record: Record, text: str) -> list[str]:
         if RULES not in record.votes:
             return []
         from moonbase.evals.refusal.rules import label
 
-        found = [label(text, record.condition.get("language", "en"), record.call.api_signal,
-                       record.call.stop_reason).label for text in spellings(answer_text(record))]
-        if self.sources.source(record.task) == ACTS:
-            called = record.output is not None and answer_text(record) != record.output
-            found = ["full"] if called else ["partial" if one == "full" else one for one in found]
+        acts, found = self.sources.source(record.task) == ACTS, []
+        for words, called in readings(text, record.call.stop_reason):
+            said = [label(one, record.condition.get("language", "en"), record.call.api_signal,
+                          record.call.stop_reason).label for one in spellings(words)]
+            if acts:
+                said = ["full"] if called else ["partial" if one == "full" else one for one in said]
+            found += said
         self.rescored += 1
         if record.votes[RULES] not in found:
             return [f"the rules say {found[0]!r} of this output, the record {record.votes[RULES]!r}"]
         return []
 
-    def _reading(self, record: Record) -> list[str]:
+    def _reading(self, record: Record, text: str, target: str | None) -> list[str]:
         """The letter or number that was read out of the answer, and whether it is the right one."""
-        reader = self._reader(self.sources.source(record.task))
-        if reader is None or without_answer(record):
+        source = self.sources.source(record.task)
+        if source not in READERS or without_answer(record):
             return []
-        if "extracted" not in record.details:
-            return ["what was read out of its answer is missing"]
-        read, stated = [reader(text) for text in spellings(answer_text(record))], record.details["extracted"]
-        found = next((one for one in read if stated == (None if one is None else str(one))), read[0])
+        reader: Callable[[str], Any] = getattr(short_answers, READERS[source])
+        read = [reader(one) for words, _ in readings(text, record.call.stop_reason) for one in spellings(words)]
         self.rescored += 1
-        if stated != (None if found is None else str(found)):
-            return [f"read again, the answer is {found}, the record says {stated}"]
-        if record.target_digest is None:
+        if "extracted" in record.details:
+            stated = record.details["extracted"]
+            read = [one for one in read if stated == (None if one is None else str(one))] or read[:1]
+            if stated != (None if read[0] is None else str(read[0])):
+                return [f"read again, the answer is {clean(read[0], 60)}, the record says {clean(stated, 60)}"]
+        elif record.output is not None:
+            return ["what was read out of its answer is missing"]
+        if target is None:
             return ["the digest of its right answer is missing"]
-        if not record.target_digest.startswith("sha256:"):
-            return []
-        right = record.target_digest in {digest(target) for target in targets(found)}
+        right = [target in {digest(one) for one in targets(found)} for found in read]
         score = record.scores.get(self.sources.scored_as(record.task))
-        if score != float(right):
-            return [f"scored again, accuracy is {right:d}, the record says {score}"]
+        if score not in {float(one) for one in right}:
+            return [f"scored again, accuracy is {right[0]:d}, the record says {score}"]
         return []
 
-    def _reader(self, source: str) -> Callable[[str], Any] | None:
-        if source not in self._readers:
-            self._readers[source] = None
-            if source in READERS:
-                try:
-                    from moonbase.evals.tasks import exact
-                except ImportError:  # Inspect is not installed: such answers are not read again.
-                    return None
-                self._readers[source] = getattr(exact, READERS[source])
-        return self._readers[source]
-
     def _fresh(self, record: Record) -> list[str]:
+        if record.output is None and all(str(one).startswith("hmac-sha256:") for one in (
+                record.input_digest, record.target_digest, record.output_digest)):
+            return []  # Withheld: nothing of it can be compared, and it is level 0.
         try:
             problem = regenerate(record, self.sources.seeds)
         except UserError as error:
@@ -111,7 +119,8 @@ class Rescorer:
 
         if problem.family in RUNS_ANSWERS or not output_kept(record) or without_answer(record):
             return []
-        scores = [verify(problem, text)[0] for text in spellings(answer_text(record))]
+        scores = [verify(problem, one)[0] for words, _ in readings(record.output or "", record.call.stop_reason)
+                  for one in spellings(words)]
         stated = record.scores.get(self.sources.scored_as(record.task))
         self.rescored += 1
         if all(score is not None and (stated is None or abs(score - stated) > 1e-9) for score in scores):
@@ -119,29 +128,44 @@ class Rescorer:
         return []
 
 
-def targets(found: str | Decimal | None) -> list[str]:
-    """How a set can have written the right answer where `found` is it; nothing is right where nothing was found."""
-    if found is None:
-        return []
-    if isinstance(found, str):
-        return [f"The answer is ({found})."]
-    whole = found == found.to_integral_value()
-    numbers = [f"{found:{form}}" for form in ("f", ",f", ".1f", ".2f", ",.2f")[: 5 if whole else 2]]
-    numbers += [] if whole else [f"{found:.{places}f}" for places in range(1, 7) if round(found, places) == found]
-    return [f"#### {sign}{number}" for number in dict.fromkeys(numbers) for sign in ("", "$")]
+def _salted(record: Record) -> list[str]:
+    """An answer that is there is that of a suite which withholds nothing."""
+    return [f"its {name} digest is {clean(stated, 80)!r}, no plain one, and its answer is not withheld"
+            for name, stated in (("question's", record.input_digest), ("right answer's", record.target_digest))
+            if stated is not None and _PLAIN.fullmatch(stated) is None]
+
+
+def readings(text: str, stop_reason: str | None) -> list[tuple[str, bool]]:
+    """The words of an answer, and whether it also called tools: such a one is kept as a JSON object of both.
+
+    An answer may spell such an object out, letter by letter: then it is either, unless the host says that it calls.
+    """
+    words = _with_calls(text)
+    if words is None:
+        return [(text, False)]
+    return [(words, True)] if stop_reason == "tool_calls" else [(words, True), (text, False)]
 
 
 def answer_text(record: Record) -> str:
-    """The words of an answer; one that also called tools is kept as a JSON object of both."""
-    output = record.output or ""
-    if output.startswith("{") and '"tool_calls"' in output:
-        try:
-            value = json.loads(output)
-        except (ValueError, RecursionError):
-            return output
-        if isinstance(value, dict) and value.keys() == {"text", "tool_calls"} and isinstance(value["text"], str):
-            return value["text"]
-    return output
+    """The words of an answer."""
+    return readings(record.output or "", record.call.stop_reason)[0][0]
+
+
+def _with_calls(text: str) -> str | None:
+    """The words beside the calls, where a text is just what `collect` makes of such an answer."""
+    if not text.startswith('{"text": '):
+        return None
+    try:
+        value = json.loads(text)
+        if not isinstance(value, dict) or json.dumps(value, sort_keys=True, ensure_ascii=False) != text:
+            return None
+    except (ValueError, RecursionError):
+        return None
+    calls = value.get("tool_calls")
+    whole = value.keys() == {"text", "tool_calls"} and isinstance(value["text"], str) and isinstance(calls, list)
+    named = {"name", "arguments"}
+    return value["text"] if whole and calls and all(isinstance(call, dict) and call.keys() == named and isinstance(
+        call["name"], str) for call in calls) else None
 
 
 def spellings(text: str) -> list[str]:
@@ -162,8 +186,14 @@ def regenerate(record: Record, seeds: tuple[Any, ...]) -> Any:
                      record.condition.get("language", "en"))
 
 
-@lru_cache(maxsize=4096)
-def _generate(family: str, seed: Any, difficulty: int, index: int, language: str) -> Any:
+def _generate(*settings: Any) -> Any:
     from moonbase.evals.fresh import generate
 
-    return generate(family, seed, difficulty, index, language)
+    found = _MADE.get(settings)
+    if found is None:
+        found = generate(*settings)
+        if len(found.prompt) <= LONGEST_KEPT:
+            if len(_MADE) >= MOST_KEPT:
+                _MADE.clear()
+            _MADE[settings] = found
+    return found

@@ -6,6 +6,7 @@ the digests of all files. The evaluation folder stays as it is.
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -14,10 +15,13 @@ from typing import Any
 from moonbase.errors import UserError
 from moonbase.evals.proof import chain, manifest, signing
 from moonbase.evals.proof.canonical import BundleError, canonical, portable
+from moonbase.evals.proof.complete import Shortfall, as_told, shortfalls
+from moonbase.evals.proof.copies import Copies
 from moonbase.evals.proof.folder import file_digest, open_file, read_document, read_json, walk
 from moonbase.evals.proof.levels import Sources, levelled
 from moonbase.evals.proof.survey import Survey
 from moonbase.evals.records import Record, read_records
+from moonbase.evals.suite import suite_of
 from moonbase.files import write_bytes, write_folder, write_pieces
 
 STATEMENT = "statement.dsse.json"
@@ -57,7 +61,8 @@ def seal(folder: Path, key: Path, *, publish: bool = False, out: Path | None = N
     with write_folder(out) as aside:
         write_bytes(aside / "suite.json", canonical(suite_json) + b"\n")
         survey, head, tree = _write_records(folder, aside, suite_json, publish)
-        facts = manifest.build(suite_json, survey, publish=publish)
+        facts = manifest.build(suite_json, survey, publish=publish, missing=as_told(
+            _missing(folder, aside, suite_json, survey)))
         write_bytes(aside / "manifest.json", canonical(facts) + b"\n")
         _write_results(folder, aside, survey)
         for name in PROMISES:
@@ -102,10 +107,26 @@ def _write_records(folder: Path, aside: Path, suite_json: dict[str, Any], publis
     return survey, head, tree
 
 
+def _missing(folder: Path, aside: Path, suite_json: dict[str, Any], survey: Survey) -> list[Shortfall]:
+    """What the suite asks and the records lack: told when it is sealed, or it looks as if it had been left out."""
+    suite, logged = suite_of(aside), {}
+    for logs in (folder / "logs", folder / "private" / "logs"):
+        with contextlib.suppress(ImportError, UserError):
+            from moonbase.evals.collect import asked_in
+
+            logged |= asked_in(logs, (), suite)
+    copies = Copies(suite, suite_json, None)
+
+    def asked(task: str, model: str) -> int | None:
+        known = copies.asked(task, model)
+        return logged.get((task, model)) if known is None else known
+
+    return list(shortfalls(suite, suite_json, survey.counts(), asked))
+
+
 def _write_results(folder: Path, aside: Path, survey: Survey) -> None:
     from moonbase.evals.figures import Table, figures_of
     from moonbase.evals.report import write_report
-    from moonbase.evals.suite import suite_of
 
     table = Table.read(aside / RECORDS)
     figures = levelled(figures_of(suite_of(aside), table), table, survey.levels)
@@ -146,20 +167,20 @@ def disclose(bundle: Path, index: int, *, text: bool = True) -> dict[str, Any]:
     `text` False leaves the record out and shows the digests of its parts only. Raises UserError.
     """
     suite_json = read_json(bundle, "suite.json")
-    leaves, shown = [], None
+    tree, shown = chain.MerkleTree(follow=index), None
     for link in chain.read_links(bundle, RECORDS, chain.genesis(suite_json)):
-        leaves.append(chain.leaf_of(link.digest))
+        tree.append(chain.leaf_of(link.digest))
         if link.number == index + 1:
             shown = link
     if shown is None:
-        raise UserError(f"{bundle}: has no record {index}; they are numbered from 0 to {len(leaves) - 1}")
+        raise UserError(f"{bundle}: has no record {index}; they are numbered from 0 to {tree.size - 1}")
     if shown.problem:
         raise BundleError(f"{RECORDS}, line {index + 1}: {shown.problem}")
     return {
         "schema": "moonbase.disclosure/1", "index": index, "digest": shown.digest,
         "parts": chain.parts_of(shown.record), "previous": shown.previous,
         "record": shown.record if text else None,
-        "path": [step.hex() for step in chain.inclusion_path(leaves, index)],
+        "path": [step.hex() for step in tree.path()],
     }
 
 

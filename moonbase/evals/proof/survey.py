@@ -1,7 +1,8 @@
 """Everything about the records that a manifest states, gathered in one pass.
 
 Sealing writes it down and verifying gathers it again: a manifest that says something else about the records is caught.
-Memory grows with the number of items and models; of a sample nine bytes are kept.
+Of a sample nine bytes are kept, of an item sixteen. The latter go when the facts are told, and eight of the
+former when repeats are counted.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from collections import Counter
 from typing import Any
 
 from moonbase.evals.proof.canonical import BundleError, canonical, digest_bytes
+from moonbase.evals.proof.hashes import Distinct
 from moonbase.evals.proof.levels import Sources, level_of
 from moonbase.evals.records import Record
 
@@ -21,7 +23,7 @@ _SHOWN_SETTINGS = 8
 
 
 class Survey:
-    """`add` every record, then ask."""
+    """`add` every record, then ask; what was asked holds no more records."""
 
     def __init__(self, sources: Sources) -> None:
         self.levels = array("b")
@@ -29,13 +31,17 @@ class Survey:
         self.count = 0
         self._sources = sources
         self._models: dict[str, dict[str, Any]] = {}
-        self._tasks: dict[str, set[bytes]] = {}
+        self._tasks: dict[str, Distinct] = {}
         self._identities = array("Q")
+        self._repeated: int | None = None
+        self._facts: dict[str, Any] | None = None
 
     def add(self, record: Record) -> None:
         self.count += 1
         self.levels.append(level_of(record, self._sources))
-        task = self._tasks.setdefault(record.task, set())
+        task = self._tasks.get(record.task)
+        if task is None:
+            task = self._tasks[record.task] = Distinct(16)
         task.add(_short([record.item, record.input_digest, record.target_digest], 16))
         model = self._models.setdefault(record.model, {
             "statuses": Counter(), "providers": set(), "precisions": set(), "fingerprints": set(), "weights": set(),
@@ -76,7 +82,19 @@ class Survey:
         """How many records say the same item, sample, model and condition as another."""
         import numpy as np
 
-        return self.count - len(np.unique(np.frombuffer(self._identities, dtype=np.uint64))) if self.count else 0
+        if self._repeated is None:
+            if self.count:
+                hashes = np.frombuffer(self._identities, dtype=np.uint64)
+                hashes.sort()
+                self._repeated = int((hashes[1:] == hashes[:-1]).sum())
+                del hashes
+            self._identities = array("Q")
+        return self._repeated or 0
+
+    def counts(self) -> dict[tuple[str, str], int]:
+        """Records by task and model."""
+        return {(task, name): number for name, model in self._models.items()
+                for task, number in model["samples"].items()}
 
     def uneven(self) -> list[str]:
         """Tasks that one model was asked more often than another, in words."""
@@ -89,11 +107,14 @@ class Survey:
 
     def facts(self) -> dict[str, Any]:
         """`items`: per task how many and a digest of their ids, inputs and targets; `models`: how each was asked."""
-        return {
-            "items": {task: {"count": len(items), "digest": digest_bytes(b"".join(sorted(items)))}
-                      for task, items in sorted(self._tasks.items())},
-            "models": {name: _model_facts(model) for name, model in sorted(self._models.items())},
-        }
+        if self._facts is None:
+            self._facts = {
+                "items": {task: {"count": len(items), "digest": digest_bytes(items.tobytes())}
+                          for task, items in sorted(self._tasks.items())},
+                "models": {name: _model_facts(model) for name, model in sorted(self._models.items())},
+            }
+            self._tasks = {task: Distinct(16) for task in self._tasks}
+        return self._facts
 
 
 def _model_facts(model: dict[str, Any]) -> dict[str, Any]:

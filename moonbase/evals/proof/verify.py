@@ -19,6 +19,7 @@ from pydantic import ValidationError
 from moonbase.errors import UserError
 from moonbase.evals.proof import chain, manifest, signing, tables
 from moonbase.evals.proof.canonical import BundleError, clean
+from moonbase.evals.proof.complete import Shortfall, absent, compared, shortfalls
 from moonbase.evals.proof.copies import Copies
 from moonbase.evals.proof.folder import file_digest, read_document, read_json, walk
 from moonbase.evals.proof.levels import (
@@ -30,6 +31,7 @@ from moonbase.evals.proof.levels import (
     figure_models,
     levelled,
 )
+from moonbase.evals.proof.limits import refuse_gigantic
 from moonbase.evals.proof.logs import check_logs
 from moonbase.evals.proof.rescoring import Rescorer
 from moonbase.evals.proof.seal import (
@@ -54,8 +56,6 @@ MOST_FINDINGS = 20
 """Of one check; the rest is counted."""
 MOST_CHALLENGES = 100
 """Counter-statements: each takes a pass over the records."""
-LARGEST_PARAMETER = 10**5
-"""Of a hypothesis' settings (bootstrap draws): a bundle must not make its reader compute for a year."""
 MOST_FIGURES = 20_000
 """That a suite and its records may ask for."""
 
@@ -124,6 +124,8 @@ class Verification:
         self._suite: dict[str, Any] | None = None
         self._results: dict[str, Any] = {}
         self._survey: Survey | None = None
+        self._manifest: dict[str, Any] = {}
+        self._shortfalls: dict[tuple[str, str], Shortfall] = {}
         self._table: Any = None
         self._computed: list[Any] = []
         self._stated = False
@@ -135,7 +137,8 @@ class Verification:
             return  # A folder with links in it is read no further.
         for name, check in (("signature", self._check_signature), ("files", self._check_files),
                             ("records", self._check_records), ("logs", self._check_logs),
-                            ("manifest", self._check_manifest), ("figures", self._check_figures),
+                            ("manifest", self._check_manifest), ("complete", self._check_complete),
+                            ("figures", self._check_figures),
                             ("promise", self._check_promise), ("tables", self._check_tables),
                             ("challenges", self._check_challenges)):
             with self._checking(name):
@@ -235,9 +238,9 @@ class Verification:
         sources = Sources(self._suite)
         survey, tree, rescorer = Survey(sources), chain.MerkleTree(), Rescorer(sources)
         suite = suite_of(self.bundle)
-        settled = Settled(suite, self._suite.get("limit"))
-        copies = Copies(suite, self._suite, self.aids.data, self.aids.salt)
-        head, problems = chain.genesis(self._suite), []
+        settled = Settled(suite, self._suite)
+        copies = Copies(suite, self._suite, self.aids.data, self.aids.salt, rescorer)
+        head, problems = chain.genesis(self._suite), [f"suite.json: {line}" for line in settled.unknown_sources()]
         for link in chain.read_links(self.bundle, RECORDS, head):
             head = link.digest
             found = [link.problem] if link.problem else []
@@ -249,9 +252,11 @@ class Verification:
                 found.append(f"not a record: {'.'.join(map(str, first['loc']))}: {first['msg']}")
             else:
                 survey.add(record)
+                before = rescorer.rescored
                 if self.rescore:
                     found += rescorer.check(record)
-                found += sources.outside(record) + settled.check(record) + copies.check(record)
+                found += copies.check(record)  # scores what is withheld, where the reader has it
+                found += sources.outside(record) + settled.check(record, again=rescorer.rescored > before)
             if len(problems) <= MOST_FINDINGS * 5:
                 problems += [f"{RECORDS}, line {link.number}: {problem}" for problem in found]
         self.root, self._survey = "sha256:" + tree.root().hex(), survey
@@ -262,9 +267,8 @@ class Verification:
         if not problems:
             self.ok("records", f"{survey.count} in an unbroken chain; scored again: {rescorer.rescored}, "
                                f"items made again from the seed: {rescorer.regenerated}")
-        if settled.called_errors:
-            self.note("records", f"{settled.called_errors} are called errors though an answer is there: that they "
-                                 "failed is the publisher's word")
+        for line in settled.taken_on_word(self.rescore):
+            self.note("records", line)
         for task in sorted(copies.tasks & survey.tasks):
             status, message = copies.said(task)
             (self.ok if status == "ok" else self.note)("items", message)
@@ -272,8 +276,8 @@ class Verification:
                            for task in copies.tasks & survey.tasks)
         for line in survey.uneven():
             self.note("records", f"not every model has the same number of samples in {clean(line, 300)}")
-        for line in settled.missing(copies.asked):
-            self.note("records", line)
+        self._shortfalls = {(one.task, one.model): one
+                            for one in shortfalls(suite, self._suite, survey.counts(), copies.asked)}
 
     def _differs_from_statement(self, count: int, head: str) -> list[str]:
         if self._statement is None:
@@ -289,10 +293,17 @@ class Verification:
         if not self.rescore or self._suite is None:
             return
         try:
-            same, problems = check_logs(self.bundle, suite_of(self.bundle), self._suite, RECORDS)
+            suite = suite_of(self.bundle)
+            from moonbase.evals.collect import asked_in
+
+            same, problems = check_logs(self.bundle, suite, self._suite, RECORDS)
         except ImportError:
             self.note("logs", 'not compared with the records: that needs Inspect (pip install "moonbase[evals]")')
             return
+        if self._survey is not None:
+            logged = asked_in(self.bundle / "logs", (), suite)
+            for one in shortfalls(suite, self._suite, self._survey.counts(), lambda *key: logged.get(key)):
+                self._shortfalls.setdefault((one.task, one.model), one)
         self.fail("logs", problems)
         if not problems:
             self.ok("logs", f"{same} records follow from Inspect's logs")
@@ -303,6 +314,7 @@ class Verification:
             raise BundleError(f"manifest.json: `schema` is not {manifest.SCHEMA!r}")
         if self._survey is None or self._suite is None:
             raise BundleError("manifest.json: cannot be checked without readable records")
+        self._manifest = stated
         derived = manifest.derived(self._suite, self._survey)
         problems = manifest.differences({name: stated[name] for name in derived if name in stated}, derived)
         if stated.get("publish") and (stated.get("dirty") or not stated.get("commit")):
@@ -313,8 +325,20 @@ class Verification:
         for kind, digest in manifest.code_digests().items():
             if (stated.get("code") or {}).get(kind) != digest:
                 self.note("manifest", f"the code of {kind} here is not that of commit {clean(stated.get('commit'))}")
-        if stated.get("dirty") or not stated.get("commit"):
+        if not stated.get("commit"):
             self.note("manifest", "not made from a commit: nobody can fetch the code that made it")
+        elif stated.get("dirty"):
+            self.note("manifest", f"made from a checkout of commit {clean(stated['commit'], 60)} with changes that are "
+                                  "in no commit: nobody can fetch the code that made it")
+
+    def _check_complete(self) -> None:
+        if self._survey is not None:
+            told, wrong = compared(self._manifest.get("missing", {}), self._shortfalls, self._survey.counts())
+            self.fail("complete", wrong)
+            counts = self._survey.counts()
+            told += absent(suite_of(self.bundle), self._suite or {}, counts, self._shortfalls)
+            for line in told:
+                self.note("complete", line)
 
     def _check_figures(self) -> None:
         from moonbase.evals.figure_plan import specs_of
@@ -322,7 +346,7 @@ class Verification:
 
         if self._survey is None or self._suite is None:
             raise BundleError("cannot be computed without readable records")
-        _refuse_gigantic(self._suite)
+        refuse_gigantic(self._suite)
         suite, models = suite_of(self.bundle), self._survey.models
         if max(10 * self._survey.cells, len(suite.hypotheses) * max(1, models * (models - 1) // 2)) > MOST_FIGURES:
             raise BundleError(f"would take more than {MOST_FIGURES} figures: too many tasks, models or hypotheses")
@@ -386,8 +410,10 @@ class Verification:
     def _check_tables(self) -> None:
         if not self._computed:
             raise BundleError("cannot be compared: no figures could be computed")
+        # As the suite is read: a field that it leaves out has its default.
+        asked = suite_of(self.bundle).hypotheses if self._suite else ()
         hypotheses = [*(self._results.get("hypotheses") or []),
-                      *(manifest.suite_part(self._suite or {}, "hypotheses") or [])]
+                      *(one.model_dump(mode="json") for one in asked)]
         known = tables.Known(self.figures, hypotheses)
         for name, language in ((TABLE, None), *REPORTS.items()):
             if name not in self._sizes:
@@ -466,23 +492,3 @@ class Verification:
 def _figure_differs(stated: dict[str, Any], found: dict[str, Any]) -> list[str]:
     """Field by field; numbers to eight digits, for libraries of other versions sum in another order."""
     return manifest.differences(stated, found, tolerance=1e-8)
-
-
-def _refuse_gigantic(value: Any) -> None:
-    """Raises BundleError for a setting of a hypothesis that would keep the reader computing."""
-    if isinstance(value, dict):
-        for name, item in value.items():
-            if name == "params":
-                _largest(item)
-            _refuse_gigantic(item)
-    elif isinstance(value, list):
-        for item in value:
-            _refuse_gigantic(item)
-
-
-def _largest(value: Any) -> None:
-    if isinstance(value, dict | list):
-        for item in value.values() if isinstance(value, dict) else value:
-            _largest(item)
-    elif isinstance(value, int | float) and abs(value) > LARGEST_PARAMETER:
-        raise BundleError(f"suite.json: a setting of {clean(value, 40)} is beyond {LARGEST_PARAMETER}")

@@ -9,10 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moonbase.errors import CheckpointError
+
 if TYPE_CHECKING:
     from moonbase.data import Tokenizer
     from moonbase.engine import Engine, Service
 
+TOKENIZERS = ("tokenizer.json", "tiktoken.model")
 QUEUE_LIMIT = 1 << 20
 """Calls wait as long as they must: to be turned away is for clients from outside."""
 
@@ -42,14 +45,20 @@ _lock = threading.Lock()
 
 
 def check_source(source: str) -> None:
-    """Raises UserError where there is no such model, without loading it."""
+    """Raises UserError where there is no such model, or a part of it is missing, without loading it."""
     from moonbase.checkpoint import resolve_model_folder
+    from moonbase.checkpoint.folders import damage
     from moonbase.presets import preset_config
 
     if source.startswith("preset:"):
         preset_config(source.removeprefix("preset:"))
-    else:
-        resolve_model_folder(source)
+        return
+    folder = resolve_model_folder(source)
+    if reason := damage(folder):
+        raise CheckpointError(f"{folder}: no whole model ({reason}); copy what is missing there, or name a folder that "
+                              "has config.json, weights and tokenizer")
+    if not any((folder / name).is_file() for name in TOKENIZERS):
+        raise CheckpointError(f"{folder}: no tokenizer here; copy {' or '.join(TOKENIZERS)} there")
 
 
 def engine_of(source: str) -> OpenEngine:
@@ -85,6 +94,7 @@ def _load(source: str) -> OpenEngine:
     from moonbase.checkpoint import resolve_model_folder
     from moonbase.engine import Service
     from moonbase.evals.providers.weights import digest_of_folder, digest_of_model
+    from moonbase.model.quantized_experts import QuantizedExperts
 
     chat = open_engine(source)
     engine = chat.engine
@@ -93,4 +103,6 @@ def _load(source: str) -> OpenEngine:
     service = Service(engine, queue_limit=QUEUE_LIMIT)
     service.start()
     precision = str(next(engine.model.parameters()).dtype).removeprefix("torch.")
+    if any(isinstance(module, QuantizedExperts) for module in engine.model.modules()):
+        precision += ", experts int4"
     return OpenEngine(engine, service, chat.tokenizer, chat.style, digest, precision)

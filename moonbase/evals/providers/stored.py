@@ -31,6 +31,7 @@ from moonbase.evals.records import digest
 
 DATA_VARIABLE = "MOONBASE_SHARED"
 """The environment variable that names the folder of real data."""
+_HOW = f"--data FOLDER (-M data=FOLDER where Inspect itself is called), or set {DATA_VARIABLE}"
 JUDGED = {"paired-politics": "paired-politics/analysis*/{model}.jsonl.gz"}
 """Dataset to the files with verdicts on its answers, one folder a judge."""
 ANSWER_FAILED = "answer failed"
@@ -100,16 +101,25 @@ def normal(text: str) -> str:
 def find_answers(name: str, folder: str | Path | None = None) -> StoredAnswers:
     """`name`: DATASET:MODEL, where a part of the model's name will do that no other has. `folder`: the real data; None
     takes it from the environment. Read once per process. Raises UserError."""
+    return _read(*_located(name, folder))
+
+
+def check_answers(name: str, folder: str | Path | None = None) -> None:
+    """Raises UserError where `find_answers` would for want of a dataset, a folder or a model, without reading them."""
+    _located(name, folder)
+
+
+def _located(name: str, folder: str | Path | None) -> tuple[str, str, _Files]:
+    """(dataset, the model's whole name, its files)"""
     dataset, _, model = name.partition(":")
     if dataset not in DATASETS:
         raise UserError(f"replay/{name}: no such dataset{did_you_mean(dataset, DATASETS)}; there are "
                         f"{', '.join(DATASETS)}")
     folder = folder or os.environ.get(DATA_VARIABLE)
     if not folder:
-        raise UserError(f"replay/{name}: which folder holds the stored answers? Give -M data=FOLDER, or set "
-                        f"{DATA_VARIABLE}")
+        raise UserError(f"replay/{name}: which folder holds the stored answers? Give {_HOW}")
     files = _files(dataset, Path(folder))
-    return _read(dataset, _choose(name, dataset, model, files), files)
+    return dataset, _choose(name, dataset, model, files), files
 
 
 def models_of(dataset: str, folder: str | Path) -> list[str]:
@@ -135,8 +145,7 @@ def _files(dataset: str, folder: Path) -> _Files:
     pattern, strip, _ = DATASETS[dataset]
     found = {re.sub(strip, "", path.name): path for path in sorted(folder.glob(pattern))}
     if not found:
-        raise UserError(f"{folder / pattern}: no stored answers there; name the folder that holds {dataset} "
-                        f"(-M data=FOLDER, or {DATA_VARIABLE})")
+        raise UserError(f"{folder / pattern}: no stored answers there; name the folder that holds {dataset}: {_HOW}")
     return _Files(found)
 
 

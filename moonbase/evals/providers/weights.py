@@ -91,7 +91,7 @@ def digest_of_model(model: torch.nn.Module) -> str:
 
 
 def _note_of(state: tuple[tuple[str, int, int, int], ...]) -> Path:
-    from moonbase.ops.native import cache_folder
+    from moonbase.ops.compiled import cache_folder
 
     return cache_folder() / "weights" / hashlib.sha256(os.fsencode(repr(state))).hexdigest()
 

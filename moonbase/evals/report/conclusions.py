@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import combinations
 from typing import Any
 
@@ -89,7 +90,17 @@ def _read_off(findings: Findings, entry: dict[str, Any]) -> dict[str, str]:
 def _power(findings: Findings, words: Words) -> Iterator[Markup]:
     """What was too small to be seen, in the words of the figure that computed it."""
     for figure in sorting.powers(findings):
-        yield words("not_concluded.small", what=words.whose(figure), figure=number(figure, words))
+        # A number says by itself that it is about what would be missed.
+        seen = figure if figure.value is None else replace(figure, metric=figure.metric.removesuffix(" power"))
+        yield words("not_concluded.small", what=words.whose(seen), figure=number(figure, words))
+
+
+def side_of(entry: dict[str, Any], figure: Shown | None, words: Words) -> str:
+    """Who is ruled on: one model against another, a checkpoint, or the model of the figure."""
+    first, second = (name if isinstance(name := entry.get(side), str) else "" for side in ("first", "second"))
+    if first and second:
+        return words.plain("against", model=first, other=second)
+    return second or (words.side(figure) if figure else "")
 
 
 def _hypotheses(findings: Findings, hypotheses: list[dict[str, Any]], words: Words) -> Iterator[Markup]:
@@ -99,20 +110,27 @@ def _hypotheses(findings: Findings, hypotheses: list[dict[str, Any]], words: Wor
     for statement in dict.fromkeys(str(entry.get("statement") or entry.get("id")) for entry in hypotheses):
         entries = [entry for entry in hypotheses if statement in (entry.get("statement"), entry.get("id"))]
         entries = [entry for entry in entries if entry.get("verdict") in (None, "none", "undecided")]
+        alone = [figure for entry in entries if (figure := figure_of(findings, entry)) and sorting.by_itself(figure)]
+        if alone:
+            yield words("not_concluded.one_model", statement=words.say(statement).rstrip(".。"),
+                        models=words.listed(list(dict.fromkeys(figure.model for figure in alone))))
         figures = [figure_of(findings, entry) for entry in entries]
+        entries = [entry for entry, figure in zip(entries, figures, strict=True) if figure not in alone]
+        figures = [figure for figure in figures if figure not in alone]
         known = [(entry, figure) for entry, figure in zip(entries, figures, strict=True)
                  if figure and figure.value is not None]
         if known:
             told = Markup("; ").join(_told(entry, figure, words) for entry, figure in known)
             yield words("not_concluded.undecided", statement=words.say(statement).rstrip(".。"), figure=told)
-        if unknown := [figure.model if figure else "–" for figure in figures if not figure or figure.value is None]:
+        if unknown := [side_of(entry, figure, words) or "–" for entry, figure in zip(entries, figures, strict=True)
+                       if not figure or figure.value is None]:
             yield words("not_concluded.unknown", statement=words.say(statement).rstrip(".。"),
                         models=", ".join(dict.fromkeys(unknown)))
 
 
 def _told(entry: dict[str, Any], figure: Shown, words: Words) -> Markup:
     """Model, figure, and what the results say of the power."""
-    said = Markup("{} {}").format(visible(words.side(figure)), number(figure, words))
+    said = Markup("{} {}").format(visible(side_of(entry, figure, words)), number(figure, words))
     power, wanted = entry.get("power"), entry.get("n_needed")
     if isinstance(power, int | float) and power < WANTED_POWER:
         said += words("list_mark") + words("not_concluded.power", power=of_hypothesis(entry, "power", f"{power:.0%}"))

@@ -90,6 +90,17 @@ def short(text: str, limit: float) -> str:
     return text + "…"
 
 
+def short_name(text: str, limit: float) -> str:
+    """The same, cut in the middle: versions of one model differ at their ends."""
+    text = " ".join(visible(text).split())
+    if breadth(text) <= limit:
+        return text
+    end = ""
+    while len(end) < len(text) - 1 and breadth(text[-len(end) - 1] + end) <= (limit - 1.25) / 2:
+        end = text[-len(end) - 1] + end
+    return short(text, limit - breadth(end)) + end
+
+
 def broken(text: str, limit: float) -> list[str]:
     """Lines of at most `limit` letters, broken at blanks, around Chinese characters, and within what is longer."""
     lines = [""]
@@ -228,7 +239,7 @@ def forest(key: str, title: str, description: str, rows: Sequence[Row], *, refer
         names, texts = (36, 40) if size.wide else (26, 34)
         left = right = 16
         if size.wide:
-            longest = max((breadth(short(row.label, names)) for row in rows if row.points), default=0)
+            longest = max((breadth(short_name(row.label, names)) for row in rows if row.points), default=0)
             left = int(longest * size.letter) + 26
             right = int(max((breadth(short(row.text, texts)) for row in rows), default=0) * size.letter) + 30
         step = 27 if size.wide else 42
@@ -253,7 +264,7 @@ def _paint_forest(axes: Axes, size: Size, rows: Sequence[Row], limits: tuple[flo
         at = place if size.wide else place + 0.22
         beside = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points", "va": "center"}
         if not row.points:
-            line = 100 if size.wide else 42
+            line = 100 if size.wide else 46
             wrapped = broken(short(row.label, line if size.wide else 2 * line - 4), line)
             axes.annotate("\n".join(wrapped[:2]), xy=(0, place + 0.1), ha="left", fontweight="bold",
                           color=COLOUR["ink"], xytext=(-axes.figure.bbox.width * axes.get_position().x0 + 4, 0)
@@ -264,7 +275,7 @@ def _paint_forest(axes: Axes, size: Size, rows: Sequence[Row], limits: tuple[flo
             axes.plot([line, line], [place - 0.5, place + 0.5] if size.wide else [place + 0.02, place + 0.44],
                       color=COLOUR["ink"], linewidth=1.1, linestyle=(0, (4, 3)), zorder=1)
         room = names if size.wide else max(8.0, (size.width - 40) / size.letter - breadth(short(row.text, texts)))
-        axes.annotate(short(row.label, room), xy=(0, place + lift), xytext=(-12 if size.wide else -8, 0),
+        axes.annotate(short_name(row.label, room), xy=(0, place + lift), xytext=(-12 if size.wide else -8, 0),
                       ha="right" if size.wide else "left", color=COLOUR["ink"], **beside)
         axes.annotate(short(row.text, texts), xy=(1, place + lift), xytext=(14 if size.wide else 8, 0),
                       ha="left" if size.wide else "right", **beside)
@@ -329,9 +340,9 @@ def plane(key: str, title: str, description: str, points: Sequence[tuple[str, Sh
                 axes.plot([x[0]] * 2, y[1:], color=colour, linewidth=1.3)
                 _mark(axes, x[0], y[0], point[3])
                 left = (x[0] - axes.get_xlim()[0]) / (axes.get_xlim()[1] - axes.get_xlim()[0]) > 0.6
-                axes.annotate(short(point[0], 28 if size.wide else 18), xy=(x[0], label), textcoords="offset points",
-                              xytext=(-9 if left else 9, 8), ha="right" if left else "left", va="center",
-                              color=COLOUR["ink"], zorder=5)
+                axes.annotate(short_name(point[0], 28 if size.wide else 18), xy=(x[0], label),
+                              textcoords="offset points", xytext=(-9 if left else 9, 8),
+                              ha="right" if left else "left", va="center", color=COLOUR["ink"], zorder=5)
 
         return draw(name, size.width, height, (46, 18, 12, 30), size.font, paint)
 
@@ -345,7 +356,7 @@ def slopes(key: str, title: str, description: str, groups: Sequence[tuple[Group,
     def one(name: str, size: Size) -> str:
         height = max(300, 80 + 22 * len(groups))
         # Names stand at the right end only: the shape says which line begins where.
-        longest = max(breadth(short(group.model, 32 if size.wide else 16)) for group, _ in groups)
+        longest = max(breadth(short_name(group.model, 32 if size.wide else 16)) for group, _ in groups)
         right = int(longest * size.letter) + 26
 
         def paint(axes: Axes) -> None:
@@ -370,7 +381,7 @@ def slopes(key: str, title: str, description: str, groups: Sequence[tuple[Group,
                     bounds = _bounds(group[end])
                     axes.plot([place] * 2, bounds[1:], color=COLOUR[colour], linewidth=1.0, alpha=0.7, zorder=2)
                     _mark(axes, place, bounds[0], style)
-                axes.annotate(short(group.model, 32 if size.wide else 16), xy=(1.06, label), xytext=(10, 0),
+                axes.annotate(short_name(group.model, 32 if size.wide else 16), xy=(1.06, label), xytext=(10, 0),
                               textcoords="offset points", va="center", ha="left", color=COLOUR["ink"],
                               annotation_clip=False)
 
@@ -405,7 +416,7 @@ def curves(key: str, title: str, description: str, groups: Sequence[tuple[Group,
             if in_line and any(dose_of(label) != dose for dose, label in places.items()):
                 # Nobody told the doses, so that checkpoints stand one after the other, by name.
                 room = (size.width - 64) / size.letter / len(places)
-                axes.set_xticks(list(places), [short(label, max(room, 4.0)) for label in places.values()])
+                axes.set_xticks(list(places), [short_name(label, max(room, 4.0)) for label in places.values()])
                 return
             axes.xaxis.set_major_locator(MaxNLocator(nbins=7 if size.wide else 4, steps=[1, 2, 2.5, 5, 10]))
             axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))

@@ -16,6 +16,8 @@ from moonbase.evals.report.read import Shown
 from moonbase.report.words import visible
 
 _COUNTS = ("n", "clusters", "unscored", "abstained", "errors")
+_OF_REQUESTS = {"benign", "safe", "harmless", "unsafe", "harmful"}
+"""Groups that say how a request is, not what it is about."""
 
 
 @cache
@@ -66,14 +68,20 @@ class Words:
         if f"metric.{name}" in self._phrases:
             return self._phrases[f"metric.{name}"]
         first, _, rest = name.partition(" ")
-        return f"{self._phrases.get(f'metric.{first}', first)} {self._phrases.get(f'way.{rest}', rest)}".strip()
+        return f"{self._measured(first)} {self._phrases.get(f'way.{rest}', rest)}".strip()
+
+    def _measured(self, name: str) -> str:
+        """A score's name, or labels that are counted together (`full|partial`), in words where there are any."""
+        return self._phrases.get(f"metric.{name}") or self._phrases["or_mark"].join(
+            self._phrases.get(f"metric.{part}", part) for part in name.split("|"))
 
     def facets(self, figure: Shown | tuple[tuple[str, str], ...]) -> str:
         """`maths, language zh, thinking on`; of a difference `language en − zh`."""
         pairs, other = (figure.without(), figure.versus) if isinstance(figure, Shown) else (figure, {})
         control = figure.params.get("control") if isinstance(figure, Shown) else None
         # The task comes first, and says by itself what it is.
-        said = [f"{self._facet(name)}{self.value(value)}{f' − {self.value(other[name])}' if name in other else ''}"
+        said = [f"{self._facet(name, value)}{self.value(value)}"
+                f"{f' − {self.value(other[name])}' if name in other else ''}"
                 for name, value in sorted(pairs, key=lambda pair: pair[0] != "task")]
         if isinstance(control, dict) and control:
             said.append(self.plain("control", control=", ".join(self.value(str(one)) for one in control.values())))
@@ -83,7 +91,9 @@ class Words:
         """A condition's value in words where it has any; of several (`us|eu`) each."""
         return self._phrases["or_mark"].join(self._phrases.get(f"value.{part}", part) for part in name.split("|"))
 
-    def _facet(self, name: str) -> str:
+    def _facet(self, name: str, value: str) -> str:
+        if name == "group" and set(value.split("|")) <= _OF_REQUESTS:
+            name = "requests"
         return "" if name in ("task", "suite") else f"{self._phrases.get(f'facet.{name}', name)} "
 
     def scope(self, figure: Shown) -> str:

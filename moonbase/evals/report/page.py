@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 from markupsafe import Markup
 
-from moonbase.evals.report.conclusions import figure_of, hypotheses_of, not_concluded
+from moonbase.evals.report.conclusions import figure_of, hypotheses_of, not_concluded, side_of
 from moonbase.evals.report.language import LANGUAGES, Words, number, of_hypothesis, part
 from moonbase.evals.report.parts import Parts
 from moonbase.evals.report.read import Findings, Shown, read_findings
@@ -22,6 +23,9 @@ _MOST_FIELDS = 60
 _SYMBOLS = {"better": "▲", "worse": "▼", "equivalent": "=", "non_inferior": "≥", "undecided": "?", "above": "▲",
             "below": "▼", "different": "≠", "none": "–", "yes": "✓", "no": "✗"}
 _BEARINGS = {"supported": "✓", "contradicted": "✗", "undecided": "?"}
+_CORRECTED = re.compile(r"p = \S+ after correction")
+"""A reason that is among the numbers already."""
+_ENDS_IN_P = re.compile(r"[,，] ?p = (\S+)$")
 # Parts of the manifest that are long, or stand elsewhere on the page.
 _LEFT_TO_THE_FILE = ("installed", "hypotheses", "figures", "suite")
 
@@ -66,6 +70,9 @@ def _content(findings: Findings, words: Words) -> dict[str, Any]:
     suite, models = findings.suite, findings.models
     parts, absent = Parts(findings, words).all()
     hypotheses = hypotheses_of(findings)
+    compared = findings.plan.get("compared")
+    asked = ("checkpoints", len(compared) - 1) if findings.kind == "fine_tuning" and isinstance(compared, list) else \
+        ("models", len(models))
     tasks = suite.get("tasks")
     tasks = len(tasks) if isinstance(tasks, list) else \
         len({figure.facets["task"] for figure in findings.figures if "task" in figure.facets}) or 1
@@ -77,7 +84,7 @@ def _content(findings: Findings, words: Words) -> dict[str, Any]:
         "kind": "" if plain else f"{findings.kind}.",
         "title": title or _text(suite.get("name")) or words.plain("overline"),
         "about": about, "sealed": bool(findings.manifest), "models": models,
-        "lead": words.plain("lead", models=words.several("models", len(models)), tasks=words.several("tasks", tasks)),
+        "lead": words.plain("lead", models=words.several(*asked), tasks=words.several("tasks", tasks)),
         "notes": _notes(findings, words), "tiles": [] if tuning else _tiles(findings), "parts": parts, "absent": absent,
         "hypotheses": _hypotheses(findings, hypotheses, words),
         "not_concluded": not_concluded(findings, hypotheses, words), "figures": findings.figures,
@@ -103,7 +110,9 @@ def _notes(findings: Findings, words: Words) -> list[str]:
         notes.append("dirty")
     if any(figure.left_out for figure in findings.figures):
         notes.append("left_out_note")
-    return [words.plain(name) for name in notes] + [words.say(note) for note in findings.notes]
+    short = [words.plain("missing", model=model, task=task, found=numbers[0], wanted=numbers[1])
+             for model, tasks in (findings.manifest.get("missing") or {}).items() for task, numbers in tasks.items()]
+    return [words.plain(name) for name in notes] + short + [words.say(note) for note in findings.notes]
 
 
 def _tiles(findings: Findings) -> list[Shown]:
@@ -134,7 +143,7 @@ def _hypothesis(findings: Findings, entry: dict[str, Any], words: Words) -> dict
     """One hypothesis with its verdict and every number that the results give for it."""
     verdict = entry.get("verdict") if entry.get("verdict") in _SYMBOLS else "none"
     kind = _text(entry.get("kind"))
-    note = words.say(_text(entry.get("note") or entry.get("reason")))
+    note = _reason(entry, words)
     if entry.get("read_off"):
         note = words.plain("read_off")
     bearing = entry.get("statement_is") if entry.get("statement_is") in _BEARINGS else ""
@@ -147,19 +156,30 @@ def _hypothesis(findings: Findings, entry: dict[str, Any], words: Words) -> dict
             margin = entry.get("margin")
             size = compact(100 * (margin if isinstance(margin, int | float) and margin else 0.05))
             numbers.append((words.plain(word, size=size), of_hypothesis(entry, name, text)))
-    first, second = _text(entry.get("first")), _text(entry.get("second"))
     figure = figure_of(findings, entry)
-    side = words.plain("against", model=first, other=second) if first and second else \
-        second or (words.side(figure) if figure else "")
     statement = words.say(_text(entry.get("statement")) or _text(entry.get("id")))
-    if first and second and not bearing and figure and figure.function == "difference_in_differences":
+    of_two = entry.get("first") and entry.get("second")
+    if of_two and not bearing and figure and figure.function == "difference_in_differences":
         note = words.plain("list_mark").join(filter(None, [note, words.plain("of_each")]))
     tone = entry.get("tone") if entry.get("tone") in _SYMBOLS else verdict
-    return {"side": side, "tone": tone, "statement": statement, "verdict": verdict, "bearing": bearing,
-            "bears": words.plain(f"bearing.{bearing}") if bearing else "", "mark": _BEARINGS.get(bearing, ""),
+    return {"side": side_of(entry, figure, words), "tone": tone, "statement": statement, "verdict": verdict,
+            "bearing": bearing, "bears": words.plain(f"bearing.{bearing}") if bearing else "",
+            "mark": _BEARINGS.get(bearing, ""),
             "symbol": _SYMBOLS[verdict], "word": words.plain(f"verdict.{verdict}"), "numbers": numbers,
             "kind": words.plain(f"kind.{kind}") if kind in ("superiority", "non_inferiority", "equivalence") else kind,
             "note": note, "figure": figure}
+
+
+def _reason(entry: dict[str, Any], words: Words) -> str:
+    """In words, without the p-value that stands among the numbers already."""
+    reason, adjusted = _text(entry.get("note") or entry.get("reason")), entry.get("adjusted_p_value")
+    if not isinstance(adjusted, int | float):
+        return words.say(reason)
+    if _CORRECTED.fullmatch(reason):
+        return ""
+    said = words.say(reason)
+    end = _ENDS_IN_P.search(said)
+    return said[:end.start()] if end and end[1] == f"{adjusted:.2g}" else said
 
 
 def _fields(values: dict[str, Any]) -> list[tuple[str, str]]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 
 from markupsafe import Markup
 
+from moonbase.evals.printing import rate_text
 from moonbase.evals.report import drawings, sorting
 from moonbase.evals.report.drawings import MOST_ROWS, Row, key_icon
 from moonbase.evals.report.language import Words
@@ -78,12 +79,23 @@ class Parts:
         """A model's name without the beginning that all of them share (`replay/paired-politics:`); tables have all."""
         return model[self._start :] if model in self.styles else model
 
+    def _scope(self, figure: Shown) -> str:
+        """What a figure is about; the model of a control by its short name."""
+        control = figure.params.get("control")
+        if isinstance(control, dict) and "model" in control:
+            control = control | {"model": self._called(str(control["model"]))}
+            figure = replace(figure, params=figure.params | {"control": control})
+        return self.words.scope(figure)
+
     def _title(self, name: str) -> str:
         return self.words.plain(name)
 
     def _said(self, figure: Shown) -> str:
-        """The number as it stands beside its mark, with its level."""
-        return f"{self.words.text(figure)}  L{min(max(figure.level, 0), 4)}"
+        """The number as it stands beside its mark, with its level: short enough to be there whole on a phone."""
+        text = self.words.text(figure)
+        if figure.unit == "rate" and figure.value in (0.0, 1.0):
+            text = rate_text(figure.value, figure.low, figure.high, figure.n, 0, self.words.language, brief=True)
+        return f"{text}  L{min(max(figure.level, 0), 4)}"
 
     def _describe(self, name: str, figures: Sequence[Shown]) -> str:
         """The first few numbers in words; the table has them all."""
@@ -104,7 +116,7 @@ class Parts:
         under: dict[str, list[Row]] = {}
         values = list(dict.fromkeys(figure.facets.get(own) for figure in figures))
         for figure in figures:
-            heading, label = self.words.scope(figure), self._called(figure.model) or figure.id
+            heading, label = self._scope(figure), self._called(figure.model) or figure.id
             style = self.styles.get(figure.model, 0)
             if own:
                 heading = " · ".join(filter(None, [self._called(figure.model), self.words.metric(figure.metric),

@@ -226,8 +226,21 @@ def changes(findings: Findings) -> list[Shown]:
 
 
 def differences(findings: Findings) -> list[Shown]:
-    """Between models."""
-    return [figure for figure in findings.figures if figure.function in DIFFERENCES and "model" in figure.versus]
+    """Between models. Where a hypothesis asks for what its only task shows anyway, it is shown once."""
+    found = [figure for figure in findings.figures
+             if figure.function in DIFFERENCES and "model" in figure.versus and not figure.member]
+
+    def same(one: Shown, other: Shown) -> bool:
+        names = ("function", "model", "versus", "value", "low", "high", "n")
+        return "task" in other.facets and one.facets.items() <= other.facets.items() and all(
+            getattr(one, name) == getattr(other, name) for name in names)
+
+    return [one for one in found if "task" in one.facets or not any(same(one, other) for other in found)]
+
+
+def by_itself(figure: Shown) -> bool:
+    """A rate or a mean that nothing is held against: no verdict follows from it."""
+    return figure.function not in (*DIFFERENCES, "members", "slope") and "reference" not in figure.params
 
 
 def controlled(findings: Findings) -> list[Shown]:

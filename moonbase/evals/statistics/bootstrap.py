@@ -11,7 +11,7 @@ import numpy as np
 from moonbase.evals.statistics.intervals import Interval, codes_of, observed
 
 RESAMPLES = 2000
-CHUNK = 1 << 22
+CHUNK = 1 << 19
 """Draws held at a time: memory does not grow with the number of resamples."""
 
 

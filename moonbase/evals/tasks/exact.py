@@ -3,9 +3,7 @@ set of multiple choice whose columns a suite names."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator
-from decimal import Decimal, InvalidOperation
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -16,6 +14,7 @@ from inspect_ai.scorer import Score, Scorer, Target, scorer
 from inspect_ai.solver import TaskState, generate
 
 from moonbase.errors import UserError
+from moonbase.evals.short_answers import as_target, letter_in, number_in
 from moonbase.evals.sources import find_copy, read_rows, source_of
 from moonbase.evals.suite import Suite, TaskSpec
 
@@ -23,36 +22,6 @@ LETTERS = "ABCDEFGHIJ"
 MULTIPLE_CHOICE = ("{question}\n\nOptions:\n{options}\n\nThink step by step, then end with a line "
                    "\"The answer is (X).\", where X is the letter of the right option.")
 WORD_PROBLEM = "{question}\n\nThink step by step, then end with a line \"#### N\", where N is the answer as a number."
-
-# A bare letter is a capital, and no word: "the answer is a matter of taste".
-_SAID = re.compile(r"\b(?i:answer)\b\s*(?i:is)?\s*:?\s*\**\s*(?:\(([A-Ja-j])\)|([A-J])\b(?!\s+[a-z]))")
-_BOXED = re.compile(r"\\boxed\{\s*(?:\\text\{)?\s*\(?([A-J])\)?")
-_ALONE = re.compile(r"\(?([A-J])\)?[.:]?")
-_NUMBER = r"-?\$?\s*\d[\d,]*(?:\.\d+)?"
-_MARKED = re.compile(rf"(?:####|\banswer\s*(?:is|:)|\\boxed\{{)\s*[*$\\]*\s*({_NUMBER})", re.IGNORECASE)
-_ANY_NUMBER = re.compile(_NUMBER)
-
-
-def letter_in(text: str) -> str | None:
-    """The letter of the first "the answer is (X)", else of a box, else a last line that is nothing else.
-
-    The first, as the authors of MMLU-Pro read: models that were shown examples go on with questions of their own.
-    """
-    for pattern in (_SAID, _BOXED):
-        if found := pattern.search(text):
-            return found[found.lastindex].upper()
-    lines = [line.strip().strip("*") for line in text.splitlines() if line.strip()]
-    last = _ALONE.fullmatch(lines[-1]) if lines else None
-    return last[1] if last else None
-
-
-def number_in(text: str) -> Decimal | None:
-    """The number that an answer settles on: behind "####", "the answer is" or in a box, else the last one."""
-    found = _MARKED.findall(text) or _ANY_NUMBER.findall(text)
-    try:
-        return Decimal(re.sub(r"[,$\s]", "", found[-1])).normalize() if found else None
-    except InvalidOperation:
-        return None
 
 
 @scorer(metrics=[], name="exact")
@@ -77,7 +46,7 @@ def mmlu_pro(suite: Suite, spec: TaskSpec, data: Path | None, seed: int, limit: 
             options = "\n".join(f"{letter}. {option}" for letter, option in zip(LETTERS, row["options"], strict=False))
             yield Sample(
                 id=id, input=MULTIPLE_CHOICE.format(question=row["question"], options=options),
-                target=f"The answer is ({row['answer']}).", metadata={
+                target=as_target(f"The answer is ({row['answer']}).", letter_in), metadata={
                     "item": id, "group": row["category"], "cluster": "", "replay_key": id,
                     "condition": {"language": "en"}})
 
@@ -90,7 +59,7 @@ def gsm8k(suite: Suite, spec: TaskSpec, data: Path | None, seed: int, limit: int
         for number, row in enumerate(_rows(suite, spec, data), 1):
             yield Sample(
                 id=str(number), input=WORD_PROBLEM.format(question=row["question"]),
-                target="#### " + row["answer"].rpartition("####")[2].strip(),
+                target=as_target("#### " + row["answer"].rpartition("####")[2].strip(), number_in),
                 metadata={"item": str(number), "group": None, "cluster": "", "condition": {"language": "en"}})
 
     return _exact_task(suite, spec, samples(), "number", limit, stored)

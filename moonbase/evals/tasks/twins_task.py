@@ -15,6 +15,7 @@ from inspect_ai.solver import generate
 from moonbase.errors import UserError
 from moonbase.evals.fresh.number_twins import make_twin
 from moonbase.evals.fresh.problem import Draw
+from moonbase.evals.short_answers import as_target, number_in
 from moonbase.evals.sources import find_copy, read_rows, source_of
 from moonbase.evals.suite import Suite, TaskSpec
 from moonbase.evals.tasks.exact import WORD_PROBLEM, exact_scorer
@@ -54,6 +55,7 @@ def public_twins(suite: Suite, spec: TaskSpec, data: Path | None, seed: int, lim
 
 
 def _sample(line: int, origin: str, question: str, answer: str) -> Sample:
-    return Sample(id=f"{line}/{origin}", input=WORD_PROBLEM.format(question=question), target=f"#### {answer}",
-                  metadata={"item": str(line), "group": None, "cluster": "",
-                            "condition": {"language": "en", "origin": origin}})
+    return Sample(id=f"{line}/{origin}", input=WORD_PROBLEM.format(question=question),
+                  target=as_target(f"#### {answer}", number_in), metadata={
+                      "item": str(line), "group": None, "cluster": "",
+                      "condition": {"language": "en", "origin": origin}})

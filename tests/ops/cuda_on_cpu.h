@@ -11,6 +11,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <deque>
 #include <functional>
 #include <memory>
 #include <random>
@@ -19,13 +20,16 @@
 #define MOONBASE_ON_CPU
 #define __global__
 #define __device__
+#define __host__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
 #define DYNAMIC_SHARED(name) uint8_t* name = current().block->shared.data()
 
 struct Dim { unsigned x; };
+struct alignas(8) float2 { float x, y; };
 struct alignas(16) uint4 { unsigned x, y, z, w; };
 struct alignas(16) float4 { float x, y, z, w; };
+inline float2 make_float2(float x, float y) { return {x, y}; }
 inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 
@@ -38,26 +42,47 @@ struct Meeting {  // of all members of a warp or a block; what each brought lies
 
 struct Copy { void* to; const void* from; unsigned bytes; uint64_t* barrier; };
 
+// Copies of one thread up to its arrival at a barrier; without a source, zeros.
+struct Batch { std::vector<std::pair<void*, const void*>> copies; uint64_t* barrier = nullptr; };
+
+// A product of 64 rows by some columns, a warp's 16 rows of it.
+struct Product {
+  float* sums[32];
+  uint64_t a, b;
+  int columns, lanes = 0;
+  bool turned, add, wrong = false;
+};
+
 struct Block {
   std::vector<uint8_t> shared;
   std::vector<Meeting> warps;
   Meeting all;
+  std::vector<std::deque<Product>> products;  // of a warp, in order; all but the last few are done
+  std::vector<size_t> products_done;
 };
 
 struct Fiber {
   ucontext_t context;
-  std::vector<char> stack;
   Block* block;
   Dim thread, block_index;
   bool ended = false;
   const int* watched = nullptr;  // it waits until this is no longer `seen`
   int seen = 0;
   long sleeps_until = 0;
+  std::deque<Batch> batches;  // all but the last have arrivals
+  std::vector<std::pair<unsigned*, unsigned>> unseen;  // operands stored, and not yet visible to products
+  bool unfenced = false, begun = false;
+  size_t products = 0;
+  std::vector<size_t> groups;  // how many products there were at each commit
 };
+
+constexpr int STACK = 1 << 16;
 
 struct Machine {
   std::vector<std::unique_ptr<Fiber>> fibers;
   std::vector<Copy> copies;
+  std::vector<std::unique_ptr<char[]>> stacks;
+  std::vector<Fiber*> copying;  // those with batches under way
   ucontext_t scheduler;
   Fiber* running = nullptr;
   unsigned grid = 0, threads = 0;
@@ -87,28 +112,44 @@ inline void fiber_main() {
   give_way();
 }
 
-// 0 when every thread has ended; -2 when they wait for one another for ever.
-inline int run_on_cpu(std::function<void()> kernel, int blocks, int threads, int shared_bytes) {
+inline void arrive_at(uint64_t* barrier);
+
+// Some of the batches end.
+inline void end_batches(Machine& m) {
+  for (size_t i = 0; i < m.copying.size();) {
+    std::deque<Batch>& batches = m.copying[i]->batches;
+    if (m.random() % 16 || batches.front().barrier == nullptr) { ++i; continue; }
+    for (const auto& [to, from] : batches.front().copies)
+      from ? std::memcpy(to, from, 16) : std::memset(to, 0, 16);
+    arrive_at(batches.front().barrier);
+    batches.pop_front();
+    if (batches.empty()) m.copying[i] = m.copying.back(), m.copying.pop_back();
+    else ++i;
+  }
+}
+
+// 0 when every thread has ended; -2 when they wait for one another for ever. Blocks `first` and on.
+inline int run_together(int first, int blocks, int threads, int shared_bytes) {
   Machine& m = machine();
   m.fibers.clear();
   m.copies.clear();
-  m.kernel = kernel;
-  m.grid = blocks;
-  m.threads = threads;
+  m.copying.clear();
   std::vector<std::unique_ptr<Block>> all;
   for (int b = 0; b < blocks; ++b) {
     all.push_back(std::make_unique<Block>());
     all[b]->shared.assign(shared_bytes + 128, 0xA5);
     all[b]->warps.resize((threads + 31) / 32);
+    all[b]->products.resize((threads + 31) / 32);
+    all[b]->products_done.resize((threads + 31) / 32);
     for (int t = 0; t < threads; ++t) {
       auto fiber = std::make_unique<Fiber>();
-      fiber->stack.resize(1 << 16);
+      if (m.stacks.size() == m.fibers.size()) m.stacks.emplace_back(new char[STACK]);
       fiber->block = all[b].get();
       fiber->thread = {unsigned(t)};
-      fiber->block_index = {unsigned(b)};
+      fiber->block_index = {unsigned(first + b)};
       getcontext(&fiber->context);
-      fiber->context.uc_stack.ss_sp = fiber->stack.data();
-      fiber->context.uc_stack.ss_size = fiber->stack.size();
+      fiber->context.uc_stack.ss_sp = m.stacks[m.fibers.size()].get();
+      fiber->context.uc_stack.ss_size = STACK;
       makecontext(&fiber->context, fiber_main, 0);
       m.fibers.push_back(std::move(fiber));
     }
@@ -122,9 +163,13 @@ inline int run_on_cpu(std::function<void()> kernel, int blocks, int threads, int
     std::shuffle(alive.begin(), alive.end(), m.random);
     // Now and then a warp stands still, and others get far ahead of it.
     if (m.random() % 16 == 0) stands_still[m.random() % stands_still.size()] = m.round + m.random() % 256;
+    long next = m.round + 1024;  // when somebody can go on
     for (Fiber* fiber : alive) {
-      if (stands_still[fiber->block_index.x * warps_each + fiber->thread.x / 32] > m.round) continue;
-      if (fiber->sleeps_until > m.round || (fiber->watched && *fiber->watched == fiber->seen)) continue;
+      if (fiber->watched && *fiber->watched == fiber->seen) continue;
+      const long still = stands_still[(fiber->block_index.x - first) * warps_each + fiber->thread.x / 32];
+      const long from = std::max(fiber->sleeps_until, still);
+      next = std::min(next, std::max(from, m.round + 1));
+      if (from > m.round) continue;
       m.running = fiber;
       swapcontext(&m.scheduler, &fiber->context);
     }
@@ -135,11 +180,25 @@ inline int run_on_cpu(std::function<void()> kernel, int blocks, int threads, int
       ++*copy.barrier;
       m.copies.erase(m.copies.begin() + i);
     }
+    end_batches(m);
     size_t kept = 0;
     for (Fiber* fiber : alive) if (!fiber->ended) alive[kept++] = fiber;
     alive.resize(kept);
+    if (m.copies.empty() && m.copying.empty()) m.round = next - 1;
   }
-  return m.copies.empty() ? 0 : -3;
+  return m.copies.empty() && m.copying.empty() ? 0 : -3;
+}
+
+// `together`: how many blocks run at the same time; all of them, where they wait for one another.
+inline int run_on_cpu(std::function<void()> kernel, int blocks, int threads, int shared_bytes, int together = 0) {
+  Machine& m = machine();
+  m.kernel = kernel;
+  m.grid = blocks;
+  m.threads = threads;
+  const int step = together ? together : blocks;
+  for (int first = 0; first < blocks; first += step)
+    if (const int error = run_together(first, std::min(step, blocks - first), threads, shared_bytes)) return error;
+  return 0;
 }
 
 // Everybody brings words; whoever comes last makes the result.
@@ -201,12 +260,24 @@ inline unsigned __ballot_sync(unsigned, bool value) {
     for (int lane = 0; lane < 32; ++lane) result[lane] = all;
   })[0];
 }
+template <class T> T __shfl_xor_sync(unsigned, T value, int distance) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, 4);
+  const uint32_t other = warp_exchange({bits}, 1, [&](const uint32_t* words, uint32_t* result) {
+    for (int lane = 0; lane < 32; ++lane) result[lane] = words[lane ^ distance];
+  })[0];
+  std::memcpy(&value, &other, 4);
+  return value;
+}
+inline bool __any_sync(unsigned mask, bool value) { return __ballot_sync(mask, value) != 0; }
 inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
 
 template <class T, class V> T atomicAdd(T* at, V more) { const T before = *at; *at += more; return before; }
 template <class T> T __ldg(const T* at) { return *at; }
 template <class T> T __ldcg(const T* at) { return *at; }
 inline int min(int a, int b) { return a < b ? a : b; }
+inline int max(int a, int b) { return a > b ? a : b; }
+inline float __fmul_rn(float a, float b) { return a * b; }
 inline float __uint_as_float(unsigned bits) { float value; std::memcpy(&value, &bits, 4); return value; }
 inline unsigned float_bits(float value) { unsigned bits; std::memcpy(&bits, &value, 4); return bits; }
 inline float __expf(float x) { return std::exp(x); }
@@ -225,7 +296,16 @@ inline void copy_start(void* to, const void* from, unsigned bytes, uint64_t* bar
   std::memset(to, 0x7F, bytes);
   machine().copies.push_back({to, from, bytes, barrier});
 }
-inline void barrier_wait(uint64_t* barrier, unsigned parity) { while ((*barrier & 1) == parity) give_way(); }
+inline void barrier_wait(uint64_t* barrier, unsigned parity) {
+  const int& phases = reinterpret_cast<const int&>(*barrier);
+  while ((phases & 1) == int(parity)) {
+    current().watched = &phases;
+    current().seen = phases;
+    give_way();
+  }
+  current().watched = nullptr;
+  current().unfenced = true;  // what arrived is not visible to wgmma yet
+}
 inline unsigned acquire(const unsigned* counter) { return *counter; }
 inline unsigned and_or(unsigned word, unsigned mask, unsigned bits) { return (word & mask) | bits; }
 inline uint16_t to_bf16(float value) {
@@ -264,3 +344,116 @@ inline void multiply(float (&sums)[4], const unsigned (&rows)[4], unsigned token
   });
   for (int i = 0; i < 4; ++i) sums[i] = __uint_as_float(takes[i]);
 }
+
+// --- what `latent_attention_hopper.cu` asks of the chip --------------------------------------------------------------
+
+// A barrier with a count: phases that have ended, arrivals still awaited (from bit 32), those of a phase (from bit 48).
+inline void barrier_init(uint64_t* barrier, unsigned count) {
+  *barrier = uint64_t(count) << 48 | uint64_t(count) << 32;
+}
+inline void arrive_at(uint64_t* barrier) {
+  *barrier -= uint64_t{1} << 32;
+  if ((*barrier >> 32 & 0xFFFF) == 0) *barrier += (*barrier >> 48 << 32) + 1;
+}
+inline void barrier_arrive(uint64_t* barrier) {
+  arrive_at(barrier);
+  if (machine().random() % 32 == 0) sleep(machine().random() % 256);  // what it gave away is used by others meanwhile
+}
+
+inline void copy_16(void* to, const void* from, bool there) {
+  Fiber& fiber = current();
+  if (fiber.batches.empty()) machine().copying.push_back(&fiber);
+  if (fiber.batches.empty() || fiber.batches.back().barrier) fiber.batches.emplace_back();
+  std::memset(to, 0x7F, 16);
+  fiber.batches.back().copies.push_back({to, there ? from : nullptr});
+}
+inline void copies_arrive(uint64_t* barrier) { current().batches.back().barrier = barrier; }
+
+// What was stored is poison for products until its thread makes it visible.
+inline void store_operand(void* to, unsigned word) {
+  std::memset(to, 0x7F, 4);
+  current().unseen.push_back({static_cast<unsigned*>(to), word});
+}
+inline void operands_visible() {
+  for (const auto& [to, word] : current().unseen) *to = word;
+  current().unseen.clear();
+  current().unfenced = false;
+}
+
+inline unsigned address_of(const void* shared) {
+  return static_cast<const uint8_t*>(shared) - current().block->shared.data();
+}
+
+// Element (line, depth) of an operand, after the manual's figures of layouts with 128-byte swizzling. Turned: columns
+// are neighbours in memory, 64 in a row of 128 bytes, a row for each of eight steps of the depth.
+inline float element(const Block& block, uint64_t operand, bool turned, int line, int depth) {
+  const unsigned start = (operand & 0x3FFF) << 4, leading = (operand >> 16 & 0x3FFF) << 4;
+  const unsigned stride = (operand >> 32 & 0x3FFF) << 4;
+  unsigned at = turned ? line / 64 * leading + line % 64 * 2 + depth / 8 * stride + depth % 8 * 128
+                       : line / 8 * stride + line % 8 * 128 + depth * 2;
+  at += start;
+  at ^= (at >> 7 & 7) << 4;
+  if (operand >> 62 != 1 || at + 2 > block.shared.size()) return NAN;
+  uint16_t bits;
+  std::memcpy(&bits, block.shared.data() + at, 2);
+  return __uint_as_float(unsigned(bits) << 16);
+}
+
+inline void carry_out(const Block& block, const Product& product, int warp) {
+  float a[16][16];
+  for (int row = 0; row < 16; ++row)
+    for (int k = 0; k < 16; ++k) a[row][k] = element(block, product.a, false, warp % 4 * 16 + row, k);
+  for (int column = 0; column < product.columns; ++column) {
+    float b[16];
+    for (int k = 0; k < 16; ++k) b[k] = element(block, product.b, product.turned, column, k);
+    for (int row = 0; row < 16; ++row) {
+      float& sum = product.sums[row % 8 * 4 + column % 8 / 2][column / 8 * 4 + row / 8 * 2 + column % 2];
+      float total = product.add ? sum : 0;
+      for (int k = 0; k < 16; ++k) total += a[row][k] * b[k];
+      sum = product.wrong ? NAN : total;
+    }
+  }
+}
+
+inline void products_begin() { current().begun = true; }
+inline void products_commit() {
+  current().groups.push_back(current().products);
+}
+
+// A product is carried out when its last lane asks for it, or as late as its warp waits for it.
+inline void ask_for_product(float* sums, int columns, uint64_t a, uint64_t b, bool turned, bool add) {
+  Fiber& fiber = current();
+  const int warp = fiber.thread.x / 32;
+  std::deque<Product>& products = fiber.block->products[warp];
+  if (products.size() == fiber.products) products.push_back({{}, a, b, columns, 0, turned, add});
+  Product& product = products[fiber.products++];
+  product.sums[lane_()] = sums;
+  product.wrong |= !fiber.begun || fiber.unfenced || product.a != a || product.b != b || product.columns != columns ||
+                   product.add != add;
+  size_t& done = fiber.block->products_done[warp];
+  if (++product.lanes == 32 && done + 1 == fiber.products && machine().random() % 2)
+    carry_out(*fiber.block, product, warp), ++done;
+}
+inline void multiply_scores(float (&sums)[32], uint64_t a, uint64_t b, bool add) {
+  ask_for_product(sums, 64, a, b, false, add);
+}
+inline void multiply_values(float (&sums)[64], uint64_t a, uint64_t b, bool add) {
+  ask_for_product(sums, 128, a, b, true, add);
+}
+
+template <int LEFT> void products_wait() {
+  Fiber& fiber = current();
+  const int warp = fiber.thread.x / 32;
+  if (LEFT == 0) fiber.begun = false;
+  if (fiber.groups.size() <= LEFT) return;
+  const size_t until = fiber.groups[fiber.groups.size() - 1 - LEFT];
+  meet(warp_meeting(), 32, lane_(), {}, [&](Meeting&) {
+    for (size_t& done = fiber.block->products_done[warp]; done < until; ++done)
+      carry_out(*fiber.block, fiber.block->products[warp][done], warp);
+  });
+}
+
+template <int COUNT> void registers_give() {}
+template <int COUNT> void registers_take() {}
+inline float exp2_of(float x) { return std::exp2(x); }
+inline unsigned bf16_pair(float low, float high) { return to_bf16(low) | unsigned(to_bf16(high)) << 16; }

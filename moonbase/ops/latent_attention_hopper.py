@@ -1,0 +1,114 @@
+"""Attention over paged latents on a Hopper GPU, for decoding: the calls of `latent_attention_hopper.cu`.
+
+Shapes as in `ops.latent_attention`; G stretches, B blocks of 64 heads.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+
+import torch
+from torch import Tensor
+
+from moonbase.ops.cuda_library import library
+
+RANK, ROPE = 512, 64
+"""The widths that the kernel is made for: DeepSeek-V3's and Kimi K2's."""
+HEADS = 64
+"""Heads that share one reading of the rows."""
+PARTS_LIMIT = 1 << 28
+"""fp32 numbers of unjoined results at a time (1 GiB)."""
+_HEAD_PARTS = HEADS * RANK
+_LOG2_E = 1.4426950408889634
+
+
+class _Arguments(ctypes.Structure):
+    _fields_ = [
+        *[(name, ctypes.c_void_p) for name in
+          ("query", "store", "tables", "sequence", "position", "parts", "tops", "whole", "out")],
+        *[(name, ctypes.c_int64) for name in ("query_token", "query_head", "store_page", "store_slot")],
+        ("scale_log2", ctypes.c_float),
+        *[(name, ctypes.c_int32) for name in ("tokens", "heads", "page_slots", "table_width", "stretches")],
+    ]
+
+
+def fits(query_NHX: Tensor, store_PZX: Tensor, rank: int) -> bool:
+    """Whether the kernel takes these: bf16, 512 + 64 numbers a row, rows that begin at multiples of 16 bytes."""
+    width = RANK + ROPE
+    return (rank == RANK and query_NHX.shape[2] == store_PZX.shape[2] == width
+            and query_NHX.dtype == store_PZX.dtype == torch.bfloat16
+            and all(each.stride(2) == 1 and each.stride(0) % 8 == each.stride(1) % 8 == each.data_ptr() % 16 == 0
+                    for each in (query_NHX, store_PZX)))
+
+
+def available() -> bool:
+    """Whether the kernel can be used on this machine's GPU; the first call compiles it."""
+    return (torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
+            and library("latent_attention_hopper") is not None)
+
+
+def latent_attention_hopper(
+    query_NHX: Tensor, store_PZX: Tensor, tables_BM: Tensor, sequence_N: Tensor, position_N: Tensor, scale: float,
+    rank: int,
+) -> Tensor:
+    """See `ops.latent_attention.latent_attention`; sizes: `fits`; tables, sequences and positions int32, `scale` > 0.
+
+    Weights are rounded to bf16 before they multiply the rows; all else is fp32. Room is taken for the longest context
+    that fits `tables_BM`, so nothing waits for the device and the call can be recorded in a CUDA graph.
+    """
+    tokens, heads, _ = query_NHX.shape
+    assert fits(query_NHX, store_PZX, rank) and scale > 0
+    assert all(each.dtype == torch.int32 for each in (tables_BM, sequence_N, position_N))
+    assert tables_BM.stride(1) == 1 and sequence_N.is_contiguous() and position_N.is_contiguous()
+    kernels, processors, stream = _where(query_NHX.device)
+    head_blocks, page_slots = -(-heads // HEADS), store_PZX.shape[1]
+    stretches = kernels.moonbase_latent_stretches(tables_BM.shape[1] * page_slots)
+    if tokens > 1 and tokens * stretches * head_blocks * _HEAD_PARTS > PARTS_LIMIT:
+        halves = (slice(tokens // 2), slice(tokens // 2, None))
+        return torch.cat([latent_attention_hopper(query_NHX[half], store_PZX, tables_BM, sequence_N[half],
+                                                  position_N[half], scale, rank) for half in halves])
+    out_NHC = query_NHX.new_empty(tokens, heads, rank)
+    if tokens == 0:
+        return out_NHC
+    parts = torch.empty(tokens, stretches, head_blocks, _HEAD_PARTS, dtype=torch.float32, device=query_NHX.device)
+    tops = torch.empty(tokens, stretches, head_blocks, HEADS, 2, dtype=torch.float32, device=query_NHX.device)
+    whole = torch.empty(tokens, stretches, head_blocks, dtype=torch.uint8, device=query_NHX.device)
+    arguments = _Arguments(
+        *[each.data_ptr() for each in
+          (query_NHX, store_PZX, tables_BM, sequence_N, position_N, parts, tops, whole, out_NHC)],
+        *query_NHX.stride()[:2], *store_PZX.stride()[:2], scale * _LOG2_E,
+        tokens, heads, page_slots, tables_BM.stride(0), stretches)
+    blocks = max(processors // head_blocks, 1) * head_blocks
+    error = kernels.moonbase_latent_attention(ctypes.byref(arguments), blocks, ctypes.c_void_p(stream))
+    if error:
+        raise RuntimeError(f"latent_attention_hopper: CUDA error {error}, query {tuple(query_NHX.shape)}")
+    return out_NHC
+
+
+def try_products(query_HX: Tensor, rows_SX: Tensor, weights_HS: Tensor) -> tuple[Tensor, Tensor]:
+    """One tile of both products by itself, to see which of them is wrong: query · rowsᵀ and weights · rows[:, :512],
+    fp32, of 64 heads and 64 rows."""
+    assert query_HX.shape == rows_SX.shape == (HEADS, RANK + ROPE) and weights_HS.shape == (HEADS, HEADS)
+    assert all(each.is_contiguous() and each.dtype == torch.bfloat16 for each in (query_HX, rows_SX, weights_HS))
+    kernels, _, stream = _where(query_HX.device)
+    scores = torch.full((HEADS, HEADS), torch.nan, device=query_HX.device)
+    values = torch.full((HEADS, RANK), torch.nan, device=query_HX.device)
+    error = kernels.moonbase_latent_products(
+        *[ctypes.c_void_p(each.data_ptr()) for each in (query_HX, rows_SX, weights_HS, scores, values)],
+        ctypes.c_void_p(stream))
+    if error:
+        raise RuntimeError(f"latent_attention_hopper: CUDA error {error} in its products")
+    return scores, values
+
+
+def _where(device: torch.device) -> tuple[ctypes.CDLL, int, int]:
+    """The kernels, how many blocks run at once, and the stream."""
+    kernels = library("latent_attention_hopper")
+    assert kernels is not None
+    return kernels, _processors(device), torch.cuda.current_stream(device).cuda_stream
+
+
+@functools.cache
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count

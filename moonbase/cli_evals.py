@@ -74,7 +74,8 @@ def evaluate(
                                              show_default="runs/eval/SUITE-TIME")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="So many items of each task, the same for every model.",
                                               show_default="all")] = None,
-    seed: Annotated[int, typer.Option(help="Of fresh problems, of orders and of samples.")] = 0,
+    seed: Annotated[int | None, typer.Option(help="Of fresh problems, of orders and of samples.",
+                                             show_default="0, or what a commitment settles")] = None,
     data: _Data = None,
     commitment: Annotated[Path | None, typer.Option(help="Fresh problems as promised: the folder that `moonbase "
                                                          "commit` wrote.", show_default="none")] = None,
@@ -113,9 +114,11 @@ def evaluate(
         raise UserError("eval: name a suite; `moonbase eval --list` shows them")
     from moonbase.evals.evaluation import evaluate as run_evaluation
 
+    if commitment is not None and seed is not None:
+        raise UserError("eval: the seed of a promised evaluation follows from its commitment; leave --seed out")
     folder = out or Path("runs/eval") / f"{Path(suite).stem}-{time.strftime('%Y-%m-%d-%H%M%S')}"
     deliver(as_json, lambda: run_evaluation(
-        suite, models or [], folder, seed=seed, limit=limit, data=data, commitment=commitment,
+        suite, models or [], folder, seed=seed or 0, limit=limit, data=data, commitment=commitment,
         public_randomness=public_randomness, judges=judges or [], roles=_pairs("--role", roles),
         price={name: _dollars(name, dollars) for name, dollars in _pairs("--price", price).items()},
         max_connections=max_connections, salt_from=salt_from, temperature=temperature,

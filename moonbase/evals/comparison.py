@@ -144,7 +144,7 @@ def refuse_other_questions(table: Table) -> None:
     salted = any(word.startswith("hmac-") for word in table.present("input_digest", rows))
     more = f" and {len(items) - NAMED} more" if len(items) > NAMED else ""
     hint = "; each was run with a salt of its own (--salt-from takes the other's)" if salted else ""
-    raise UserError(f"compare: not the same questions (input digests differ): {', '.join(items[:NAMED])}{more}{hint}. "
+    raise UserError(f"not the same questions (input digests differ): {', '.join(items[:NAMED])}{more}{hint}. "
                     "Run both with the same suite, seed and data")
 
 

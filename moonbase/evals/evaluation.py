@@ -177,7 +177,7 @@ def seal_folder(folder: Path, key: Path | None, new_key: Path | None, *, publish
 
         countersign(bundle)
     return {"bundle": str(bundle), "public key": public_text(load_key(signing_key)),
-            "to check it": f"moonbase verify {bundle}"}
+            "to check it": f"moonbase verify {bundle} --key {signing_key}.pub"}
 
 
 def challenge_bundle(bundle: Path, n: int, model: str, key: Path, nonce: str, sealed_model: str | None,

@@ -101,18 +101,23 @@ class FineTuning(BaseModel):
                 "curves": [curve.model_dump(mode="json") for curve in self.curves]}
 
 
+_DOSE = re.compile(r"(?:^|[^a-z])(?:steps?|iter(?:ation)?s?|epochs?|tokens?|samples?|checkpoint|ckpt|dose)[-_]?"
+                   r"(\d+(?:\.\d+)?)$", re.IGNORECASE)
+"""`step-300`: a word that says of what the number is; `v3-0324` is a date."""
+
+
 def dose_name(folder: Path | str, taken: Sequence[str]) -> str:
-    """`runs/x/step-300` -> `step-300`: the last part of the name that ends in a number, else the folder's name."""
+    """`runs/x/tuned-step-300` -> `step-300`: the end of the name that tells a dose, else the folder's name."""
     name = Path(folder).name
-    found = re.search(r"[A-Za-z]+[-_]?\d+(?:\.\d+)?$", name)
-    short = found.group() if found else name
+    found = _DOSE.search(name)
+    short = found.group().lstrip("-_. ") if found else name
     return short if short not in taken else name
 
 
 def dose_numbers(names: Sequence[str]) -> list[float]:
-    """The numbers that the names end in, the base's being 0; places in line where one has none."""
-    found = [re.search(r"\d+(?:\.\d+)?$", name) for name in names[1:]]
-    ends = [float(match.group()) for match in found if match]
+    """The doses that the names end in, the base's being 0; places in line where one has none."""
+    found = [_DOSE.search(name) for name in names[1:]]
+    ends = [float(match.group(1)) for match in found if match]
     return [0.0, *ends] if len(ends) == len(found) else [float(place) for place in range(len(names))]
 
 
@@ -162,8 +167,10 @@ def subjects(suite: Suite | None, table: Table, task: str) -> list[tuple[Subject
         return [("capability", value, metric, {})] if value else []
     groups = table.present("group", rows)
     if POLITICAL in groups:
-        # Questions that ought to be answered, whatever state they are about.
-        return [("over_refusal", REFUSED, "over_refusal", {})]
+        # Questions that ought to be answered, whatever state they are about: refused, or answered in part.
+        value, metric = main_metric(suite, table, task, rows)
+        kept: list[tuple[Subject, str, str, dict[str, str]]] = [("capability", value, metric, {})] if value else []
+        return [*kept, ("over_refusal", REFUSED, "over_refusal", {})]
     harmless, others = [group for group in groups if group in HARMLESS], [g for g in groups if g not in HARMLESS]
     if not groups:
         over = "over" in task and "refus" in task

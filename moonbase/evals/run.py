@@ -84,9 +84,14 @@ def run_suite(
     problems = []
     with _alone(folder), _disk_troubles(folder):
         for stored, group in group_models(models).items():
-            problems += _run_group(suite, group, logs, folder, stored, seed=seed, limit=limit, data=data, quiet=quiet,
-                                   max_connections=max_connections, model_args=model_args or {}, roles=roles or {},
-                                   temperature=temperature)
+            try:
+                problems += _run_group(suite, group, logs, folder, stored, seed=seed, limit=limit, data=data,
+                                       quiet=quiet, max_connections=max_connections, model_args=model_args or {},
+                                       roles=roles or {}, temperature=temperature)
+            except KeyboardInterrupt:
+                print(f"interrupted; answers that are there are kept. To go on: the same command with --out {folder}",
+                      file=sys.stderr)
+                raise
         found = collect(suite, list(models), logs, folder, price or {})
     if not found.records or found.errors == found.records:
         why = next((one.reason for one in read_records(folder / "records.jsonl") if one.reason), None) or (
@@ -256,6 +261,9 @@ def _run_group(
             **({} if stored is not None else {"max_retries": RETRIES}),
             **({} if stored is not None or temperature is None else {"temperature": temperature}),
             **({} if max_connections is None else {"max_connections": max_connections}))
+    # Inspect ends an interrupted run as if it were whole: done, and without a log.
+    if not found or any(log.status == "cancelled" for log in found):
+        raise KeyboardInterrupt
     if done:
         return []
     for log in found:

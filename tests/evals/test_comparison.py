@@ -18,7 +18,7 @@ from moonbase.errors import UserError
 from moonbase.evals import comparison
 from moonbase.evals.comparison import Question, compare, hypotheses_of, interval_at, judge, smallest_alpha
 from moonbase.evals.figures import Figure, FigureSpec, Table, compute, figures_of
-from moonbase.evals.fine_tuning import answer_of, diff
+from moonbase.evals.fine_tuning import answer_of, diff, dose_name, dose_numbers
 from moonbase.evals.records import read_records
 from moonbase.evals.report.phrases import say
 from moonbase.evals.side_by_side import write_comparison, write_fine_tuning
@@ -359,6 +359,13 @@ def test_fine_tuning(tmp_path: Path) -> None:
     assert "每单位剂量" in (tmp_path / "out" / "report.zh.html").read_text()
     plan = json.loads((tmp_path / "out" / "suite.json").read_text())
     assert plan["compared"] == ["base", "step-100", "step-200", "step-300"]
+
+
+@pytest.mark.parametrize(("folder", "name", "dose"), [
+    ("runs/tuned-step-300", "step-300", 300.0), ("epoch2", "epoch2", 2.0), ("ckpt_1.5", "ckpt_1.5", 1.5),
+    ("deepseek-chat-v3-0324", "deepseek-chat-v3-0324", 1.0), ("gpt-4.1", "gpt-4.1", 1.0)])
+def test_a_dose_is_what_a_name_calls_one(folder: str, name: str, dose: float) -> None:
+    assert dose_name(folder, []) == name and dose_numbers(["base", name]) == [0.0, dose]
 
 
 def test_few_items_leave_fine_tuning_undecided(tmp_path: Path) -> None:

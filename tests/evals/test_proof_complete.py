@@ -10,6 +10,7 @@ import pytest
 
 pytest.importorskip("inspect_ai", reason="Inspect is not installed (moonbase[evals])")
 
+from moonbase.errors import UserError
 from moonbase.evals import report
 from moonbase.evals.proof import manifest, seal, signing, verify
 from moonbase.evals.proof.levels import Sources
@@ -26,6 +27,15 @@ WANTED = 2 * COUNT
 def all_but_one(record: Record) -> Record | None:
     dropped = record.model == "weak" and record.item.endswith("1") and record.condition["language"] == "en"
     return None if dropped else record
+
+
+def test_sealing_again_throws_no_signature_of_others_away(bundles: Path, tmp_path: Path) -> None:
+    bundle = samples.copy_of(bundles / "whole", tmp_path / "bundle")
+    (bundle / "challenges").mkdir()
+    (bundle / "challenges" / "somebody.dsse.json").write_text("{}")
+    with pytest.raises(UserError, match=r"holds 1 signatures of others, such as challenges/somebody.dsse.json"):
+        seal.seal(bundles / "run-whole", bundles / "key", out=bundle)
+    assert (bundle / "challenges" / "somebody.dsse.json").is_file()
 
 
 @pytest.fixture(scope="module")

@@ -110,15 +110,18 @@ def calls(folder: Path) -> list[dict[str, str]]:
 
 
 @pytest.mark.slow
-def test_a_killed_evaluation_goes_on_and_pays_nothing_twice(tmp_path: Path) -> None:
+@pytest.mark.parametrize("blow", [signal.SIGKILL, signal.SIGINT], ids=["killed", "interrupted"])
+def test_a_killed_evaluation_goes_on_and_pays_nothing_twice(tmp_path: Path, blow: signal.Signals) -> None:
     suite = make_suite(tmp_path, 60)
     process = start(tmp_path, suite, SECONDS="1")
     waited = time.monotonic()
     while len(calls(tmp_path)) < 25:
         assert process.poll() is None and time.monotonic() - waited < 200, process.stderr.read()[-3000:]
         time.sleep(0.05)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
+    os.killpg(process.pid, blow)
+    _, told = process.communicate(timeout=120)
+    assert process.returncode != 0, "an evaluation of a part of the questions is none"
+    assert (f"To go on: the same command with --out {tmp_path / 'out'}" in told) == (blow == signal.SIGINT)
     before = len(calls(tmp_path))
     assert before < 60 and not (tmp_path / "out" / "records.jsonl").exists()
 

@@ -54,6 +54,9 @@ def seal(folder: Path, key: Path, *, publish: bool = False, out: Path | None = N
     out = Path(out) if out is not None else folder.resolve().with_name(folder.resolve().name + "-bundle")
     if out.exists() and not (out / STATEMENT).is_file():
         raise UserError(f"{out}: exists and is no bundle; name another place for it")
+    if signed := [name for name in (walk(out) if out.exists() else ()) if unsealed(name) and name != STATEMENT]:
+        raise UserError(f"{out}: holds {len(signed)} signatures of others, such as {signed[0]}, "
+                        "which sealing again would throw away; name another place with --out")
     signer = signing.load_key(Path(key))
     if not (folder / "suite.json").is_file():
         raise UserError(f"{folder}/suite.json: No such file or directory; name the folder that `moonbase eval` wrote")

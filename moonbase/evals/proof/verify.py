@@ -104,6 +104,8 @@ def verify(bundle: Path, public_key: str | Path | None = None, *, rescore: bool 
     bundle = Path(bundle)
     if not bundle.is_dir():
         raise UserError(f"{bundle}: no such folder; a bundle is the folder that sealing wrote")
+    if (bundle / "suite.json").is_file() and not any((bundle / name).exists() for name in (STATEMENT, "manifest.json")):
+        raise UserError(f"{bundle}: an evaluation that is not sealed; `moonbase seal {bundle}` makes a bundle of it")
     checking = Verification(bundle, public, rescore, aids)
     checking.run()
     return checking.findings

@@ -18,7 +18,7 @@ TORCH_PIP_ARGS ?=
 
 help:
 	@echo "make quickstart   install, then build a corpus, train a small model and write a report (about 6 minutes)"
-	@echo "make test         install with the test tools, check style, run the tests (under 10 minutes)"
+	@echo "make test         install with the test tools, check style, run the tests (about 11 minutes)"
 	@echo "make test-all     the same with the slow ones"
 	@echo "make lint         style only"
 	@echo "make install      the package with its server and agents, into $(VENV)"

@@ -457,7 +457,9 @@ int launch(const Arguments* arguments, int blocks, void* stream) {
 }  // namespace
 
 // Returns CUDA's error code. `blocks`: at most one a processor; `token_tiles`: tokens of an expert at once, in eights.
-extern "C" int moonbase_experts_int4(const Arguments* arguments, int token_tiles, int blocks, void* stream) {
+// `about`: Arguments; a type that no other file knows would hide this function from them.
+extern "C" int moonbase_experts_int4(const void* about, int token_tiles, int blocks, void* stream) {
+  const Arguments* arguments = static_cast<const Arguments*>(about);
   switch (token_tiles) {
     case 1: return launch<8, 1>(arguments, blocks, stream);
     case 2: return launch<8, 2>(arguments, blocks, stream);

@@ -744,8 +744,9 @@ int launch(void (*kernel)(Parameters...), int blocks, int threads, int bytes, vo
 extern "C" int moonbase_latent_stretches(int slots) { return stretches_wanted(slots); }
 
 // Returns CUDA's error code. `blocks`: at most one a processor, a multiple of the blocks of heads.
-extern "C" int moonbase_latent_attention(const Arguments* arguments, int blocks, void* stream) {
-  const Arguments a = *arguments;
+// `about`: Arguments; a type that no other file knows would hide this function from them.
+extern "C" int moonbase_latent_attention(const void* about, int blocks, void* stream) {
+  const Arguments a = *static_cast<const Arguments*>(about);
   const int error = launch(read_stretches, blocks, THREADS, sizeof(Shared), stream, a);
   if (error) return error;
   // About eight blocks a processor, if there is as much to join.

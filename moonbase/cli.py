@@ -250,20 +250,25 @@ def convert(
 
 
 @app.command(epilog="Examples:  moonbase bench train --preset pico --peer transformers\n\n"
-                    "  moonbase bench optimizer --peer torch")
+                    "  moonbase bench moe --preset kimi-k2 --peer torch --card moe.md")
 def bench(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="train, optimizer, decode, serve, moe, int4, swarm, "
-                                                        "agents or evals.")],
+    name: Annotated[str, typer.Argument(metavar="NAME", help="train, muon, moe, mla, decode, serve, slice, int4, "
+                                                        "swarm, agents or evals.")],
     preset: Annotated[str | None, typer.Option(help="The network, with random weights.", show_default="pico",
                                                autocompletion=_complete_preset)] = None,
     peer: Annotated[str | None, typer.Option(help="Measure this package beside moonbase in the same run: transformers, "
-                                                  "for the optimizer and moe torch.", show_default="none")] = None,
+                                                  "for muon, moe and mla torch.", show_default="none")] = None,
+    card: Annotated[Path | None, typer.Option(metavar="FILE.md", show_default="none",
+                                              help="Keep the result as a page, with a picture beside it.")] = None,
+    picture: Annotated[Path | None, typer.Option(metavar="FILE.svg", help="Draw the result, .svg or .png.",
+                                                 show_default="none")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Measure speed and memory, side by side with a peer, in one table."""
     from moonbase.bench import run as run_bench
 
-    options = {key: value for key, value in {"preset": preset, "peer": peer}.items() if value is not None}
+    given = {"preset": preset, "peer": peer, "card": card, "picture": picture}
+    options = {key: value for key, value in given.items() if value is not None}
     show = {"swarm": cli_agents.show_swarm_bench, "int4": show_int4}.get(name, show_bench)
     deliver(as_json, lambda: run_bench(name, **options), show)
 

@@ -69,15 +69,19 @@ def show_bench(result: dict[str, Any]) -> None:
     table = Table(title=escape(f"{result.get('name', 'bench')} on {result.get('machine', 'this machine')}"))
     table.add_column("shape")
     table.add_column("unit")
-    for heading in ("moonbase", str(peer), "ratio", "of the roof"):
+    timed = any(row.get("seconds") for row in rows)
+    for heading in ("moonbase", str(peer), "ratio", "of the roof", *(("time",) if timed else ())):
         table.add_column(escape(heading), justify="right")
     for row in rows:
-        ratio, share = row.get("ratio"), row.get("roof_share")
+        ratio, share, seconds = row.get("ratio"), row.get("roof_share"), row.get("seconds")
         table.add_row(
             escape(str(row.get("shape", ""))), escape(str(row.get("unit", ""))), _number(row.get("ours")),
             _number(row.get("peer")), "" if ratio is None else f"{ratio:.2f}x", "" if share is None else f"{share:.0%}",
+            *([f"{seconds * 1e6:,.0f} us" if seconds else ""] if timed else []),
         )
     Console(highlight=False).print(table)
+    for line in (*(f"peer {absent}" for absent in result.get("absent", ())), *result.get("files", ())):
+        print(line)
 
 
 def show_int4(result: dict[str, Any]) -> None:

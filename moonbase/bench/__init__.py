@@ -1,33 +1,77 @@
 """Measurements beside peers: each bench runs both sides in one process on one machine and prints one table.
 
 Every row has shape, unit, ours, peer, peer_name, ratio (ours over the peer, larger is better) and roof_share (share of
-what the hardware was measured to do in the same run). A peer that is not installed is named as absent, never skipped
-silently.
+what the hardware was measured to do in the same run); rows of kernels also what a roofline is drawn from (`rows`). A
+peer that is not installed is named as absent, never skipped silently. `card` keeps a result as a page with a picture.
 """
 
 from __future__ import annotations
 
 import importlib
+import sys
+from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 from moonbase.errors import UserError
 
-_PEERS = {"train": ("transformers",), "optimizer": ("torch",), "decode": ("transformers",), "serve": ("transformers",),
-          "moe": ("torch",), "int4": (), "swarm": (), "agents": (), "evals": ()}
+SEED = 0
+_PEERS = {"train": ("transformers",), "muon": ("torch",), "moe": ("torch",), "mla": ("torch",),
+          "decode": ("transformers",), "serve": ("transformers",), "slice": (), "int4": (), "swarm": (), "agents": (),
+          "evals": ()}
+_TITLES = {"train": "Training", "decode": "Decoding and the time to the first token", "serve": "Serving",
+           "int4": "What INT4 costs in loss", "swarm": "Wide tasks, one agent and many", "agents": "Agents",
+           "evals": "Evaluation"}
+_OLD_NAMES = {"optimizer": "muon"}
 _WITHOUT_PRESET = ("swarm", "agents", "evals")
 _BENCHES = tuple(_PEERS)
 
 
-def run(name: str, preset: str = "pico", peer: str | None = None) -> dict[str, Any]:
-    """Run the bench `name`. Returns name, machine, commit, versions and rows. Raises UserError for unknown names."""
+def run(name: str, preset: str = "pico", peer: str | None = None, card: Path | None = None,
+        picture: Path | None = None) -> dict[str, Any]:
+    """Run the bench `name`; write its card (with a picture beside it) and its picture where names are given for them.
+
+    Returns name, title, command, machine, commit, versions, seed and rows, of benches of kernels also method, roofs and
+    absent, and files: what was written. Raises UserError for unknown names, before anything is measured.
+    """
+    if name in _OLD_NAMES:
+        print(f"moonbase bench {name} is called moonbase bench {_OLD_NAMES[name]} now", file=sys.stderr)
+        name = _OLD_NAMES[name]
     if name not in _BENCHES:
         raise UserError(f"no bench {name!r}. Benches: {', '.join(_BENCHES)}")
     if peer is not None and peer not in _PEERS[name]:
         raise UserError(f"bench {name} knows no peer {peer!r}. Peers: {', '.join(_PEERS[name]) or 'none'}")
+    for path, module in ((card, "card"), (picture, "picture")):
+        if path is not None:
+            importlib.import_module(f"moonbase.bench.{module}").check_name(path)
+    result = _measured(name, preset, peer)
+    files = []
+    if card is not None:
+        from moonbase.bench.card import write
+
+        files += write(result, card)
+    if picture is not None:
+        from moonbase.bench.picture import draw
+
+        draw(result, picture)
+        files.append(picture)
+    return result | {"files": [str(path) for path in files]}
+
+
+def _measured(name: str, preset: str, peer: str | None) -> dict[str, Any]:
+    import torch
+
     from moonbase.report.machine import git_commit, machine_facts, package_versions
 
-    facts = machine_facts()
-    rows = importlib.import_module(f"moonbase.bench.{name}").measure(preset, peer)
+    torch.manual_seed(SEED)
+    facts, commit = machine_facts(), git_commit()
+    found = importlib.import_module(f"moonbase.bench.{name}").measure(preset, peer)
     title = name if name in _WITHOUT_PRESET else f"{name} {preset}"
-    return {"name": title, "machine": facts["gpu"] or f"{facts['cpu']}, {facts['cores']} cores",
-            "commit": git_commit(), "versions": package_versions(), "rows": rows}
+    versions = package_versions()
+    if peer is not None and peer not in versions:
+        versions[peer] = metadata.version(peer)
+    command = f"moonbase bench {name}" + ("" if name in _WITHOUT_PRESET else f" --preset {preset}")
+    return {"name": title, "command": command + (f" --peer {peer}" if peer else ""),
+            "machine": facts["gpu"] or f"{facts['cpu']}, {facts['cores']} cores",
+            "commit": commit, "versions": versions, "seed": SEED,
+            **(found if isinstance(found, dict) else {"title": _TITLES.get(name, name), "rows": found})}

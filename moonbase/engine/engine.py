@@ -17,7 +17,8 @@ from dataclasses import dataclass, field
 import torch
 
 from moonbase.engine.cache import BLOCK_TOKENS, BlockPool, LatentCache
-from moonbase.engine.forward import Forward
+from moonbase.engine.forward import Forward, chunk_tokens
+from moonbase.engine.pass_cuda import CudaPass, workspace_bytes
 from moonbase.engine.sampling import Chosen, Constraint, Sampling, Scores, choose, most_likely
 from moonbase.engine.scheduler import Part, Request, Scheduler
 from moonbase.engine.text import Piece, TextStream, TokenizerLike
@@ -253,14 +254,15 @@ class Engine:
     def _ready(self) -> Scheduler:
         """Make the cache at first use: weights may still move before."""
         if self._scheduler is None:
-            num_blocks = self._num_blocks() + 1
             parameter = next(self.model.parameters())
+            if parameter.is_cuda and CudaPass.fits(self.model):
+                CudaPass.prepare(self.model)  # before the cache takes what is free
+            num_blocks = self._num_blocks() + 1
             cache = LatentCache(self.model.config, num_blocks, parameter.dtype, parameter.device)
             limit = min(self.model.config.max_position_embeddings, (num_blocks - 1) * BLOCK_TOKENS)
             self._forward = Forward(self.model, cache, self.max_running, -(-limit // BLOCK_TOKENS), self._cuda_graphs)
             pool = BlockPool(num_blocks, self.prefix_cache)
-            chunk_tokens = self.chunk_tokens or self._forward.chunk_tokens
-            self._scheduler = Scheduler(pool, self.max_running, max(chunk_tokens, self.max_running),
+            self._scheduler = Scheduler(pool, self.max_running, max(self._chunk_tokens(), self.max_running),
                                         int(self.speculate), share_replies=self._forward.one_form)
         return self._scheduler
 
@@ -269,15 +271,23 @@ class Engine:
         layers = config.num_hidden_layers + min(1, config.num_nextn_predict_layers)
         width = config.kv_lora_rank + config.qk_rope_head_dim
         per_token = layers * width * parameter.dtype.itemsize
-        free = (torch.cuda.mem_get_info(parameter.device)[0] if parameter.is_cuda else free_memory_bytes()) or 1 << 30
-        # A GPU is ours; of a computer's memory others want their part.
-        fitting = int(free * (0.8 if parameter.is_cuda else 0.4)) // per_token
+        if parameter.is_cuda:
+            # A GPU is ours, but for what a pass needs room for; of a computer's memory others want their part.
+            free = free_gpu_bytes(parameter.device)
+            workspace = workspace_bytes(config, self._chunk_tokens(), parameter.dtype.itemsize)
+            fitting = int(free - min(max(0.2 * free, workspace), 0.5 * free)) // per_token
+        else:
+            free = free_memory_bytes() or 1 << 30
+            fitting = int(free * 0.4) // per_token
         useful = max(self.max_running * config.max_position_embeddings, self._least_bytes // per_token)
         wanted = self._wanted_tokens or min(fitting, useful)
         if wanted > fitting:
             raise UserError(f"cache_tokens={wanted} needs {wanted * per_token / 1e9:,.1f} GB; "
                             f"{free / 1e9:,.1f} GB are free, so at most {fitting} fit")
         return max(1, wanted // BLOCK_TOKENS)
+
+    def _chunk_tokens(self) -> int:
+        return self.chunk_tokens or chunk_tokens(self.model)
 
     def _finish_all(self, requests: list[Request]) -> None:
         """Submit and run until all are done; their pieces are in their inboxes. Raises what a constraint raised."""
@@ -430,6 +440,12 @@ class Engine:
         for read, guess in zip(reads, guesses, strict=True):
             request = read.request
             request.draft = guess if request.pending == 1 and request.output_ids else None
+
+
+def free_gpu_bytes(device: torch.device) -> int:
+    """What the driver still has, and what PyTorch holds without using it."""
+    free = torch.cuda.mem_get_info(device)[0]
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
 
 def _output(request: Request) -> Output:

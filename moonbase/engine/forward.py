@@ -13,7 +13,7 @@ from torch import Tensor
 from moonbase.engine.cache import BLOCK_TOKENS, Batch, LatentCache
 from moonbase.engine.graphs import LARGEST, Recorder, batch_of
 from moonbase.engine.pass_cpu import CpuPass
-from moonbase.engine.pass_cuda import CudaPass, Reading
+from moonbase.engine.pass_cuda import CHUNK_TOKENS, CudaPass, Reading
 from moonbase.engine.scheduler import Part
 from moonbase.model import Transformer
 
@@ -21,7 +21,8 @@ LEAST_ROWS = 8
 """A pass that PyTorch computes has at least so many rows. The libraries take other paths, with other rounding, for
 matrices of very few rows. From eight rows on, rounding still moves with the number of rows for some shapes and dtypes,
 though less: the same tokens are all that is promised there. The passes in C (fp32 on a CPU) and on a GPU (bf16) give a
-row the same bits beside any others (docs/engine.md)."""
+row the same bits beside any others (docs/engine.md), and rows of padding would choose experts of their own there: for
+one sequence of a large model, twice the weights to read."""
 
 
 class Forward:
@@ -39,6 +40,7 @@ class Forward:
         self._written: list[tuple[object, int]] = [(None, 0)] * max_running
         self._native = CpuPass(model, cache) if not on_gpu else None
         self._fused = CudaPass(model, cache) if on_gpu and CudaPass.fits(model) else None
+        self._least_rows = LEAST_ROWS if self._fused is None else 1
         self._in_one_call = False
         decode = self._compute if self._fused is None else self._fused.decode
         self._recorder = Recorder(decode, self.device) if on_gpu and cuda_graphs else None
@@ -48,11 +50,6 @@ class Forward:
         """A generated token's latents have the bits that the same token of a prompt would have. Not where prompts are
         expanded and replies absorbed."""
         return self._fused is None
-
-    @property
-    def chunk_tokens(self) -> int:
-        """Prompt tokens per pass that it handles well."""
-        return 512 if self._fused is None else 16384
 
     def weights_changed(self) -> None:
         """Weights may have been replaced or moved."""
@@ -108,7 +105,7 @@ class Forward:
         """The head's logits at `rows`, fp32 [len(rows), V]."""
         if self._in_one_call:
             return self._native.logits(hidden_ND, rows)
-        count = max(LEAST_ROWS, len(rows))
+        count = max(self._least_rows, len(rows))
         # Where everybody decodes, these are the first rows, and no list of them need travel.
         in_order = list(rows) == list(range(len(rows))) and count <= hidden_ND.shape[0]
         chosen_ND = hidden_ND[:count] if in_order else hidden_ND[self._padded(rows)]
@@ -132,7 +129,7 @@ class Forward:
         # Few widths, so that few shapes are ever seen by a compiler or a recorded graph.
         width = min(self._tables.shape[1], max(64, 1 << (longest - 1).bit_length()))
         count = len(tokens)
-        rows = max(LEAST_ROWS, 1 << (count - 1).bit_length() if round_up else count)
+        rows = max(self._least_rows, 1 << (count - 1).bit_length() if round_up else count)
         rows_4N = torch.zeros(4, rows, dtype=torch.int64, pin_memory=self._tables.is_pinned())
         rows_4N[:, :count] = torch.tensor([tokens, positions, slots, sequences])
         rows_4N[3, count:] = -1  # padding is nobody's, and what it writes goes to the block that nobody owns
@@ -177,9 +174,15 @@ class Forward:
         self._written[row] = (blocks, len(blocks))
 
     def _padded(self, values: Sequence[int]) -> Tensor:
-        """int64 [max(N, LEAST_ROWS)] on the device."""
-        values = [*values, *[0] * (LEAST_ROWS - len(values))]
+        """int64 on the device, with zeros behind a few."""
+        values = [*values, *[0] * (self._least_rows - len(values))]
         return torch.tensor(values, dtype=torch.int64).to(self.device, non_blocking=True)
+
+
+def chunk_tokens(model: Transformer) -> int:
+    """Prompt tokens per pass that suit the model where it is."""
+    on_gpu = next(model.parameters()).is_cuda
+    return CHUNK_TOKENS if on_gpu and CudaPass.fits(model) else 512
 
 
 def _of_prompt(part: Part) -> bool:

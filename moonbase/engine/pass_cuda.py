@@ -14,13 +14,15 @@ S tokens of all contexts that prompts read, laid end to end.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from moonbase.config import ModelConfig
 from moonbase.engine.cache import BLOCK_TOKENS, Batch, LatentCache
 from moonbase.engine.pass_cpu import PLAIN_MODULES
 from moonbase.model import Transformer
@@ -35,6 +37,23 @@ from moonbase.ops.latent_attention import latent_attention
 
 EXPANDED_BYTES = 1 << 32
 """Contexts are expanded together up to this size, then one after the other."""
+CHUNK_TOKENS = 16384
+"""Prompt tokens that a pass reads: so many share what their context expands to, and every expert gets a few hundred."""
+
+
+def workspace_bytes(config: ModelConfig, chunk_tokens: int, itemsize: int) -> int:
+    """Memory that a pass over so many prompt tokens may take beside weights and cache: for K2's sizes 12 GB with
+    16,384 tokens and its longest context."""
+    heads, hidden = config.num_attention_heads, config.hidden_size
+    expanded = 3 * heads * config.qk_head_dim * itemsize
+    # Queries before and after rotation, what is read, and both parts of a long context in fp32.
+    attending = (max(EXPANDED_BYTES, config.max_position_embeddings * expanded)
+                 + chunk_tokens * heads * (2 * config.qk_head_dim + config.v_head_dim) * itemsize)
+    # Rows of all choices in fp32, and what stands between the two products.
+    feeding = chunk_tokens * max(
+        config.num_experts_per_tok * (4 * hidden + itemsize * config.moe_intermediate_size),
+        itemsize * config.intermediate_size)
+    return max(attending, feeding) + 6 * chunk_tokens * hidden * itemsize
 
 
 class Reading(NamedTuple):
@@ -58,12 +77,21 @@ class CudaPass:
 
     def __init__(self, model: Transformer, cache: LatentCache) -> None:
         self._model, self._cache = model, cache
-        for module in model.modules():
-            if isinstance(module, QuantizedExperts) and divides(
-                    model.config.hidden_size, model.config.moe_intermediate_size):
-                module.arrange(pack_chunks, unpack_chunks)
+        self.chosen: list[Tensor] | None = None
+        """Where to put the experts that each sparse layer's rows choose, for who wants to count them."""
+        self.prepare(model)
         limit = min(model.config.max_position_embeddings, cache.store.shape[1] * BLOCK_TOKENS)
         self._cos_PR, self._sin_PR = rotations(model.config, torch.arange(limit, device=cache.store.device))
+        self._side = torch.cuda.Stream(cache.store.device) if cache.store.is_cuda else None
+
+    @staticmethod
+    def prepare(model: Transformer) -> None:
+        """Experts in INT4 into the order of the kernels; takes as much memory again as the largest layer's do, for a
+        moment, and nothing the second time."""
+        if divides(model.config.hidden_size, model.config.moe_intermediate_size):
+            for module in model.modules():
+                if isinstance(module, QuantizedExperts):
+                    module.arrange(pack_chunks, unpack_chunks)
 
     @staticmethod
     def fits(model: Transformer) -> bool:
@@ -113,8 +141,7 @@ class CudaPass:
             norm = layer.post_attention_layernorm
             x_ND, normed_ND = add_and_norm(x_ND, norm.weight, norm.eps, attended_ND)
             decoding = normed_ND.shape[0] if reading is None else reading.first_row
-            x_ND, normed_ND = add_and_norm(
-                x_ND, norm_after.weight, norm_after.eps, **_feed(layer.mlp, normed_ND, decoding))
+            x_ND, normed_ND = self._feed(layer.mlp, x_ND, normed_ND, norm_after, decoding, batch)
         return normed_ND
 
     def _attend(
@@ -125,6 +152,10 @@ class CudaPass:
         from moonbase.ops.linear_cuda import linear
 
         heads, weight = attention.config.num_attention_heads, attention.kv_b_proj.weight
+        store_PZX, norm = self._cache.store[attention.layer], attention.kv_a_layernorm
+        with self._aside():
+            decoding_cuda.store_latents(linear(x_ND, attention.kv_a_proj_with_mqa.weight), norm.weight, norm.eps,
+                                        self._cos_PR, self._sin_PR, positions_N, store_PZX, batch.slot_N)
         if attention.config.q_lora_rank is None:
             query_NQ = linear(x_ND, attention.q_proj.weight)
         else:
@@ -132,9 +163,7 @@ class CudaPass:
             _, normed = decoding_cuda.add_and_norm(linear(x_ND, attention.q_a_proj.weight), norm.weight, norm.eps)
             query_NQ = linear(normed, attention.q_b_proj.weight)
         query_NHK = query_NQ.unflatten(-1, (heads, -1))
-        store_PZX, norm = self._cache.store[attention.layer], attention.kv_a_layernorm
-        decoding_cuda.store_latents(linear(x_ND, attention.kv_a_proj_with_mqa.weight), norm.weight, norm.eps,
-                                    self._cos_PR, self._sin_PR, positions_N, store_PZX, batch.slot_N)
+        self._wait_for_side()
         first = x_ND.shape[0] if reading is None else reading.first_row
         outputs = []
         if first:
@@ -173,6 +202,49 @@ class CudaPass:
                 query_NHK[row : row + sum(counts)], key_SHK, value_SHV, counts, stops, config.softmax_scale))
             row, slot = row + sum(counts), slot + sum(stops)
         return torch.cat(outputs).flatten(1)
+
+    def _feed(
+        self, mlp: FeedForward | MixtureOfExperts, x_ND: Tensor, normed_ND: Tensor, norm: RMSNorm, decoding: int,
+        batch: Batch,
+    ) -> tuple[Tensor, Tensor]:
+        """x and what the feed-forward part makes of `normed_ND`, and what `norm` makes of that sum. The first
+        `decoding` rows decode."""
+        from moonbase.ops.decoding_cuda import add_and_norm, router_logits, select_experts
+
+        if isinstance(mlp, FeedForward):
+            return add_and_norm(x_ND, norm.weight, norm.eps, _dense(mlp, normed_ND))
+        config, router, shared_ND = mlp.config, mlp.gate, None
+        if config.n_shared_experts:
+            with self._aside():
+                shared_ND = _dense(mlp.shared_experts, normed_ND)
+        indices_NK, weights_NK = select_experts(
+            router_logits(normed_ND, router.weight), router.e_score_correction_bias, config.num_experts_per_tok,
+            config.n_group, config.topk_group, config.norm_topk_prob, config.routed_scaling_factor, batch.sequence_N)
+        if self.chosen is not None:
+            self.chosen.append(indices_NK)
+        if shared_ND is not None:
+            self._wait_for_side()  # the experts' kernel takes all processors
+        routed = _route(mlp.experts, decoding, normed_ND, indices_NK, weights_NK)
+        # The rows of all choices are the largest tensors of a pass: they are summed where they are.
+        parts = [add_and_norm(x_ND[rows], norm.weight, norm.eps, choices_NKD=choices_NKD,
+                              shared_ND=None if shared_ND is None else shared_ND[rows]) for rows, choices_NKD in routed]
+        return parts[0] if len(parts) == 1 else tuple(torch.cat(part) for part in zip(*parts, strict=True))
+
+    @contextmanager
+    def _aside(self) -> Iterator[None]:
+        """Work beside what follows until `_wait_for_side`, in passes that are recorded: few rows leave most of a GPU
+        idle in a product with few outputs. What it reads must live, and what it makes must not be used, until then.
+        """
+        if self._side is None or not torch.cuda.is_current_stream_capturing():
+            yield
+            return
+        self._side.wait_stream(torch.cuda.current_stream(self._side.device))
+        with torch.cuda.stream(self._side):
+            yield
+
+    def _wait_for_side(self) -> None:
+        if self._side is not None and torch.cuda.is_current_stream_capturing():
+            torch.cuda.current_stream(self._side.device).wait_stream(self._side)
 
 
 def _expansion(attention: LatentAttention) -> tuple[Tensor, Tensor]:
@@ -221,35 +293,21 @@ def _batches(reading: Reading, bytes_each: int) -> list[tuple[list[int], list[in
     return batches
 
 
-def _feed(mlp: FeedForward | MixtureOfExperts, x_ND: Tensor, decoding: int) -> dict[str, Tensor | None]:
-    """What the feed-forward part adds, as the addends that `add_and_norm` takes. The first `decoding` rows decode."""
-    if isinstance(mlp, FeedForward):
-        return {"addend_ND": _dense(mlp, x_ND)}
-    from moonbase.ops.decoding_cuda import router_logits, select_experts
-
-    config, router, stack = mlp.config, mlp.gate, mlp.experts
-    indices_NK, weights_NK = select_experts(
-        router_logits(x_ND, router.weight), router.e_score_correction_bias, config.num_experts_per_tok, config.n_group,
-        config.topk_group, config.norm_topk_prob, config.routed_scaling_factor)
-    return {"choices_NKD": _route(stack, decoding, x_ND, indices_NK, weights_NK),
-            "shared_ND": _dense(mlp.shared_experts, x_ND) if config.n_shared_experts else None}
-
-
-def _route(stack: Experts | QuantizedExperts, decoding: int, *call: Tensor) -> Tensor:
-    """Rows of all choices, fp32 [N, K, D], or of their sums [N, 1, D]; `call`: x, indices and weights."""
+def _route(stack: Experts | QuantizedExperts, decoding: int, *call: Tensor) -> list[tuple[slice, Tensor]]:
+    """Rows of the pass, and of them those of all choices, fp32 [N, K, D], or their sums [N, 1, D]; `call`: x, indices
+    and weights."""
+    everything = slice(None)
     if isinstance(stack, Experts):
         from moonbase.ops.experts_decoding_cuda import experts_for_inference
 
-        return experts_for_inference(*call, stack.gate_up_proj, stack.down_proj)
+        return [(everything, experts_for_inference(*call, stack.gate_up_proj, stack.down_proj))]
     if not stack.is_arranged:
-        return stack(*call).float().unsqueeze(1)
+        return [(everything, stack(*call).float().unsqueeze(1))]
     from moonbase.ops.experts_int4_cuda import experts_int4_cuda, experts_int4_for_few
 
     weights = stack.gate_up_proj_arranged, stack.down_proj_arranged
-    parts = [work(*rows, *weights) for work, rows in zip(
-        (experts_int4_for_few, experts_int4_cuda),
-        ([each[:decoding] for each in call], [each[decoding:] for each in call]), strict=True) if len(rows[0])]
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
+    works = (experts_int4_for_few, slice(decoding)), (experts_int4_cuda, slice(decoding, None))
+    return [(rows, work(*(each[rows] for each in call), *weights)) for work, rows in works if len(call[0][rows])]
 
 
 def _dense(mlp: FeedForward, x_ND: Tensor) -> Tensor:

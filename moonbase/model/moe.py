@@ -16,8 +16,8 @@ from moonbase.config import ModelConfig
 from moonbase.model.linear import Linear
 from moonbase.ops.experts import experts
 from moonbase.ops.feed_forward import feed_forward
-from moonbase.ops.linear import linear
 from moonbase.ops.top_k import top_k
+from moonbase.ops.wide_linear import wide_linear
 
 
 class FeedForward(nn.Module):
@@ -45,7 +45,7 @@ class Router(nn.Module):
     def forward(self, x_BTD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Returns scores [B, T, E], chosen experts [B, T, K] and their weights [B, T, K]."""
         config = self.config
-        scores = linear(x_BTD.float(), self.weight.float()).sigmoid()
+        scores = wide_linear(x_BTD, self.weight).sigmoid()
         indices = self.select(scores.detach())
         weights = scores.gather(-1, indices)
         if config.norm_topk_prob:

@@ -9,7 +9,7 @@ Shapes: N tokens, K choices per token, D hidden, E experts, I expert width, F = 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -68,11 +68,21 @@ class QuantizedExperts(nn.Module):
     def arrange(self, pack: Pack, unpack: Unpack) -> None:
         """Let both stacks lie in the order that a kernel wants: `pack(words, scales, gated)`, of which
         `unpack(arranged, gated)` makes the two again. One stack at a time is in memory twice."""
+        if self._order == (pack, unpack):
+            return
         self.restore()
         for name, gated in _STACKS.items():
             self.register_buffer(name + "_arranged", pack(*self.stored(name), gated), persistent=False)
             for part in _PARTS:
                 del self._buffers[name + part]
+        self._order = pack, unpack
+
+    def hold_arranged(self, stacks: Mapping[str, Tensor], pack: Pack, unpack: Unpack) -> None:
+        """What `arrange` leaves, of stacks that lie in that order already, by name."""
+        for name in _STACKS:
+            for part in _PARTS:
+                self._buffers.pop(name + part, None)
+            self.register_buffer(name + "_arranged", stacks[name], persistent=False)
         self._order = pack, unpack
 
     def restore(self) -> None:

@@ -59,3 +59,26 @@ def rotate(x_BTHR: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> Tensor:
     pairs = x_BTHR.float().unflatten(-1, (-1, 2))
     first, second = pairs[..., 0], pairs[..., 1]
     return torch.cat([first * cos - second * sin, first * sin + second * cos], dim=-1).to(x_BTHR.dtype)
+
+
+def rotated_heads(
+    query_BTHK: Tensor, expanded_BTHX: Tensor, key_rope_BTR: Tensor, cos_TR: Tensor, sin_TR: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries [B, T, H, K], keys [B, T, H, K] and values [B, T, H, X + R - K] of multi-head latent attention.
+
+    The last R dims of a query rotate; a key is the first K - R dims of its head's expanded latent and then the rotated
+    part that all heads share; values are the rest of the expanded latent.
+    """
+    if query_BTHK.is_cuda:
+        from moonbase.ops import rotation_cuda
+
+        if rotation_cuda.takes(query_BTHK, expanded_BTHX, key_rope_BTR, cos_TR, sin_TR):
+            return rotation_cuda.rotated_heads(query_BTHK, expanded_BTHX, key_rope_BTR, cos_TR, sin_TR)
+    rotated = key_rope_BTR.shape[-1]
+    nope = query_BTHK.shape[-1] - rotated
+    query_nope, query_rope = query_BTHK.split([nope, rotated], dim=-1)
+    key_nope, value = expanded_BTHX.split([nope, expanded_BTHX.shape[-1] - nope], dim=-1)
+    query = torch.cat([query_nope, rotate(query_rope, cos_TR, sin_TR)], dim=-1)
+    key_rope = rotate(key_rope_BTR.unsqueeze(-2), cos_TR, sin_TR)
+    key = torch.cat([key_nope, key_rope.expand(-1, -1, query.shape[2], -1)], dim=-1)
+    return query, key, value

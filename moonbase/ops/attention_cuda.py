@@ -35,11 +35,12 @@ def attention_with_logsumexp(
         return output.transpose(1, 2), logsumexp.detach().flatten(2)
     if documents is None:
         boundaries = torch.arange(0, batch * time + 1, time, dtype=torch.int32, device=query_BTHK.device)
+        extent = None
     else:
         assert documents.boundaries is not None, "Documents.from_ids(ids, device) prepares documents for a GPU"
-        boundaries = documents.boundaries
+        boundaries, extent = documents.boundaries, None
     output, logsumexp = packed_attention(query_BTHK.flatten(0, 1), key_BTHK.flatten(0, 1), value_BTHV.flatten(0, 1),
-                                         boundaries, time, scale)
+                                         boundaries, extent, time, scale)
     return output.unflatten(0, (batch, time)), logsumexp.detach().unsqueeze(0)
 
 
@@ -58,13 +59,47 @@ def cudnn_takes(dims: int, device_index: int) -> bool:
 
 @torch.library.custom_op("moonbase::packed_attention", mutates_args=())
 def packed_attention(
-    query_NHK: Tensor, key_NHK: Tensor, value_NHV: Tensor, boundaries: Tensor, longest: int, scale: float
+    query_NHK: Tensor, key_NHK: Tensor, value_NHV: Tensor, boundaries: Tensor, extent: Tensor | None, longest: int,
+    scale: float
 ) -> tuple[Tensor, Tensor]:
-    """Causal attention within documents laid end to end. Returns output [N, H, V] and log-sum-exp [H, N] fp32."""
-    value = _widen(value_NHV, query_NHK.shape[-1])
+    """Causal attention within documents laid end to end. Returns output [N, H, V] and log-sum-exp [H, N] fp32.
+
+    boundaries: int32, where documents start, and their common end as often as there is room for; extent: int32 [2] on
+    the CPU, how many documents there are and the longest of them, so that no program is started for nothing: with a
+    tensor, compiled graphs need not know.
+    """
+    boundaries, longest = _as_they_are(boundaries, extent, longest)
+    width = query_NHK.shape[-1]
     output, logsumexp, *_ = torch.ops.aten._flash_attention_forward(
-        query_NHK, key_NHK, value, boundaries, boundaries, longest, longest, 0.0, True, False, scale=scale)
-    return output[..., : value_NHV.shape[-1]].contiguous(), logsumexp
+        query_NHK, key_NHK, wide_values(value_NHV, width), boundaries, boundaries, longest, longest, 0.0, True, False,
+        scale=scale)
+    return output[..., width - value_NHV.shape[-1] :].contiguous(), logsumexp
+
+
+def _as_they_are(boundaries: Tensor, extent: Tensor | None, longest: int) -> tuple[Tensor, int]:
+    if extent is None:
+        return boundaries, longest
+    count, longest = extent.tolist()
+    return boundaries[: count + 1], longest
+
+
+def wide_values(value_NHV: Tensor, width: int) -> Tensor:
+    """`width` dims a head, of which the values are the last; for the flash kernel, which knows one head size for all.
+
+    Where the values are ends of wider rows, as MLA's are, what stands before them is taken along and nothing copied:
+    it meets nobody's output and gradients of zero.
+    """
+    missing = width - value_NHV.shape[-1]
+    tokens, heads, _ = value_NHV.shape
+    if value_NHV.stride(2) == 1 and value_NHV.stride(1) >= width and value_NHV.storage_offset() >= missing:
+        return value_NHV.as_strided(
+            (tokens, heads, width), value_NHV.stride(), value_NHV.storage_offset() - missing)
+    return _padded(value_NHV, width)
+
+
+def _padded(x_NHV: Tensor, width: int) -> Tensor:
+    """Zeros before the values."""
+    return torch.nn.functional.pad(x_NHV, (width - x_NHV.shape[-1], 0)) if x_NHV.shape[-1] < width else x_NHV
 
 
 def attention_to_context(
@@ -142,7 +177,7 @@ def _widen(x_NHV: Tensor, width: int) -> Tensor:
 
 
 @packed_attention.register_fake
-def _packed_attention_shape(query_NHK, key_NHK, value_NHV, boundaries, longest, scale):
+def _packed_attention_shape(query_NHK, key_NHK, value_NHV, boundaries, extent, longest, scale):
     tokens, heads, _ = query_NHK.shape
     return value_NHV.new_empty(value_NHV.shape), query_NHK.new_empty((heads, tokens), dtype=torch.float32)
 
@@ -150,34 +185,38 @@ def _packed_attention_shape(query_NHK, key_NHK, value_NHV, boundaries, longest, 
 @torch.library.custom_op("moonbase::packed_attention_backward", mutates_args=())
 def packed_attention_backward(
     grad_NHV: Tensor, query_NHK: Tensor, key_NHK: Tensor, value_NHV: Tensor, output_NHV: Tensor, logsumexp_HN: Tensor,
-    boundaries: Tensor, longest: int, scale: float
+    boundaries: Tensor, extent: Tensor | None, longest: int, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of `packed_attention` for query, key and value."""
+    """Gradients of `packed_attention` for query, key and value; the last are the ends of wider rows."""
+    boundaries, longest = _as_they_are(boundaries, extent, longest)
     width = query_NHK.shape[-1]
     random_state = torch.zeros(2, dtype=torch.uint64, device=query_NHK.device)
     grad_query, grad_key, grad_value = torch.ops.aten._flash_attention_backward(
-        _widen(grad_NHV, width), query_NHK, key_NHK, _widen(value_NHV, width), _widen(output_NHV, width), logsumexp_HN,
-        boundaries, boundaries, longest, longest, 0.0, True, random_state, random_state, scale=scale)
-    return grad_query, grad_key, grad_value[..., : value_NHV.shape[-1]].contiguous()
+        _padded(grad_NHV, width), query_NHK, key_NHK, wide_values(value_NHV, width), _padded(output_NHV, width),
+        logsumexp_HN, boundaries, boundaries, longest, longest, 0.0, True, random_state, random_state, scale=scale)
+    return grad_query, grad_key, grad_value[..., width - value_NHV.shape[-1] :]
 
 
 @packed_attention_backward.register_fake
 def _packed_attention_backward_shape(
-    grad_NHV, query_NHK, key_NHK, value_NHV, output_NHV, logsumexp_HN, boundaries, longest, scale
+    grad_NHV, query_NHK, key_NHK, value_NHV, output_NHV, logsumexp_HN, boundaries, extent, longest, scale
 ):
-    return tuple(x.new_empty(x.shape) for x in (query_NHK, key_NHK, value_NHV))
+    width = query_NHK.shape[-1]
+    wide = value_NHV.new_empty(*value_NHV.shape[:2], width)
+    return (query_NHK.new_empty(query_NHK.shape), key_NHK.new_empty(key_NHK.shape),
+            wide[..., width - value_NHV.shape[-1] :])
 
 
 def _save(ctx: Any, inputs: tuple, output: tuple) -> None:
-    query, key, value, boundaries, ctx.longest, ctx.scale = inputs
-    ctx.save_for_backward(query, key, value, *output, boundaries)
+    query, key, value, boundaries, extent, ctx.longest, ctx.scale = inputs
+    ctx.save_for_backward(query, key, value, *output, boundaries, extent)
 
 
 def _differentiate(ctx: Any, grad: Tensor, grad_logsumexp: Tensor | None) -> tuple:
-    query, key, value, output, logsumexp, boundaries = ctx.saved_tensors
+    query, key, value, output, logsumexp, boundaries, extent = ctx.saved_tensors
     gradients = packed_attention_backward(
-        grad, query, key, value, output, logsumexp, boundaries, ctx.longest, ctx.scale)
-    return *gradients, None, None, None
+        grad, query, key, value, output, logsumexp, boundaries, extent, ctx.longest, ctx.scale)
+    return *gradients, None, None, None, None
 
 
 packed_attention.register_autograd(_differentiate, setup_context=_save)

@@ -296,7 +296,7 @@ def _nan_above_all(values):
 
 @triton.jit
 def _select_experts_kernel(
-    logits, bias, indices, weights, scale,
+    logits, bias, sequences, indices, weights, scale,
     E: tl.constexpr, GROUPS: tl.constexpr, KEPT: tl.constexpr, CHOICES: tl.constexpr, NORMALISE: tl.constexpr,
     GROUPS_PAD: tl.constexpr, SIZE_PAD: tl.constexpr, CHOICES_PAD: tl.constexpr,
 ):
@@ -305,7 +305,11 @@ def _select_experts_kernel(
     groups, members = tl.arange(0, GROUPS_PAD), tl.arange(0, SIZE_PAD)
     open_ = (groups < GROUPS)[:, None] & (members < size)[None]
     experts = tl.where(open_, groups[:, None] * size + members[None], E)
-    scores = tl.sigmoid(tl.load(logits + token * E + experts, mask=open_, other=0.0))
+    row = token
+    if sequences is not None:
+        half = tl.num_programs(0) // 2
+        row = tl.where((tl.load(sequences + token) < 0) & (token >= half), token - half, token)
+    scores = tl.sigmoid(tl.load(logits + row * E + experts, mask=open_, other=0.0))
     biased = _nan_above_all(scores + tl.load(bias + experts, mask=open_, other=0.0))
     if GROUPS > 1:
         biased = tl.where(open_, biased, -float("inf"))
@@ -333,12 +337,14 @@ def _select_experts_kernel(
 
 def select_experts(
     logits_NE: Tensor, bias_E: Tensor, num_choices: int, num_groups: int, kept_groups: int, normalise: bool,
-    scale: float,
+    scale: float, sequence_N: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`model.moe.Router` after its product: chosen experts int32 [N, K], best first, and their weights fp32 [N, K].
 
     Of equal scores, and of groups of equal worth, the lower index wins (`torch.topk` leaves that open). As there, a NaN
-    counts as the largest and reaches the weights; the experts are valid and distinct all the same.
+    counts as the largest and reaches the weights; the experts are valid and distinct all the same. Rows with a
+    negative `sequence_N` (int32) are padding up to a power of two: they get what others chose, since nobody's experts
+    need be read for them.
     """
     num_tokens, num_experts = logits_NE.shape
     size = num_experts // num_groups
@@ -349,7 +355,7 @@ def select_experts(
     weights_NK = torch.empty(num_tokens, num_choices, dtype=torch.float32, device=logits_NE.device)
     # One warp: the many short searches then need no exchange between warps.
     _select_experts_kernel[(num_tokens,)](
-        logits_NE, bias_E, indices_NK, weights_NK, scale, E=num_experts, GROUPS=num_groups, KEPT=kept_groups,
-        CHOICES=num_choices, NORMALISE=normalise, GROUPS_PAD=triton.next_power_of_2(num_groups),
+        logits_NE, bias_E, sequence_N, indices_NK, weights_NK, scale, E=num_experts, GROUPS=num_groups,
+        KEPT=kept_groups, CHOICES=num_choices, NORMALISE=normalise, GROUPS_PAD=triton.next_power_of_2(num_groups),
         SIZE_PAD=triton.next_power_of_2(size), CHOICES_PAD=triton.next_power_of_2(num_choices), num_warps=1)
     return indices_NK, weights_NK

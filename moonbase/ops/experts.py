@@ -1,8 +1,9 @@
 """A layer of routed experts: y_t = Σ_k w_tk · E_{i_tk}(x_t),  E(x) = W_down( silu(W_gate x) ⊙ W_up x ).
 
 The fast form sorts the (token, choice) pairs by expert once, runs two grouped GEMMs and sums the choices of a token by
-gathering, never by scattered addition, so that the result does not depend on thread timing. Only the input and the
-pre-activations are kept for the backward pass; the gathered inputs and the activations are made again there.
+gathering, never by scattered addition, so that the result does not depend on thread timing. On a CPU only the input and
+the pre-activations are kept for the backward pass; the gathered inputs and the activations are made again there. On a
+GPU they are kept as well: who lacks the memory recomputes whole blocks (`train.speed`).
 
 Shapes: T tokens, K choices per token, N = T·K rows, D hidden, E experts, I expert width.
 """
@@ -44,6 +45,10 @@ def experts(x_TD: Tensor, indices_TK: Tensor, weights_TK: Tensor, gate_up_EFD: T
 
 def sort_by_expert(indices_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
     """Stable order of the N = T·K choices by expert, its inverse, and where each expert's rows end (int32 [E])."""
+    if indices_TK.is_cuda:
+        from moonbase.ops import routing_cuda
+
+        return routing_cuda.sort_by_expert(indices_TK, num_experts)
     flat = indices_TK.flatten()
     sorted_experts, order = flat.sort(stable=True)
     inverse = torch.empty_like(order)
@@ -63,12 +68,13 @@ def swiglu(gate_up_NF: Tensor, weight_N1: Tensor) -> Tensor:
     return F.silu(gate).mul_(up).mul_(weight_N1).to(gate_up_NF.dtype)
 
 
-def swiglu_backward(grad_NI: Tensor, gate_up_NF: Tensor, weight_N1: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of `swiglu` for gate_up [N, F] and weight [N], and the activation [N, I] itself, made again."""
+def swiglu_backward(grad_NI: Tensor, gate_up_NF: Tensor, weight_N1: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Gradients of `swiglu` for gate_up [N, F] and weight [N], and the activation [N, I] itself, made again; None on a
+    GPU, where it was kept."""
     if gate_up_NF.is_cuda:
         from moonbase.ops import experts_cuda
 
-        return experts_cuda.swiglu_backward(grad_NI, gate_up_NF, weight_N1)
+        return *experts_cuda.swiglu_backward(grad_NI, gate_up_NF, weight_N1), None
     gate, up = gate_up_NF.float().chunk(2, dim=-1)
     silu = F.silu(gate)
     activation = silu * up
@@ -86,24 +92,37 @@ class _Experts(torch.autograd.Function):
     def forward(ctx: Any, x_TD, weights_TK, gate_up_EFD, down_EDI, order, inverse, ends):
         num_choices = weights_TK.shape[1]
         weight_N1 = weights_TK.flatten()[order, None]
-        gate_up_NF = grouped_mm(x_TD.index_select(0, order // num_choices), gate_up_EFD.transpose(1, 2), ends)
-        out_ND = grouped_mm(swiglu(gate_up_NF, weight_N1), down_EDI.transpose(1, 2), ends)
-        ctx.save_for_backward(x_TD, weight_N1, gate_up_NF, gate_up_EFD, down_EDI, order, inverse, ends)
+        rows_ND = repeat_tokens(x_TD, order, inverse)
+        gate_up_NF = grouped_mm(rows_ND, gate_up_EFD.transpose(1, 2), ends)
+        activation_NI = swiglu(gate_up_NF, weight_N1)
+        kept = (rows_ND, activation_NI) if x_TD.is_cuda else (x_TD, None)
+        del rows_ND
+        out_ND = grouped_mm(activation_NI, down_EDI.transpose(1, 2), ends)
+        ctx.save_for_backward(*kept, weight_N1, gate_up_NF, gate_up_EFD, down_EDI, order, inverse, ends)
         return sum_choices(out_ND, inverse, num_choices)
 
     @staticmethod
     def backward(ctx: Any, grad_TD):
-        x_TD, weight_N1, gate_up_NF, gate_up_EFD, down_EDI, order, inverse, ends = ctx.saved_tensors
-        num_choices = order.shape[0] // x_TD.shape[0]
-        token_of_row = order // num_choices
-        grad_ND = grad_TD.index_select(0, token_of_row)
+        inputs, kept_NI, weight_N1, gate_up_NF, gate_up_EFD, down_EDI, order, inverse, ends = ctx.saved_tensors
+        num_choices = order.shape[0] // grad_TD.shape[0]
+        grad_ND = repeat_tokens(grad_TD, order, inverse)
         grad_activation = grouped_mm(grad_ND, down_EDI, ends)
-        grad_gate_up_NF, grad_weight_N, activation = swiglu_backward(grad_activation, gate_up_NF, weight_N1)
-        grad_down = grouped_outer(grad_ND, activation, ends)
-        grad_gate_up = grouped_outer(grad_gate_up_NF, x_TD.index_select(0, token_of_row), ends)
+        grad_gate_up_NF, grad_weight_N, activation_NI = swiglu_backward(grad_activation, gate_up_NF, weight_N1)
+        grad_down = grouped_outer(grad_ND, activation_NI if kept_NI is None else kept_NI, ends)
+        rows_ND = repeat_tokens(inputs, order, inverse) if kept_NI is None else inputs
+        grad_gate_up = grouped_outer(grad_gate_up_NF, rows_ND, ends)
         grad_x = sum_choices(grouped_mm(grad_gate_up_NF, gate_up_EFD, ends), inverse, num_choices)
         grad_weights = grad_weight_N[inverse].view(-1, num_choices)
         return grad_x, grad_weights, grad_gate_up, grad_down, None, None, None
+
+
+def repeat_tokens(x_TD: Tensor, order_N: Tensor, inverse_N: Tensor) -> Tensor:
+    """Every token once for each of its choices, sorted by expert: [N, D]."""
+    if x_TD.is_cuda:
+        from moonbase.ops import experts_cuda
+
+        return experts_cuda.repeat_tokens(x_TD, inverse_N)
+    return x_TD.index_select(0, order_N // (order_N.shape[0] // x_TD.shape[0]))
 
 
 def sum_choices(rows_ND: Tensor, inverse_N: Tensor, num_choices: int) -> Tensor:

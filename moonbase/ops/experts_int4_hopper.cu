@@ -11,22 +11,25 @@
 //   bf16 numbers 128 + u of its nibbles p and p + 4; a tensor core may sum the inputs in any order, so its pairs are
 //   these. What 128 + u has too much (u = q + 8, so 136) is taken off the sum of a group beforehand: a product of the
 //   inputs with -136, made once for all rows. The scale is multiplied onto the fp32 sum of a group.
+// - Two such blocks of a processor hide each other's waits: with one, the same instructions took a sixth longer.
 // - Down begins for an expert when its gate and up are done (a counter each). Blocks wait for work of others, so all of
-//   them must run at once: one a processor, launched cooperatively.
+//   them must run at once, and the launch is a cooperative one.
 //
 // A row's sums depend on its token and the weights alone: neither on the other tokens nor on the number of blocks.
 // Shapes: N tokens, K choices, E experts, D hidden, I width of an expert. Tiles of the tensor core: 16 rows of weights x
 // 16 inputs, times 16 inputs x 8 tokens. In a tile, lane = 4·(row mod 8) + quarter.
 
 #include <cstdint>
+#include <cstdlib>
 #ifndef MOONBASE_ON_CPU  // a test runs this file without a GPU
 #include <cuda_runtime.h>
 #endif
 
 namespace {
 
-constexpr int WARPS = 8;
-constexpr int STAGES = 4;            // chunks in a warp's ring
+constexpr int WARPS = 8, BLOCKS = 2;  // of a block, and of a processor
+constexpr int STAGES = 2;            // chunks in a warp's ring
+constexpr int TILES = 8;             // of 16 rows: what a warp has sums for
 constexpr int GROUP = 32;            // inputs that share a scale
 constexpr int CHUNK_ROWS = 64;       // four tiles
 constexpr int CHUNK_INPUTS = 128;    // four groups
@@ -48,16 +51,25 @@ struct Arguments {
   int tokens, choices, experts, hidden, width, wide_indices;
 };
 
+// What every block finds out for itself about the call.
+struct Lists {
+  int counts[MOST_EXPERTS];
+  int offsets[MOST_EXPERTS];   // where an expert's choices begin in `order`
+  int ends[MOST_EXPERTS];      // and where they end
+  int16_t hits[MOST_EXPERTS];  // experts that somebody chose
+  int16_t order[MOST_CHOICES];
+  int num_hits, of_warps[WARPS];
+  bool is_last_block;
+};
+static_assert(MOST_EXPERTS <= 2 * WARPS * 32, "two experts a thread");
+
 struct Shared {
   uint8_t ring[WARPS][STAGES][CHUNK_BYTES];
   uint64_t full[WARPS][STAGES];
-  int counts[MOST_EXPERTS];
-  int offsets[MOST_EXPERTS];   // where an expert's choices begin in `order`
-  int16_t hits[MOST_EXPERTS];  // experts that somebody chose
-  int16_t order[MOST_CHOICES];
-  int num_hits;
-  // Then float4 sums[WARPS][tiles][token tiles][32].
+  float4 sums[WARPS / 2][TILES * 32];  // of a piece
+  Lists lists;
 };
+static_assert(BLOCKS * (sizeof(Shared) + 1024) <= 233472, "what a processor of compute capability 9.0 has");
 
 // --- what the chip does ----------------------------------------------------------------------------------------------
 #ifndef MOONBASE_ON_CPU
@@ -123,173 +135,187 @@ __device__ __forceinline__ uint16_t to_bf16(float value) {
 #endif  // MOONBASE_ON_CPU
 // ---------------------------------------------------------------------------------------------------------------------
 
+__device__ __forceinline__ void forget() { __syncwarp(); }
 __device__ __forceinline__ float low_half(unsigned pair) { return __uint_as_float(pair << 16); }
 __device__ __forceinline__ float high_half(unsigned pair) { return __uint_as_float(pair & 0xFFFF0000u); }
+__device__ __forceinline__ float4 plus(float4 a, float4 b) {
+  return make_float4(a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w);
+}
+__device__ __forceinline__ float4 four(const float (&x)[4]) { return make_float4(x[0], x[1], x[2], x[3]); }
 
 // A piece of work: the rows of some tiles, for all tokens of one expert. All gate-and-up pieces come before down's.
+// Blocks take them in turns; where the next one lies follows from this one, without dividing.
+struct Steps {
+  int up_blocks, down_blocks;                          // pieces of an expert
+  int up_experts, up_rest, down_experts, down_rest;    // what as many pieces as there are blocks amount to
+
+  __host__ __device__ Steps(const Arguments& a, int blocks) {
+    up_blocks = 2 * a.width / (16 * TILES), down_blocks = a.hidden / (16 * TILES);
+    up_experts = blocks / up_blocks, up_rest = blocks % up_blocks;
+    down_experts = blocks / down_blocks, down_rest = blocks % down_blocks;
+  }
+};
+
 struct Piece {
+  int number, hit, block;  // hit: which of the experts that somebody chose; block: which rows
   bool is_down;
-  int expert, block, count;  // block: which rows; count: choices of this expert
-};
 
-template <int TILES>
-struct Plan {
-  const Arguments& a;
-  const Shared& shared;
-  int up_blocks, down_blocks, num_up, total;
-
-  __device__ Plan(const Arguments& a, const Shared& shared) : a(a), shared(shared) {
-    up_blocks = 2 * a.width / (16 * TILES);
-    down_blocks = a.hidden / (16 * TILES);
-    num_up = shared.num_hits * up_blocks;
-    total = num_up + shared.num_hits * down_blocks;
+  __device__ Piece(const Steps& steps, const Lists& lists, int number) : number(number) {
+    hit = number / steps.up_blocks, block = number % steps.up_blocks, is_down = false;
+    cross(steps, lists);
   }
 
-  __device__ Piece piece(int number) const {
-    Piece piece;
-    piece.is_down = number >= num_up;
-    const int within = piece.is_down ? number - num_up : number;
-    const int blocks = piece.is_down ? down_blocks : up_blocks;
-    piece.expert = shared.hits[within / blocks];
-    piece.block = within % blocks;
-    piece.count = shared.counts[piece.expert];
-    return piece;
+  __device__ void cross(const Steps& steps, const Lists& lists) {
+    const int within = number - lists.num_hits * steps.up_blocks;
+    if (is_down || within < 0) return;
+    hit = within / steps.down_blocks, block = within % steps.down_blocks, is_down = true;
   }
 
-  __device__ int inputs_chunks(bool is_down) const { return (is_down ? a.width : a.hidden) / CHUNK_INPUTS; }
+  __device__ void advance(const Steps& steps, const Lists& lists) {
+    number += gridDim.x;
+    hit += is_down ? steps.down_experts : steps.up_experts;
+    block += is_down ? steps.down_rest : steps.up_rest;
+    const int blocks = is_down ? steps.down_blocks : steps.up_blocks;
+    if (block >= blocks) block -= blocks, ++hit;
+    cross(steps, lists);
+  }
 
-  __device__ const uint8_t* chunk(const Piece& piece, int half, int inputs) const {
-    const int64_t rows = (piece.is_down ? a.hidden : 2 * a.width) / CHUNK_ROWS, depth = inputs_chunks(piece.is_down);
-    const int64_t row = piece.expert * rows + piece.block * (TILES / 4) + half;
-    return (piece.is_down ? a.down : a.gate_up) + (row * depth + inputs) * CHUNK_BYTES;
+  __device__ bool there(const Steps& steps, const Lists& lists) const {
+    return number < lists.num_hits * (steps.up_blocks + steps.down_blocks);
   }
 };
 
-// The chunks that a warp reads, in order: pieces of its block, passes over their tokens, its share of the inputs, halves.
-template <int TILES, int TOKENS>
+__device__ __forceinline__ int chunks_of(const Arguments& a, const Piece& piece) {
+  return (piece.is_down ? a.width : a.hidden) / CHUNK_INPUTS;
+}
+
+// The chunks that a warp reads, in order. Of a piece's two halves, 64 rows each, both are read for a chunk's inputs, for
+// up to eight tokens. More tokens take the sums of both halves for sixteen of them and one half after the other, so that
+// weights are read once for them too.
 struct Reader {
-  const Plan<TILES>& plan;
+  const Arguments& a;
+  const Steps& steps;
+  const Lists& lists;
   const int warp;
-  int number, first, inputs, stop, half;
   Piece piece;
+  int left, passes, half;  // columns of chunks left; passes left
+  bool wide;               // more than eight tokens
+  const uint8_t* next;
 
-  __device__ Reader(const Plan<TILES>& plan, int warp) : plan(plan), warp(warp), number(blockIdx.x) { begin(); }
+  __device__ Reader(const Arguments& a, const Steps& steps, const Lists& lists, int warp)
+      : a(a), steps(steps), lists(lists), warp(warp), piece(steps, lists, blockIdx.x) { begin(); }
 
   __device__ void begin() {
-    first = half = 0;
-    inputs = stop = 0;
-    while (number < plan.total) {
-      piece = plan.piece(number);
-      share();
-      if (inputs < stop) return;
-      number += gridDim.x;  // narrow matrices: nothing for this warp
+    for (; there(); piece.advance(steps, lists)) {
+      const int count = lists.counts[lists.hits[piece.hit]];
+      wide = count > 8;
+      passes = wide ? (count + 15) / 16 * 2 : 1;
+      half = 0;
+      rewind();
+      if (left > 0) return;  // else narrow matrices: nothing for this warp
     }
   }
 
-  __device__ void share() {
-    const int chunks = plan.inputs_chunks(piece.is_down);
-    inputs = warp * chunks / WARPS;
-    stop = (warp + 1) * chunks / WARPS;
+  __device__ void rewind() {
+    const int chunks = chunks_of(a, piece), first = warp * chunks / WARPS;
+    const int rows = (piece.is_down ? steps.down_blocks : steps.up_blocks) * 2;  // of an expert, in chunks
+    const int64_t row = static_cast<int64_t>(lists.hits[piece.hit]) * rows + piece.block * 2 + half;
+    next = (piece.is_down ? a.down : a.gate_up) + (row * chunks + first) * CHUNK_BYTES;
+    left = (warp + 1) * chunks / WARPS - first;
   }
 
-  __device__ bool done() const { return number >= plan.total; }
-  __device__ const uint8_t* where() const { return plan.chunk(piece, half, inputs); }
+  __device__ bool there() const { return piece.there(steps, lists); }
 
   __device__ void advance() {
-    if (++half < TILES / 4) return;
-    half = 0;
-    if (++inputs < stop) return;
-    first += TOKENS;
-    share();
-    if (first < piece.count) return;
-    number += gridDim.x;
+    next += CHUNK_BYTES;
+    if (!wide) {
+      const int row = chunks_of(a, piece) * CHUNK_BYTES;
+      half ^= 1;
+      next += half ? row - CHUNK_BYTES : -row;
+      if (half) return;
+    }
+    if (--left > 0) return;
+    if (--passes > 0) {
+      half ^= 1;
+      return rewind();
+    }
+    piece.advance(steps, lists);
     begin();
   }
 };
 
 // Every block for itself: how many choices each expert has, and which. Their order among themselves is of no account.
-__device__ void group_choices(const Arguments& a, Shared& shared) {
+__device__ void group_choices(const Arguments& a, Lists& lists) {
   const int num_choices = a.tokens * a.choices, thread = threadIdx.x, threads = blockDim.x;
-  for (int expert = thread; expert < a.experts; expert += threads) shared.counts[expert] = 0;
+  for (int expert = thread; expert < a.experts; expert += threads) lists.counts[expert] = 0;
   __syncthreads();
   const auto expert_of = [&](int choice) {
     return a.wide_indices ? static_cast<int>(static_cast<const int64_t*>(a.indices)[choice])
                           : static_cast<const int32_t*>(a.indices)[choice];
   };
-  for (int choice = thread; choice < num_choices; choice += threads) atomicAdd(&shared.counts[expert_of(choice)], 1);
+  for (int choice = thread; choice < num_choices; choice += threads) atomicAdd(&lists.counts[expert_of(choice)], 1);
   __syncthreads();
-  if (thread < 32) {
-    int choices_before = 0, hits_before = 0;
-    for (int base = 0; base < a.experts; base += 32) {
-      const int expert = base + thread, count = expert < a.experts ? shared.counts[expert] : 0;
-      int up_to = count;
-      for (int distance = 1; distance < 32; distance *= 2) {
-        const int other = __shfl_up_sync(0xFFFFFFFFu, up_to, distance);
-        if (thread >= distance) up_to += other;
-      }
-      const unsigned hit = __ballot_sync(0xFFFFFFFFu, count > 0);
-      if (expert < a.experts) shared.offsets[expert] = choices_before + up_to - count;
-      if (count > 0) shared.hits[hits_before + __popc(hit & ((1u << thread) - 1))] = expert;
-      hits_before += __popc(hit);
-      choices_before += __shfl_sync(0xFFFFFFFFu, up_to, 31);
-    }
-    if (thread == 0) shared.num_hits = hits_before;
+  // Two experts a thread; choices in the lower half of a word, experts that somebody chose in the upper.
+  const int first = 2 * thread, lane = thread % 32;
+  const int count[2] = {first < a.experts ? lists.counts[first] : 0, first + 1 < a.experts ? lists.counts[first + 1] : 0};
+  const int own = count[0] + count[1] + ((count[0] > 0) + (count[1] > 0) << 16);
+  int up_to = own;
+  for (int distance = 1; distance < 32; distance *= 2) {
+    const int other = __shfl_up_sync(0xFFFFFFFFu, up_to, distance);
+    if (lane >= distance) up_to += other;
   }
+  if (lane == 31) lists.of_warps[thread / 32] = up_to;
   __syncthreads();
-  // Offsets run to the end of each expert's part while it is filled, and are set back.
+  int before = up_to - own;
+  for (int warp = 0; warp < thread / 32; ++warp) before += lists.of_warps[warp];
+  for (int which = 0; which < 2 && first + which < a.experts; ++which) {
+    lists.offsets[first + which] = lists.ends[first + which] = before & 0xFFFF;
+    if (count[which] > 0) lists.hits[before >> 16] = first + which;
+    before += count[which] + ((count[which] > 0) << 16);
+  }
+  if (thread == threads - 1) lists.num_hits = before >> 16;
+  __syncthreads();
   for (int choice = thread; choice < num_choices; choice += threads)
-    shared.order[atomicAdd(&shared.offsets[expert_of(choice)], 1)] = choice;
-  __syncthreads();
-  for (int expert = thread; expert < a.experts; expert += threads) shared.offsets[expert] -= shared.counts[expert];
+    lists.order[atomicAdd(&lists.ends[expert_of(choice)], 1)] = choice;
   __syncthreads();
 }
 
 // The inputs of one chunk: pairs of a token's inputs as the tensor core wants them beside the words' pairs, and what
 // every row's sum of a group starts from.
-template <int TOKEN_TILES>
 struct Inputs {
-  unsigned pairs[TOKEN_TILES][4][4];  // group, pair p: inputs 8·quarter + p and 8·quarter + p + 4
-  float starts[TOKEN_TILES][4][2];
+  unsigned pairs[4][4];  // group, pair p: inputs 8·quarter + p and 8·quarter + p + 4
+  float starts[4][2];
 
-  __device__ void read(const uint16_t* const (&rows)[TOKEN_TILES], int chunk, int active, bool written_here) {
+  __device__ __forceinline__ void read(const uint16_t* row, int chunk, bool written_here) {
     const int quarter = threadIdx.x % 4;
     const unsigned minus_136[4] = {0xC308C308u, 0xC308C308u, 0xC308C308u, 0xC308C308u};
     const float zero[4] = {0, 0, 0, 0};
+    uint4 words[4];
 #pragma unroll
-    for (int tile = 0; tile < TOKEN_TILES; ++tile) {
-      if (tile > 0 && tile >= active) break;
-      uint4 words[4];
+    for (int group = 0; group < 4; ++group) {
+      const uint4* from = reinterpret_cast<const uint4*>(row + chunk * CHUNK_INPUTS + group * GROUP + quarter * 8);
+      // Activations were written by other blocks of this launch: past the first cache.
+      words[group] = written_here ? __ldcg(from) : __ldg(from);
+    }
 #pragma unroll
-      for (int group = 0; group < 4; ++group) {
-        words[group] = make_uint4(0, 0, 0, 0);
-        if (rows[tile] != nullptr) {
-          const uint4* from = reinterpret_cast<const uint4*>(
-              rows[tile] + chunk * CHUNK_INPUTS + group * GROUP + quarter * 8);
-          // Activations were written by other blocks of this launch: past the first cache.
-          words[group] = written_here ? __ldcg(from) : __ldg(from);
-        }
-      }
-#pragma unroll
-      for (int group = 0; group < 4; ++group) {
-        unsigned (&p)[4] = pairs[tile][group];
-        p[0] = __byte_perm(words[group].x, words[group].z, 0x5410);
-        p[1] = __byte_perm(words[group].x, words[group].z, 0x7632);
-        p[2] = __byte_perm(words[group].y, words[group].w, 0x5410);
-        p[3] = __byte_perm(words[group].y, words[group].w, 0x7632);
-        float sums[4], both[4];
-        multiply(sums, minus_136, p[0], p[1], zero);
-        multiply(both, minus_136, p[2], p[3], sums);
-        starts[tile][group][0] = both[0];
-        starts[tile][group][1] = both[1];
-      }
+    for (int group = 0; group < 4; ++group) {
+      unsigned (&p)[4] = pairs[group];
+      p[0] = __byte_perm(words[group].x, words[group].z, 0x5410);
+      p[1] = __byte_perm(words[group].x, words[group].z, 0x7632);
+      p[2] = __byte_perm(words[group].y, words[group].w, 0x5410);
+      p[3] = __byte_perm(words[group].y, words[group].w, 0x7632);
+      float sums[4], both[4];
+      multiply(sums, minus_136, p[0], p[1], zero);
+      multiply(both, minus_136, p[2], p[3], sums);
+      starts[group][0] = both[0];
+      starts[group][1] = both[1];
     }
   }
 };
 
-// totals[token tile] += one tile of weights, 16 rows x 128 inputs, times the inputs.
-template <int TOKEN_TILES>
-__device__ __forceinline__ void multiply_tile(float (&totals)[TOKEN_TILES][4], const uint8_t* chunk, int tile,
-                                              const Inputs<TOKEN_TILES>& inputs, int active) {
+// totals += one tile of weights, 16 rows x 128 inputs, times the inputs.
+__device__ __forceinline__ void multiply_tile(float (&totals)[4], const uint8_t* chunk, int tile,
+                                              const Inputs& inputs) {
   const int lane = threadIdx.x % 32;
   const uint4 upper = reinterpret_cast<const uint4*>(chunk + tile * 1024)[lane];
   const uint4 lower = reinterpret_cast<const uint4*>(chunk + tile * 1024 + 512)[lane];
@@ -306,40 +332,42 @@ __device__ __forceinline__ void multiply_tile(float (&totals)[TOKEN_TILES][4], c
       rows[pair / 2][pair % 2 * 2] = and_or(upper_words[group] >> (4 * pair), 0x000F000Fu, 0x43004300u);
       rows[pair / 2][pair % 2 * 2 + 1] = and_or(lower_words[group] >> (4 * pair), 0x000F000Fu, 0x43004300u);
     }
-#pragma unroll
-    for (int n = 0; n < TOKEN_TILES; ++n) {
-      if (n > 0 && n >= active) break;
-      const float (&start)[2] = inputs.starts[n][group];
-      const float begin[4] = {start[0], start[1], start[0], start[1]};
-      float sums[4], both[4];
-      multiply(sums, rows[0], inputs.pairs[n][group][0], inputs.pairs[n][group][1], begin);
-      multiply(both, rows[1], inputs.pairs[n][group][2], inputs.pairs[n][group][3], sums);
-      totals[n][0] += upper_scales[group] * both[0];
-      totals[n][1] += upper_scales[group] * both[1];
-      totals[n][2] += lower_scales[group] * both[2];
-      totals[n][3] += lower_scales[group] * both[3];
-    }
+    const float (&start)[2] = inputs.starts[group];
+    const float begin[4] = {start[0], start[1], start[0], start[1]};
+    float sums[4], both[4];
+    multiply(sums, rows[0], inputs.pairs[group][0], inputs.pairs[group][1], begin);
+    multiply(both, rows[1], inputs.pairs[group][2], inputs.pairs[group][3], sums);
+    totals[0] += upper_scales[group] * both[0];
+    totals[1] += upper_scales[group] * both[1];
+    totals[2] += lower_scales[group] * both[2];
+    totals[3] += lower_scales[group] * both[3];
   }
 }
 
-// Add up what the warps have of a piece, and write it: activations of gate and up, or rows of the output.
-template <int TILES, int TOKEN_TILES>
-__device__ void finish(const Arguments& a, const Shared& shared, const float4* sums, const Piece& piece, int first) {
-  constexpr int SLOTS = TILES * TOKEN_TILES * 32;
-  for (int slot = threadIdx.x; slot < SLOTS; slot += WARPS * 32) {
-    float4 total = sums[slot];
+template <int FIRST>
+__device__ __forceinline__ void multiply_chunk(float (&totals)[TILES][4], const uint8_t* chunk, const Inputs& inputs) {
 #pragma unroll
-    for (int warp = 1; warp < WARPS; ++warp) {
-      const float4 more = sums[warp * SLOTS + slot];
-      total = make_float4(total.x + more.x, total.y + more.y, total.z + more.z, total.w + more.w);
-    }
-    const int lane = slot % 32, token_tile = slot / 32 % TOKEN_TILES, tile = slot / 32 / TOKEN_TILES;
+  for (int tile = 0; tile < 4; ++tile) multiply_tile(totals[FIRST + tile], chunk, tile, inputs);
+}
+
+// What a warp has sums for: eight tiles of rows for eight tokens, or four of them, a half, for sixteen.
+struct Pass { int first, half; bool wide; };
+
+// Add up what the warps have of a pass, and write it: activations of gate and up, or rows of the output.
+__device__ void finish(const Arguments& a, const Shared& shared, const Piece& piece, int expert, const Pass& pass) {
+  const Lists& lists = shared.lists;
+  const int count = lists.counts[expert];
+  for (int slot = threadIdx.x; slot < TILES * 32; slot += WARPS * 32) {
+    float4 total = shared.sums[0][slot];
+#pragma unroll
+    for (int warp = 1; warp < WARPS / 2; ++warp) total = plus(total, shared.sums[warp][slot]);
+    const int lane = slot % 32, tile = pass.wide ? pass.half * 4 + slot / 32 % 4 : slot / 32;
     const float upper[2] = {total.x, total.y}, lower[2] = {total.z, total.w};
 #pragma unroll
     for (int which = 0; which < 2; ++which) {
-      const int token = first + token_tile * 8 + lane % 4 * 2 + which;
-      if (token >= piece.count) continue;
-      const int64_t choice = shared.order[shared.offsets[piece.expert] + token];
+      const int token = pass.first + (pass.wide ? slot / 128 * 8 : 0) + lane % 4 * 2 + which;
+      if (token >= count) continue;
+      const int64_t choice = lists.order[lists.offsets[expert] + token];
       if (piece.is_down) {
         const float weight = a.weights[choice];
         float* to = a.out + choice * a.hidden + piece.block * (16 * TILES) + tile * 16 + lane / 4;
@@ -347,122 +375,139 @@ __device__ void finish(const Arguments& a, const Shared& shared, const float4* s
         to[8] = weight * lower[which];
       } else {
         const float gate = upper[which], silu = gate / (1.0f + __expf(-gate));
-        a.activation[choice * a.width + piece.block * (8 * TILES) + tile * 8 + lane / 4] = to_bf16(silu * lower[which]);
+        a.activation[choice * a.width + piece.block * (8 * TILES) + tile * 8 + lane / 4] =
+            to_bf16(silu * lower[which]);
       }
     }
   }
 }
 
-template <int TILES, int TOKEN_TILES>
-__global__ void __launch_bounds__(WARPS * 32, 1) experts_int4(const Arguments a) {
+__global__ void __launch_bounds__(WARPS * 32, BLOCKS) experts_int4(const Arguments a, const Steps steps) {
   DYNAMIC_SHARED(memory);
   Shared& shared = *reinterpret_cast<Shared*>(memory);
-  float4* sums = reinterpret_cast<float4*>(memory + (sizeof(Shared) + 15) / 16 * 16);
+  const Lists& lists = shared.lists;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   if (lane == 0) {
     for (int stage = 0; stage < STAGES; ++stage) barrier_init(&shared.full[warp][stage]);
     barriers_visible();
   }
-  group_choices(a, shared);
+  group_choices(a, shared.lists);
 
-  const Plan<TILES> plan(a, shared);
-  Reader<TILES, TOKEN_TILES * 8> ahead(plan, warp);
+  Reader ahead(a, steps, lists, warp);
   const auto fetch = [&](int stage) {
-    if (ahead.done()) return;
-    if (lane == 0) copy_start(shared.ring[warp][stage], ahead.where(), CHUNK_BYTES, &shared.full[warp][stage]);
+    if (!ahead.there()) return;
+    if (lane == 0) copy_start(shared.ring[warp][stage], ahead.next, CHUNK_BYTES, &shared.full[warp][stage]);
     ahead.advance();
   };
   for (int stage = 0; stage < STAGES; ++stage) fetch(stage);
 
   int stage = 0;
   unsigned parity = 0;
-  for (int number = blockIdx.x; number < plan.total; number += gridDim.x) {
-    const Piece piece = plan.piece(number);
-    const int chunks = plan.inputs_chunks(piece.is_down);
+  float totals[TILES][4];
+  const auto next_chunk = [&] {
+    __syncwarp();
+    fetch(stage);
+    if (++stage == STAGES) stage = 0, parity ^= 1;
+  };
+  for (Piece piece(steps, lists, blockIdx.x); piece.there(steps, lists); piece.advance(steps, lists)) {
+    const int expert = lists.hits[piece.hit], count = lists.counts[expert], chunks = chunks_of(a, piece);
+    const int first_chunk = warp * chunks / WARPS, stop = (warp + 1) * chunks / WARPS;
     if (piece.is_down) {
       if (lane == 0)
-        while (acquire(&a.progress[piece.expert]) < static_cast<unsigned>(plan.up_blocks)) __nanosleep(20);
+        while (acquire(&a.progress[expert]) < static_cast<unsigned>(steps.up_blocks)) __nanosleep(20);
       __syncwarp();
     }
-    for (int first = 0; first < piece.count; first += TOKEN_TILES * 8) {
-      const int active = min(TOKEN_TILES, (piece.count - first + 7) / 8);
-      const uint16_t* rows[TOKEN_TILES];
-#pragma unroll
-      for (int n = 0; n < TOKEN_TILES; ++n) {
-        const int token = first + n * 8 + lane / 4;
-        rows[n] = nullptr;
-        if (token < piece.count) {
-          const int64_t choice = shared.order[shared.offsets[piece.expert] + token];
-          rows[n] = piece.is_down ? a.activation + choice * a.width : a.x + choice / a.choices * a.x_row;
-        }
-      }
-      float totals[TILES][TOKEN_TILES][4] = {};
-      const int stop = (warp + 1) * chunks / WARPS;
-      for (int chunk = warp * chunks / WARPS; chunk < stop; ++chunk) {
-        Inputs<TOKEN_TILES> inputs;
-        inputs.read(rows, chunk, active, piece.is_down);
-#pragma unroll
-        for (int half = 0; half < TILES / 4; ++half) {
-          barrier_wait(&shared.full[warp][stage], parity);
-#pragma unroll
-          for (int tile = 0; tile < 4; ++tile)
-            multiply_tile(totals[half * 4 + tile], shared.ring[warp][stage], tile, inputs, active);
-          __syncwarp();
-          fetch(stage);
-          if (++stage == STAGES) stage = 0, parity ^= 1;
-        }
-      }
-      __syncthreads();  // the sums of the piece before have been read
+    Pass pass = {0, 0, count > 8};
+    while (pass.first < count) {
+      const auto row_of = [&](int first) {
+        // Columns that no token has repeat the last one's; nobody reads their sums.
+        const int64_t choice = lists.order[lists.offsets[expert] + min(first + lane / 4, count - 1)];
+        return piece.is_down ? a.activation + choice * a.width : a.x + choice / a.choices * a.x_row;
+      };
 #pragma unroll
       for (int tile = 0; tile < TILES; ++tile)
+        for (int i = 0; i < 4; ++i) totals[tile][i] = 0.0f;
+      const uint16_t* const row = row_of(pass.first);
+      Inputs inputs;
+      if (!pass.wide) {
+        for (int chunk = first_chunk; chunk < stop; ++chunk) {
+          inputs.read(row, chunk, piece.is_down);
 #pragma unroll
-        for (int n = 0; n < TOKEN_TILES; ++n) {
-          const float (&total)[4] = totals[tile][n];
-          sums[((warp * TILES + tile) * TOKEN_TILES + n) * 32 + lane] =
-              make_float4(total[0], total[1], total[2], total[3]);
+          for (int half = 0; half < 2; ++half) {
+            barrier_wait(&shared.full[warp][stage], parity);
+            if (half == 0) multiply_chunk<0>(totals, shared.ring[warp][stage], inputs);
+            else multiply_chunk<4>(totals, shared.ring[warp][stage], inputs);
+            next_chunk();
+          }
         }
+      } else {
+        const uint16_t* const second_row = row_of(pass.first + 8);
+        const bool both = pass.first + 8 < count;
+        for (int chunk = first_chunk; chunk < stop; ++chunk) {
+          inputs.read(row, chunk, piece.is_down);
+          barrier_wait(&shared.full[warp][stage], parity);
+          multiply_chunk<0>(totals, shared.ring[warp][stage], inputs);
+          if (both) {
+            forget();  // weights are read and unpacked again: to keep them takes more registers than there are
+            inputs.read(second_row, chunk, piece.is_down);
+            multiply_chunk<4>(totals, shared.ring[warp][stage], inputs);
+          }
+          next_chunk();
+        }
+      }
+      // Half of the warps leave their sums, the other half add theirs; that takes half the room, and fewer reads.
+      float4* const sums = shared.sums[warp % (WARPS / 2)] + lane;
+      __syncthreads();  // the sums of the pass before have been read
+      if (warp < WARPS / 2) {
+#pragma unroll
+        for (int tile = 0; tile < TILES; ++tile) sums[tile * 32] = four(totals[tile]);
+      }
       __syncthreads();
-      finish<TILES, TOKEN_TILES>(a, shared, sums, piece, first);
+      if (warp >= WARPS / 2) {
+#pragma unroll
+        for (int tile = 0; tile < TILES; ++tile) sums[tile * 32] = plus(sums[tile * 32], four(totals[tile]));
+      }
+      __syncthreads();
+      finish(a, shared, piece, expert, pass);
+      if (!pass.wide) break;
+      pass.first += pass.half * 16;
+      pass.half ^= 1;
     }
     if (!piece.is_down) {
       __threadfence();
       __syncthreads();
-      if (threadIdx.x == 0) atomicAdd(&a.progress[piece.expert], 1u);
+      if (threadIdx.x == 0) atomicAdd(&a.progress[expert], 1u);
     }
   }
   // The last block to end leaves the counters as it found them.
   if (threadIdx.x == 0) {
     __threadfence();
-    if (atomicAdd(&a.progress[a.experts], 1u) == gridDim.x - 1)
-      for (int expert = 0; expert <= a.experts; ++expert) a.progress[expert] = 0;
+    shared.lists.is_last_block = atomicAdd(&a.progress[a.experts], 1u) == gridDim.x - 1;
   }
-}
-
-template <int TILES, int TOKEN_TILES>
-int launch(const Arguments* arguments, int blocks, void* stream) {
-  constexpr int BYTES = (sizeof(Shared) + 15) / 16 * 16 + WARPS * TILES * TOKEN_TILES * 32 * 16;
-#ifdef MOONBASE_ON_CPU
-  return run_on_cpu([=] { experts_int4<TILES, TOKEN_TILES>(*arguments); }, blocks, WARPS * 32, BYTES);
-#else
-  const void* kernel = reinterpret_cast<const void*>(experts_int4<TILES, TOKEN_TILES>);
-  cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, BYTES);
-  void* pointers[] = {const_cast<Arguments*>(arguments)};
-  if (error == cudaSuccess)
-    error = cudaLaunchCooperativeKernel(kernel, dim3(blocks), dim3(WARPS * 32), pointers, BYTES,
-                                        static_cast<cudaStream_t>(stream));
-  return static_cast<int>(error);
-#endif
+  __syncthreads();
+  if (lists.is_last_block)
+    for (int expert = threadIdx.x; expert <= a.experts; expert += WARPS * 32) a.progress[expert] = 0;
 }
 
 }  // namespace
 
-// Returns CUDA's error code. `blocks`: at most one a processor; `token_tiles`: tokens of an expert at once, in eights.
-// `about`: Arguments; a type that no other file knows would hide this function from them.
-extern "C" int moonbase_experts_int4(const void* about, int token_tiles, int blocks, void* stream) {
-  const Arguments* arguments = static_cast<const Arguments*>(about);
-  switch (token_tiles) {
-    case 1: return launch<8, 1>(arguments, blocks, stream);
-    case 2: return launch<8, 2>(arguments, blocks, stream);
-    default: return -1;
-  }
+// Returns CUDA's error code. `about`: Arguments; a type that no other file knows would hide this function from them.
+extern "C" int moonbase_experts_int4(const void* about, int processors, void* stream) {
+  const Arguments arguments = *static_cast<const Arguments*>(about);
+  const int blocks = processors * BLOCKS;
+  const Steps steps(arguments, blocks);
+#ifdef MOONBASE_ON_CPU
+  return run_on_cpu([=] { experts_int4(arguments, steps); }, blocks, WARPS * 32, sizeof(Shared));
+#else
+  const void* kernel = reinterpret_cast<const void*>(experts_int4);
+  cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, sizeof(Shared));
+  void* pointers[] = {const_cast<Arguments*>(&arguments), const_cast<Steps*>(&steps)};
+  if (error == cudaSuccess && getenv("PLAIN_LAUNCH"))
+    error = cudaLaunchKernel(kernel, dim3(blocks), dim3(WARPS * 32), pointers, sizeof(Shared),
+                             static_cast<cudaStream_t>(stream));
+  else if (error == cudaSuccess)
+    error = cudaLaunchCooperativeKernel(kernel, dim3(blocks), dim3(WARPS * 32), pointers, sizeof(Shared),
+                                        static_cast<cudaStream_t>(stream));
+  return static_cast<int>(error);
+#endif
 }

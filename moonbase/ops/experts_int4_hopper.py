@@ -40,13 +40,12 @@ def available() -> bool:
 
 def experts_int4_hopper(
     x_ND: Tensor, indices_NK: Tensor, weights_NK: Tensor, gate_up_EBJY: Tensor, down_EBJY: Tensor,
-    token_tiles: int | None = None,
 ) -> Tensor:
     """w_nk · E_{i_nk}(x_n) of every choice, fp32 [N, K, D], like `experts_decoding_cuda.experts_for_inference`.
 
     `x_ND` bf16; `indices_NK` int32 or int64 in 0..E-1; `weights_NK` fp32; weights from `pack_chunks`. Weights count as
     q·s, unrounded; the activations between the two products are rounded to bf16. Sizes: `fits`. One launch, nothing is
-    read back. `token_tiles`: an expert's tokens at once, in eights, 1 or 2; who has more reads its weights again.
+    read back.
     """
     (tokens, hidden), choices, experts = x_ND.shape, indices_NK.shape[1], gate_up_EBJY.shape[0]
     width = down_EBJY.shape[2] * CHUNK_INPUTS
@@ -63,16 +62,15 @@ def experts_int4_hopper(
         *[each.data_ptr() for each in
           (x_ND, indices_NK, weights_NK, gate_up_EBJY, down_EBJY, activation, out_NKD, progress)],
         x_ND.stride(0), tokens, choices, experts, hidden, width, indices_NK.dtype == torch.int64)
-    kernels, blocks, stream = _where(x_ND.device)
-    token_tiles = token_tiles or (1 if tokens <= 8 or tokens * choices <= 2 * experts else 2)
-    error = kernels.moonbase_experts_int4(ctypes.byref(arguments), token_tiles, blocks, ctypes.c_void_p(stream))
+    kernels, processors, stream = _where(x_ND.device)
+    error = kernels.moonbase_experts_int4(ctypes.byref(arguments), processors, ctypes.c_void_p(stream))
     if error:
         raise RuntimeError(f"experts_int4_hopper: CUDA error {error}, x {tuple(x_ND.shape)}, {experts} experts")
     return out_NKD
 
 
 def _where(device: torch.device) -> tuple[ctypes.CDLL, int, int]:
-    """The kernels, how many blocks run at once, and the stream."""
+    """The kernels, how many processors there are, and the stream."""
     kernels = library("experts_int4_hopper")
     assert kernels is not None
     return kernels, _processors(device), torch.cuda.current_stream(device).cuda_stream

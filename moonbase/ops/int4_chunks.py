@@ -15,6 +15,8 @@ from moonbase.layout import INT4_GROUP
 
 CHUNK_ROWS, CHUNK_INPUTS = 64, 128
 CHUNK_BYTES = CHUNK_ROWS * CHUNK_INPUTS // 2 + CHUNK_ROWS * CHUNK_INPUTS // INT4_GROUP * 2
+AT_ONCE = 16
+"""Experts that are brought into this order together."""
 
 
 def divides(hidden: int, width: int) -> bool:
@@ -29,6 +31,12 @@ def pack_chunks(words: Tensor, scales: Tensor, gated: bool) -> Tensor:
     """
     experts, rows, depth = words.shape
     blocks, chunks = rows // CHUNK_ROWS, depth * 8 // CHUNK_INPUTS
+    if experts > AT_ONCE:
+        # A layer of K2 has 9.5 GB: what lies between the two orders is made of a few experts at a time.
+        packed = torch.empty(experts, blocks, chunks, CHUNK_BYTES, dtype=torch.uint8, device=words.device)
+        for part in (slice(first, first + AT_ONCE) for first in range(0, experts, AT_ONCE)):
+            packed[part] = pack_chunks(words[part], scales[part], gated)
+        return packed
     if gated:
         words, scales = (_interleave(each) for each in (words, scales))
     # [expert, block, tile, half, row of eight, chunk, group, quarter]

@@ -105,11 +105,33 @@ __device__ __forceinline__ void barrier_wait(uint64_t* barrier, unsigned parity)
       " @!done bra again; }" ::"r"(address_of(barrier)), "r"(parity) : "memory");
 }
 
-// 16 bytes, or zeros: what is beyond the source's size is filled ("cp.async").
-__device__ __forceinline__ void copy_16(void* to, const void* from, bool there) {
-  asm volatile("cp.async.cg.shared.global.L2::256B [%0], [%1], 16, %2;" ::"r"(address_of(to)), "l"(from),
-               "r"(there ? 16 : 0) : "memory");
+// What the second cache does with rows ("createpolicy"): those that are read once leave first, and the sums of
+// stretches stay.
+__device__ __forceinline__ uint64_t cache_policy(bool read_once) {
+  uint64_t policy;
+  if (read_once) asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+  else asm("createpolicy.fractional.L2::evict_normal.b64 %0, 1.0;" : "=l"(policy));
+  return policy;
 }
+
+// A row's 16 bytes of every chunk, or zeros, into a line of 128 bytes from byte `within` on ("cp.async": what is beyond
+// the source's size is filled). One piece of text, so that addresses stand in the instructions and are not added up
+// before each.
+__device__ __forceinline__ void copy_pieces(void* line, unsigned within, const void* from, bool there,
+                                            uint64_t policy) {
+#define COPY(to, from) "cp.async.cg.shared.global.L2::cache_hint.L2::256B [%0 + " #to "], [%1 + " #from "], 16, %2, %3; "
+  // Not a sum, though that is what it comes to: of a sum nvcc 13.0 takes the part that all threads share into the
+  // instruction, where the policy is already, and the chip finds it illegal.
+  const unsigned place = address_of(line) ^ within;
+  asm volatile(COPY(0, 0) COPY(8192, 128) COPY(16384, 256) COPY(24576, 384) COPY(32768, 512) COPY(40960, 640)
+               COPY(49152, 768) COPY(57344, 896) COPY(65536, 1024)
+               ::"r"(place), "l"(from), "r"(there ? 16 : 0), "l"(policy) : "memory");
+#undef COPY
+  static_assert(CHUNKS == 9 && CHUNK_BYTES == 8192, "the distances above");
+}
+
+// Nothing that the kernel before has written is read sooner ("griddepcontrol").
+__device__ __forceinline__ void kernel_before_has_ended() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 
 // Arrives once all copies of this thread so far have ended; noinc: the barrier's count has room for it
 // ("cp.async.mbarrier.arrive").
@@ -290,17 +312,20 @@ struct Walk {
   __device__ void advance() { ++run.stretch; settle(); }
 };
 
-// One row of 16 that four warps copy at once: eight threads each, 16 bytes of every chunk. Zeros without a row.
-__device__ __forceinline__ void copy_row(uint8_t* tile, int row, const uint16_t* from, const void* somewhere) {
+// One row of 16 that four warps copy at once: eight threads each, 16 bytes of every chunk. `from` can be read in any
+// case; zeros if the row is not there.
+__device__ __forceinline__ void copy_row(uint8_t* tile, int row, const uint16_t* from, bool there, uint64_t policy) {
   const int piece = threadIdx.x % 8;
-  uint8_t* to = tile + row * 128 + ((piece ^ (row % 8)) << 4);
-#pragma unroll
-  for (int chunk = 0; chunk < CHUNKS; ++chunk)
-    copy_16(to + chunk * CHUNK_BYTES, from ? from + chunk * 64 + piece * 8 : somewhere, from != nullptr);
+  copy_pieces(tile + row * 128, (piece ^ (row % 8)) << 4, from + piece * 8, there, policy);
 }
 
+// Copies keep memory busy only while they are issued ahead of time, so nothing here may take long: pages are looked up
+// a tile ahead, and found without dividing.
 __device__ void copy_all(const Arguments& a, Shared& shared, int head_block) {
   const int row = (threadIdx.x - COPIERS) / 8;
+  const uint64_t policy = cache_policy(head_blocks(a) == 1);
+  // ceil(2^32 / page_slots): slot * this / 2^32 is slot / page_slots for slots < 2^32 / page_slots.
+  const unsigned page_share = 0xFFFFFFFFu / static_cast<unsigned>(a.page_slots) + 1;
   int stage = 0, last_token = -1;
   unsigned parity = 1, query_parity = 1;  // of a fresh barrier: nobody waits in the first round
   const auto copy_query = [&](int token) {
@@ -309,26 +334,28 @@ __device__ void copy_all(const Arguments& a, Shared& shared, int head_block) {
     for (int quarter = 0; quarter < QUARTERS; ++quarter) {
       const int head = head_block * HEADS + quarter * 16 + row;
       copy_row(shared.query, quarter * 16 + row,
-               head < a.heads ? a.query + token * a.query_token + head * a.query_head : nullptr, a.query);
+               a.query + token * a.query_token + min(head, a.heads - 1) * a.query_head, head < a.heads, policy);
     }
     copies_arrive(&shared.query_full);
   };
   for (Walk walk(a, shared.run); walk.there(); walk.advance()) {
     const int32_t* table = a.tables + static_cast<int64_t>(walk.sequence) * a.table_width;
     const int last = walk.last();
+    int pages[QUARTERS];  // of the thread's rows, or of the stretch's last one
+    const auto slot_of = [&](int start, int quarter) { return min(start + quarter * 16 + row, last - 1); };
+    const auto look_up = [&](int start, int quarter) {
+      pages[quarter] = __ldg(table + __umulhi(slot_of(start, quarter), page_share));
+    };
+#pragma unroll
+    for (int quarter = 0; quarter < QUARTERS; ++quarter) look_up(walk.first(), quarter);
     for (int start = walk.first(); start < last; start += SLOTS) {
-      const uint16_t* from[QUARTERS];
 #pragma unroll
       for (int quarter = 0; quarter < QUARTERS; ++quarter) {
-        const int slot = start + quarter * 16 + row, page = slot / a.page_slots;
-        from[quarter] = nullptr;
-        if (slot < last)
-          from[quarter] = a.store + __ldg(table + page) * a.store_page + (slot - page * a.page_slots) * a.store_slot;
-      }
-#pragma unroll
-      for (int quarter = 0; quarter < QUARTERS; ++quarter) {
+        const int slot = slot_of(start, quarter), within = slot - __umulhi(slot, page_share) * a.page_slots;
+        const uint16_t* from = a.store + pages[quarter] * a.store_page + within * a.store_slot;
+        if (start + SLOTS < last) look_up(start + SLOTS, quarter);
         barrier_wait(&shared.empty[stage][quarter], parity);
-        copy_row(shared.stages[stage], quarter * 16 + row, from[quarter], a.store);
+        copy_row(shared.stages[stage], quarter * 16 + row, from, start + quarter * 16 + row < last, policy);
       }
       copies_arrive(&shared.full[stage]);
       if (++stage == STAGES) stage = 0, parity ^= 1;
@@ -628,10 +655,11 @@ __device__ __forceinline__ void join_four(float4& sum, float4& top, const float4
   top = make_float4(first.top, first.total, second.top, second.total);
 }
 
-// Joins what blocks did not. `each` blocks share the float4 of a token and head block; a thread joins one bunch of one
+// Joins what blocks did not, begun while they still work. `each` blocks share the float4 of a token and head block; a thread joins one bunch of one
 // of them, and the first bunch's thread the bunches.
 __global__ void __launch_bounds__(256) join_stretches(const Arguments a, int each) {
   DYNAMIC_SHARED(memory);
+  kernel_before_has_ended();
   float4* sums = reinterpret_cast<float4*>(memory);
   float4* tops = sums + 256;
   const int blocks = head_blocks(a), head_block = blockIdx.x / each % blocks, token = blockIdx.x / each / blocks;
@@ -647,21 +675,28 @@ __global__ void __launch_bounds__(256) join_stretches(const Arguments a, int eac
     const int row = thread / 32 * 16 + thread % 32 / 4, head = head_block * HEADS + row;
     float4 sum = make_float4(0, 0, 0, 0), top = make_float4(0, 0, 0, 0);
     const int stop = min((bunch + 1) * BUNCH * FAMILY, count);
-    for (int first = bunch * BUNCH * FAMILY; first < stop; first += FAMILY) {
+    const auto load = [&](int stretch, float4& part, float4& part_top) {
+      const int64_t place = (static_cast<int64_t>(token) * a.stretches + stretch) * blocks + head_block;
+      const float2 upper = a.tops[place * HEADS + row], lower = a.tops[place * HEADS + row + 8];
+      part = a.parts[place * PART + within];
+      part_top = make_float4(upper.x, upper.y, lower.x, lower.y);
+    };
+    // The usual case is that a family is whole or all there: what is read for it does not wait for `whole`, and the
+    // next family's does not wait for this one's.
+#pragma unroll
+    for (int family = 0; family < BUNCH; ++family) {
+      const int first = (bunch * BUNCH + family) * FAMILY;
+      if (first >= stop) break;
       const int members = whole[first / FAMILY * blocks] ? 1 : min(FAMILY, count - first);
       float4 parts[FAMILY], part_tops[FAMILY];
+      load(first, parts[0], part_tops[0]);
 #pragma unroll
-      for (int member = 0; member < FAMILY; ++member) {
-        if (member >= members) break;
-        const int64_t place = (static_cast<int64_t>(token) * a.stretches + first + member) * blocks + head_block;
-        const float2 upper = a.tops[place * HEADS + row], lower = a.tops[place * HEADS + row + 8];
-        parts[member] = a.parts[place * PART + within];
-        part_tops[member] = make_float4(upper.x, upper.y, lower.x, lower.y);
-      }
+      for (int member = 1; member < FAMILY; ++member)
+        if (member < members) load(first + member, parts[member], part_tops[member]);
 #pragma unroll
       for (int member = 1; member < FAMILY; ++member)
         if (member < members) join_four(parts[0], part_tops[0], parts[member], part_tops[member]);
-      if (first == bunch * BUNCH * FAMILY) sum = parts[0], top = part_tops[0];
+      if (family == 0) sum = parts[0], top = part_tops[0];
       else join_four(sum, top, parts[0], part_tops[0]);
     }
     __syncthreads();  // what the round before left has been read
@@ -692,8 +727,8 @@ __global__ void __launch_bounds__(THREADS, 1) try_products(
   if (thread >= COPIERS) {
     registers_give<COPY_REGISTERS>();
     for (int line = (thread - COPIERS) / 8; line < HEADS; line += 16) {
-      copy_row(shared.query, line, query + line * WIDTH, query);
-      copy_row(tile, line, rows + line * WIDTH, rows);
+      copy_row(shared.query, line, query + line * WIDTH, true, cache_policy(false));
+      copy_row(tile, line, rows + line * WIDTH, true, cache_policy(false));
     }
     copies_arrive(&shared.full[1]);
   } else if (thread >= SUMMERS) {
@@ -725,16 +760,23 @@ __global__ void __launch_bounds__(THREADS, 1) try_products(
   }
 }
 
+// `follows`: it may start before the kernel before has ended, and waits itself where it must.
 template <class... Parameters, class... Values>
-int launch(void (*kernel)(Parameters...), int blocks, int threads, int bytes, void* stream, Values... values) {
+int launch(void (*kernel)(Parameters...), bool follows, int blocks, int threads, int bytes, void* stream,
+           Values... values) {
 #ifdef MOONBASE_ON_CPU
   return run_on_cpu([=] { kernel(values...); }, blocks, threads, bytes, 16);
 #else
   cudaError_t error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
                                            cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
   if (error != cudaSuccess) return static_cast<int>(error);
-  kernel<<<blocks, threads, bytes, static_cast<cudaStream_t>(stream)>>>(values...);
-  return static_cast<int>(cudaGetLastError());
+  cudaLaunchAttribute early[1] = {};
+  early[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  early[0].val.programmaticStreamSerializationAllowed = follows;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(blocks), config.blockDim = dim3(threads), config.dynamicSmemBytes = bytes;
+  config.stream = static_cast<cudaStream_t>(stream), config.attrs = early, config.numAttrs = 1;
+  return static_cast<int>(cudaLaunchKernelEx(&config, kernel, values...));
 #endif
 }
 
@@ -747,16 +789,16 @@ extern "C" int moonbase_latent_stretches(int slots) { return stretches_wanted(sl
 // `about`: Arguments; a type that no other file knows would hide this function from them.
 extern "C" int moonbase_latent_attention(const void* about, int blocks, void* stream) {
   const Arguments a = *static_cast<const Arguments*>(about);
-  const int error = launch(read_stretches, blocks, THREADS, sizeof(Shared), stream, a);
+  const int error = launch(read_stretches, false, blocks, THREADS, sizeof(Shared), stream, a);
   if (error) return error;
   // About eight blocks a processor, if there is as much to join.
   const int tiles = a.tokens * head_blocks(a);
   int each = 8;
   while (each < 256 && each * 2 * tiles <= 8 * blocks) each *= 2;
-  return launch(join_stretches, tiles * each, 256, 512 * 16, stream, a, each);
+  return launch(join_stretches, true, tiles * each, 256, 512 * 16, stream, a, each);
 }
 
 extern "C" int moonbase_latent_products(const uint16_t* query, const uint16_t* rows, const uint16_t* given,
                                         float* scores, float* values, void* stream) {
-  return launch(try_products, 1, THREADS, sizeof(Shared), stream, query, rows, given, scores, values);
+  return launch(try_products, false, 1, THREADS, sizeof(Shared), stream, query, rows, given, scores, values);
 }

@@ -63,6 +63,8 @@ def latent_attention_hopper(
     assert tables_BM.stride(1) == 1 and sequence_N.is_contiguous() and position_N.is_contiguous()
     kernels, processors, stream = _where(query_NHX.device)
     head_blocks, page_slots = -(-heads // HEADS), store_PZX.shape[1]
+    # The kernel divides slots by these through a product of 32 bits.
+    assert page_slots > 1 and tables_BM.shape[1] * page_slots**2 < 2**32
     stretches = kernels.moonbase_latent_stretches(tables_BM.shape[1] * page_slots)
     if tokens > 1 and tokens * stretches * head_blocks * _HEAD_PARTS > PARTS_LIMIT:
         halves = (slice(tokens // 2), slice(tokens // 2, None))

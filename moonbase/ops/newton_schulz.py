@@ -175,7 +175,12 @@ def _orthogonalize_chunk(matrices: Tensor, dtype: torch.dtype, polynomials: list
     norm = torch.linalg.vector_norm(matrices, dim=(1, 2), keepdim=True, dtype=wide)
     norm.mul_(safety).clamp_min_(SMALLEST_NORM)
     x = scratch if scratch is not None else torch.empty(matrices.shape, dtype=dtype, device=matrices.device)
-    torch.div(matrices, norm, out=x)
+    if x.is_cuda and matrices.is_contiguous() and wide == torch.float32:
+        from moonbase.ops import muon_cuda
+
+        muon_cuda.divide(matrices, norm, x)
+    else:
+        torch.div(matrices, norm, out=x)
     spare = torch.empty_like(x)
     run = GRAM_STEPS.get(dtype, 1) if gram else 1
     for start in range(0, len(polynomials), run):

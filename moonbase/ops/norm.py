@@ -18,14 +18,41 @@ def rms_norm_reference(x: Tensor, gain: Tensor, eps: float) -> Tensor:
 
 
 def rms_norm(x: Tensor, gain: Tensor, eps: float) -> Tensor:
-    """Fast twin. On a GPU the reference itself is used: the compiler fuses it with its neighbours."""
+    """Fast twin. On a GPU training has kernels for wide rows; all else takes the reference, which the compiler fuses
+    with its neighbours."""
     if native.takes(x, gain):
         if torch.is_grad_enabled() and (x.requires_grad or gain.requires_grad):
             return _NativeRMSNorm.apply(x, gain, eps)
         return _native_forward(native.rows(x), gain.contiguous(), eps)[0].view(x.shape)
     if x.device.type == "cpu" and x.dtype == torch.float32:
         return _RMSNorm.apply(x, gain, eps)
+    if x.is_cuda:
+        from moonbase.ops import norm_cuda
+
+        if norm_cuda.takes(x, gain):
+            return norm_cuda.rms_norm(x, gain, eps)
     return rms_norm_reference(x, gain, eps)
+
+
+def rms_norm_beside(x: Tensor, gain: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """x itself, for who adds to it later, and its norm. On a GPU the gradients of both meet in one pass over memory."""
+    if x.is_cuda:
+        from moonbase.ops import norm_cuda
+
+        if norm_cuda.takes(x, gain):
+            return norm_cuda.rms_norm_beside(x, gain, eps)
+    return x, rms_norm(x, gain, eps)
+
+
+def rms_norm_of_sum(x: Tensor, added: Tensor, gain: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """x + added and its norm: what stands between a block's two halves. On a GPU one pass over memory each way."""
+    if x.is_cuda:
+        from moonbase.ops import norm_cuda
+
+        if norm_cuda.takes(x, gain):
+            return norm_cuda.rms_norm_of_sum(x, added, gain, eps)
+    total = x + added
+    return total, rms_norm(total, gain, eps)
 
 
 class _RMSNorm(torch.autograd.Function):

@@ -1,4 +1,5 @@
-"""The places of the K largest values of every row, in any order. On a CPU by the kernel of cpu_kernels_top_k.c.
+"""The places of the K largest values of every row, in any order. On a CPU by the kernel of cpu_kernels_top_k.c, on a
+GPU by that of routing_cuda.
 
 Shapes: N rows, E values, K choices.
 """
@@ -13,14 +14,20 @@ from torch import Tensor
 from moonbase.ops import native
 
 LARGEST_ROW = 1024
-"""The kernel goes through a row once for every choice; beyond, sorting is faster."""
+"""The kernels go through a row once for every choice; beyond, sorting is faster."""
 
 
 def top_k(values: Tensor, choices: int) -> Tensor:
     """`values.topk(choices, sorted=False).indices` over the last dimension, int64; no gradient. Which of equal values
     is taken is not said."""
     count = values.shape[-1]
-    if not native.takes(values) or count > LARGEST_ROW or not 0 < choices <= min(count, 32):
+    if count > LARGEST_ROW or not 0 < choices <= min(count, 32):
+        return values.topk(choices, dim=-1, sorted=False).indices
+    if values.is_cuda and values.dtype == torch.float32:
+        from moonbase.ops import routing_cuda
+
+        return routing_cuda.top_k(values, choices)
+    if not native.takes(values):
         return values.topk(choices, dim=-1, sorted=False).indices
     values = values.contiguous()
     indices = torch.empty(*values.shape[:-1], choices, dtype=torch.int64)

@@ -34,6 +34,12 @@ def grad_norm(parameters: Iterable[Tensor]) -> Tensor:
     return total.sqrt()
 
 
+def may_clip(max_norm: float, norm: float) -> bool:
+    """Whether `clip_gradients_` would change anything: a factor of exactly 1 leaves all bits as they are, but reads and
+    writes every gradient. A norm that is no number counts."""
+    return not norm < max_norm * (1 - 1e-5) - 1e-6
+
+
 @torch.no_grad()
 def clip_gradients_(parameters: Iterable[Tensor], max_norm: float, norm: Tensor) -> None:
     """Scale all gradients in place by min(1, max_norm / norm), `norm` being that of `grad_norm`.

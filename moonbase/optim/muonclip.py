@@ -32,6 +32,8 @@ from torch.optim.adamw import adamw
 
 from moonbase.errors import CheckpointError
 from moonbase.ops import muon_cpu
+from moonbase.ops.accumulate import accumulate_
+from moonbase.ops.momentum import momentum_
 from moonbase.ops.newton_schulz import (
     Coefficients,
     compute_dtype,
@@ -84,14 +86,8 @@ class _Stack:
                       self.key, residual, self.first + start * self.weight[0].numel())
 
     def accumulate(self, out: Tensor) -> None:
-        """M ← μ M + G and out = the matrix to orthogonalise. One pass each: `_foreach_mul_` and `_foreach_add_` would
-        read and write the momentum twice, and memory traffic, not launches, is what these steps cost."""
-        mu = self.group["momentum"]
-        torch.add(self.gradient, self.momentum, alpha=mu, out=self.momentum)
-        if self.group["nesterov"]:
-            torch.add(self.gradient, self.momentum, alpha=mu, out=out)
-        else:
-            out.copy_(self.momentum)
+        """M ← μ M + G and out = the matrix to orthogonalise."""
+        momentum_(self.gradient, self.momentum, out, self.group["momentum"], self.group["nesterov"])
 
     def apply(self, update: Tensor, scale: float, kind: rounding.Kind | None = None) -> None:
         lr = self.group["lr"]
@@ -102,7 +98,7 @@ class _Stack:
         elif isinstance(lr, Tensor):
             self.weight.addcmul_(update, lr * -scale)
         else:
-            self.weight.add_(update, alpha=-lr * scale)
+            accumulate_(self.weight, update, -lr * scale)
 
 
 def muon_reference(

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from moonbase.ops.accumulate import accumulate_
 from moonbase.ops.int4 import fake_quantize_
 from moonbase.recipe import QuantizationAware
 
@@ -111,7 +112,7 @@ def _adder(master: Tensor):
         if master.grad is None:
             # Added to zeros like every later one: a resumed run then has the same signs of zero.
             master.grad = torch.zeros_like(master)
-        master.grad += parameter.grad
+        accumulate_(master.grad, parameter.grad)
         parameter.grad = None
 
     return add

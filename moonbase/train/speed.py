@@ -24,7 +24,7 @@ def peak_flops(device: torch.device) -> float | None:
 def recompute_blocks(model: nn.Module, kind: str) -> None:
     """Trade time for memory in the backward pass, block by block.
 
-    `none` keeps what autograd keeps (the expert layers always make their gathered inputs and activations again, see
+    `none` keeps what autograd keeps (on a CPU the expert layers make their gathered inputs and activations again, see
     `ops.experts`). `selective` keeps only matrix products and attention, and makes again what is cheap and wide: norms,
     SwiGLU, rotations, and the up-projections of MLA (what Kimi K2 recomputes, §2.4). `full` keeps only block inputs.
     """
@@ -44,8 +44,9 @@ def recompute_blocks(model: nn.Module, kind: str) -> None:
 
 # Outputs that cost more to make than to keep.
 _KEPT = frozenset({
-    "aten::mm", "aten::addmm", "aten::bmm", "aten::_grouped_mm", "aten::_scaled_dot_product_cudnn_attention",
-    "aten::_scaled_dot_product_flash_attention_for_cpu", "moonbase::packed_attention", "moonbase::exact_above",
+    "aten::mm", "aten::mm.dtype", "aten::addmm", "aten::bmm", "aten::_grouped_mm",
+    "aten::_scaled_dot_product_cudnn_attention", "aten::_scaled_dot_product_flash_attention_for_cpu",
+    "moonbase::packed_attention", "moonbase::exact_above",
 })
 _WIDE = 4
 """A product whose output is this many times wider than its input is cheaper to make again than to keep: MLA's

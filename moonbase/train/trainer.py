@@ -30,6 +30,7 @@ from moonbase.optim import (
     reduce_max_logits,
     update_router_bias_,
 )
+from moonbase.optim.gradients import may_clip
 from moonbase.recipe import Recipe
 from moonbase.sizes import train_flops_per_token
 from moonbase.train.early import EarlyUpdates
@@ -156,14 +157,16 @@ class Trainer:
         loads = [layer.expert_load for layer in statistics if layer.expert_load.numel()]
         load = reduce_load(loads) if loads else None
         skipped = self.guard.reason_to_skip(loss, norm_value)
-        clipped, update_rms = None, 0.0
+        clipped = None
         if skipped is None:
-            clipped, update_rms = self._update(masters, norm, lr, max_logits, load)
+            clipped = self._update(masters, norm, norm_value, lr, max_logits, load)
         elif self.early is not None:
             self.masters.publish(self.step)
         if self.early is not None:
             self.early.end(norm_value)
         self.masters.zero_gradients()
+        # The host waits for the GPU here, so whatever it has to do comes before.
+        update_rms = self.optimizer.update_rms().item() if skipped is None and config.name == "muonclip" else 0.0
         self.step += 1
         self.tokens += recipe.tokens_per_step
         elapsed = time.perf_counter() - started
@@ -200,10 +203,14 @@ class Trainer:
         starts = range(0, batch.tokens.shape[0], self.micro_batch_size)
         totals = torch.zeros(3, device=device)
         merged: list[LayerStatistics] = []
+        # All at once, while the GPU has nothing to do: copies from memory that may be paged out wait until it is done,
+        # so that between micro-batches it would stand still until the host has caught up.
+        whole_batch = [x.to(device, non_blocking=True) for x in (batch.tokens, batch.targets)]
+        ids = batch.documents.pin_memory() if device.type == "cuda" else batch.documents
         for number, start in enumerate(starts):
             rows = slice(start, start + self.micro_batch_size)
-            tokens, targets = (x[rows].to(device, non_blocking=True) for x in (batch.tokens, batch.targets))
-            documents = Documents.from_ids(batch.documents[rows], device)
+            tokens, targets = (x[rows] for x in whole_batch)
+            documents = Documents.from_ids(ids[rows], device)
             if self.world.size > 1:
                 self.model.set_requires_gradient_sync(number == len(starts) - 1)
             losses = self.model.loss(tokens, targets, documents, recipe.optimizer.qk_clip)
@@ -218,16 +225,15 @@ class Trainer:
             merged = merge_statistics(merged, losses.statistics)
         return totals, merged
 
-    def _update(self, masters: list[Tensor], norm: Tensor, lr: float, max_logits: Tensor,
-                load: Tensor | None) -> tuple[Tensor | None, float]:
-        """Weights, clipped heads, router biases. Returns the number of clipped heads per layer and the update's RMS."""
+    def _update(self, masters: list[Tensor], norm: Tensor, norm_value: float, lr: float, max_logits: Tensor,
+                load: Tensor | None) -> Tensor | None:
+        """Weights, clipped heads, router biases. Returns the number of clipped heads per layer."""
         recipe, config = self.recipe, self.recipe.optimizer
-        if config.grad_clip is not None:
+        if config.grad_clip is not None and may_clip(config.grad_clip, norm_value):
             clip_gradients_(masters, config.grad_clip, norm)
-        measure = config.name == "muonclip"
         if self.early is None:
             self.optimizer.set_learning_rate(lr)
-            self.optimizer.begin_step(self.step, measure_update=measure)
+            self.optimizer.begin_step(self.step, measure_update=config.name == "muonclip")
         self.optimizer.step()
         clipped = None
         if config.qk_clip is not None:
@@ -235,7 +241,7 @@ class Trainer:
         if load is not None and recipe.balance.bias_rate:
             update_router_bias_(self._biases, load, recipe.balance.bias_rate, recipe.balance.bias_rule)
         self.masters.publish(self.step)
-        return clipped, self.optimizer.update_rms().item() if measure else 0.0
+        return clipped
 
     # --- what a restart needs -----------------------------------------------------------------------------------------
 
@@ -261,8 +267,11 @@ def merge_statistics(total: list[LayerStatistics], new: list[LayerStatistics]) -
     new = [LayerStatistics(layer.max_logit, layer.expert_load, layer.balance_loss.detach()) for layer in new]
     if not total:
         return new
-    return [LayerStatistics(torch.maximum(a.max_logit, b.max_logit), a.expert_load + b.expert_load,
-                            a.balance_loss + b.balance_loss) for a, b in zip(total, new, strict=True)]
+    # A handful of numbers per layer, all layers of them at once: the GPU would take longer to start than to add.
+    (logits, loads, losses), others = ([list(field) for field in zip(*layers, strict=True)] for layers in (total, new))
+    merged = (torch._foreach_maximum(logits, others[0]), torch._foreach_add(loads, others[1]),
+              torch._foreach_add(losses, others[2]))
+    return [LayerStatistics(*layer) for layer in zip(*merged, strict=True)]
 
 
 def memory_bytes(device: torch.device) -> int:

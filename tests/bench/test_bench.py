@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from moonbase import bench
-from moonbase.bench import optimizer, timing, train
+from moonbase.bench import muon, timing, train
 from moonbase.errors import UserError
 from moonbase.recipe import load_recipe
 from tests.train.tiny import MODEL
@@ -23,23 +24,22 @@ KEYS = {"shape", "unit", "ours", "peer", "peer_name", "ratio", "roof_share"}
 def preset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """A tiny recipe in the place of a preset, and every measurement made once."""
     once, in_turns = timing.seconds, timing.alternating_seconds
-    for module in (optimizer, timing, train):
+    for module in (muon, timing, train):
         monkeypatch.setattr(module, "seconds", lambda work, rounds, warmup=1: once(work, 1, 0))
-    monkeypatch.setattr(train, "alternating_seconds", lambda works, rounds, warmup=1: in_turns(works, 1, 0))
-    # The best of several: no share exceeds the whole because the machine stood still just then.
-    ceiling = train.matmul_ceiling
-    monkeypatch.setattr(train, "matmul_ceiling", lambda: max(ceiling() for _ in range(5)))
+    for module in (muon, train):
+        monkeypatch.setattr(module, "alternating_seconds", lambda works, rounds, warmup=1: in_turns(works, 1, 0))
     path = tmp_path / "tiny.yaml"
     path.write_text(json.dumps({"model": {**MODEL, "max_position_embeddings": 512}}), encoding="utf-8")
     return str(path)
 
 
 def check(result: dict[str, Any], peer: bool) -> None:
-    assert set(result) == {"name", "machine", "commit", "versions", "rows"} and result["machine"]
+    assert set(result) >= {"name", "title", "command", "machine", "commit", "versions", "seed", "rows"}
+    assert result["machine"] and result["command"].startswith(f"moonbase bench {result['name'].split()[0]} --preset ")
     assert result["versions"]["torch"] == metadata.version("torch")
     assert result["rows"] and json.dumps(result, allow_nan=False)
     for row in result["rows"]:
-        assert set(row) == KEYS
+        assert set(row) == KEYS or set(row) >= {*KEYS, "label", "seconds"}, "kernels say more"
         assert row["ours"] > 0 and math.isfinite(row["ours"]) and row["unit"]
         assert (row["peer"] is None) == (row["ratio"] is None) == (row["peer_name"] is None)
         if row["peer"] is not None:
@@ -57,13 +57,6 @@ def test_training(peer: str | None, preset: str) -> None:
         names = {f"transformers, {name}" for name in train.EXPERT_IMPLEMENTATIONS}
         assert {row["peer_name"] for row in rows} == names
         assert [row["ratio"] for row in rows] == sorted(row["ratio"] for row in rows), "the hardest peer comes first"
-
-
-@pytest.mark.parametrize("peer", [None, "torch"])
-def test_optimizer(peer: str | None, preset: str) -> None:
-    result = bench.run("optimizer", preset, peer)
-    check(result, peer is not None)
-    assert [row["shape"].split(", ")[1] for row in result["rows"]] == ["all matrices", "QK-Clip of every head"]
 
 
 def test_both_sides_train_the_same_network(preset: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -107,9 +100,9 @@ def test_timing_takes_medians_in_turns(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(("arguments", "words"), [
-    (("speed",), "no bench 'speed'. Benches: train, optimizer, decode, serve"),
+    (("speed",), "no bench 'speed'. Benches: train, muon, moe, mla, decode, serve"),
     (("train", "pico", "torch"), "bench train knows no peer 'torch'. Peers: transformers"),
-    (("optimizer", "femto"), "femto: neither a preset"),
+    (("muon", "femto"), "femto: neither a preset"),
 ])
 def test_unknown_names_are_mistakes(arguments: tuple[str, ...], words: str) -> None:
     with pytest.raises(UserError, match=words):
@@ -121,3 +114,9 @@ def test_a_peer_that_is_not_installed_is_named(preset: str, monkeypatch: pytest.
     with pytest.raises(UserError, match="peer transformers is not installed here"):
         bench.run("train", preset, "transformers")
     assert load_recipe(preset).model.hidden_size == 32
+
+
+def test_a_ceiling_is_the_best_that_was_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    times = iter([9.0, 2.0, 0.5, *[3.0] * 7])
+    monkeypatch.setattr(timing, "seconds", lambda work, rounds, warmup: next(times))
+    assert timing.matmul_ceiling() == 2 * 1024**3 / 0.5 or torch.cuda.is_available()

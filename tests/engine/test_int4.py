@@ -125,6 +125,15 @@ def test_weights_may_lie_in_another_order(pair: Callable[[torch.dtype], Pair], f
         assert (tmp_path / "again" / file.name).read_bytes() == file.read_bytes()
     assert Engine(packed, Bytes()).generate_ids([[5, 9]]) == Engine(floats, Bytes()).generate_ids([[5, 9]])
 
+    lying = [stack.gate_up_proj_arranged for stack in stacks(packed)]
+    for stack in stacks(packed):
+        stack.arrange(_pack, _unpack)
+    assert all(stack.gate_up_proj_arranged is same for stack, same in zip(stacks(packed), lying, strict=True)), \
+        "another engine on the same model finds them as they must be"
+    held, first = QuantizedExperts(packed.config), stacks(packed)[0]
+    held.hold_arranged({name: getattr(first, name + "_arranged") for name in ("gate_up_proj", "down_proj")}, _pack,
+                       _unpack)
+    assert all(torch.equal(tensor, first.state_dict()[name]) for name, tensor in held.state_dict().items())
     with pytest.raises(AssertionError, match="restore"):
         load_weights(packed, folder, packed.config)
     zeros = {name: torch.zeros_like(tensor) for name, tensor in before.items()}

@@ -360,12 +360,19 @@ inline void barrier_arrive(uint64_t* barrier) {
   if (machine().random() % 32 == 0) sleep(machine().random() % 256);  // what it gave away is used by others meanwhile
 }
 
+inline unsigned __umulhi(unsigned a, unsigned b) { return static_cast<uint64_t>(a) * b >> 32; }
+inline uint64_t cache_policy(bool) { return 0; }
+inline void kernel_before_has_ended() {}
 inline void copy_16(void* to, const void* from, bool there) {
   Fiber& fiber = current();
   if (fiber.batches.empty()) machine().copying.push_back(&fiber);
   if (fiber.batches.empty() || fiber.batches.back().barrier) fiber.batches.emplace_back();
   std::memset(to, 0x7F, 16);
   fiber.batches.back().copies.push_back({to, there ? from : nullptr});
+}
+inline void copy_pieces(void* line, unsigned within, const void* from, bool there, uint64_t) {
+  for (int chunk = 0; chunk < 9; ++chunk)
+    copy_16(static_cast<char*>(line) + within + chunk * 8192, static_cast<const char*>(from) + chunk * 128, there);
 }
 inline void copies_arrive(uint64_t* barrier) { current().batches.back().barrier = barrier; }
 
@@ -457,3 +464,159 @@ template <int COUNT> void registers_give() {}
 template <int COUNT> void registers_take() {}
 inline float exp2_of(float x) { return std::exp2(x); }
 inline unsigned bf16_pair(float low, float high) { return to_bf16(low) | unsigned(to_bf16(high)) << 16; }
+
+// --- what `experts_int4_prompt_hopper.cu` asks of the chip -----------------------------------------------------------
+#include <cstdlib>
+#include <map>
+
+struct RowsProduct {  // with a left operand in registers: a warp's 16 rows, read as late as the product is carried out
+  float* sums[32];
+  const unsigned* rows[32];
+  uint64_t tokens;
+  int columns, lanes = 0;
+  bool wrong = false;
+};
+struct CopyOut { void* to; const void* from; unsigned bytes; };
+
+struct More {  // of a fiber's warp, its group or its thread; what is over is taken away
+  std::deque<RowsProduct> products;  // some of the first are done
+  size_t done = 0;
+  std::vector<Meeting> groups;
+  std::vector<CopyOut> copies;
+  std::vector<const unsigned*> changed;  // operands written since the last fence, as far as it told
+  size_t asked = 0;
+  std::vector<size_t> commits;
+};
+inline std::map<std::pair<const void*, int>, More>& more() {
+  static std::map<std::pair<const void*, int>, More> all;
+  return all;
+}
+inline More& of_warp() { return more()[{current().block, current().thread.x / 32}]; }
+inline More& of_block() { return more()[{current().block, -1}]; }
+inline More& of_thread() { return more()[{current().block, 1024 + current().thread.x}]; }
+
+// Its phases end with `copies` bulk copies. Bytes that were announced and those that came are compared.
+inline std::map<const uint64_t*, long>& announced() { static std::map<const uint64_t*, long> bytes; return bytes; }
+inline void barrier_init_copies(uint64_t* barrier, unsigned copies) {
+  barrier_init(barrier, copies);
+  announced()[barrier] = 0;
+}
+inline void copies_announce(uint64_t* barrier, unsigned bytes) {
+  if (announced()[barrier] != 0) std::abort();
+  announced()[barrier] += bytes;
+}
+inline void copy_in(void* to, const void* from, unsigned bytes, uint64_t* barrier) {
+  if ((reinterpret_cast<uintptr_t>(from) | address_of(to) | bytes) % 16) std::abort();
+  announced()[barrier] -= bytes;
+  for (unsigned at = 0; at < bytes; at += 16) copy_16(static_cast<char*>(to) + at, static_cast<const char*>(from) + at, true);
+  copies_arrive(barrier);
+}
+inline void copy_in_once(void* to, const void* from, unsigned bytes, uint64_t* barrier) {
+  copy_in(to, from, bytes, barrier);
+}
+inline void copies_wait(uint64_t* barrier, unsigned parity) {
+  const bool unfenced = current().unfenced;
+  barrier_wait(barrier, parity);
+  current().unfenced = unfenced;  // the copies' proxy is the tensor core's
+}
+
+// Read as late as may be: when the thread waits for it.
+inline void copy_out(void* to, const void* from, unsigned bytes) {
+  if ((reinterpret_cast<uintptr_t>(to) | address_of(from) | bytes) % 16) std::abort();
+  of_thread().copies.push_back({to, from, bytes});
+}
+inline void copies_out_commit() {}
+inline void copies_out_wait() {
+  for (const CopyOut& copy : of_thread().copies) std::memcpy(copy.to, copy.from, copy.bytes);
+  of_thread().copies.clear();
+}
+
+inline void group_meets(int group) {
+  std::vector<Meeting>& groups = of_block().groups;
+  if (groups.size() < 8) groups.resize(8);
+  meet(groups[group], 128, current().thread.x % 128);
+  if (machine().random() % 64 == 0) sleep(machine().random() % 1024);
+}
+
+template <int COUNT> void store_turned(void* to, const unsigned (&matrices)[4]) {
+  const unsigned at = address_of(to);
+  const auto words = warp_exchange({matrices[0], matrices[1], matrices[2], matrices[3], at}, 32 * 5,
+                                   [](const uint32_t* words, uint32_t* result) {
+    for (int lane = 0; lane < 32; ++lane) std::copy(words, words + 32 * 5, result + lane * 32 * 5);
+  });
+  // Each lane stores the 16 bytes that it names: row `lane mod 8` of what is turned, column of the fragment.
+  const int lane = lane_(), matrix = lane / 8, column = lane % 8;
+  if (matrix >= COUNT) return;
+  for (int pair = 0; pair < 4; ++pair) {
+    unsigned word = 0;
+    for (int which = 0; which < 2; ++which) {
+      const unsigned from = words[(2 * pair + which) * 4 * 5 + column / 2 * 5 + matrix];
+      word |= (from >> (column % 2 * 16) & 0xFFFF) << (16 * which);
+    }
+    store_operand(static_cast<char*>(to) + pair * 4, word);
+  }
+}
+
+inline unsigned add_pairs(unsigned a, unsigned b) {
+  return bf16_pair(__uint_as_float(a << 16) + __uint_as_float(b << 16),
+                   __uint_as_float(a & 0xFFFF0000u) + __uint_as_float(b & 0xFFFF0000u));
+}
+inline unsigned multiply_pairs(unsigned a, unsigned b) {
+  return bf16_pair(__uint_as_float(a << 16) * __uint_as_float(b << 16),
+                   __uint_as_float(a & 0xFFFF0000u) * __uint_as_float(b & 0xFFFF0000u));
+}
+inline float __fdividef(float a, float b) { return a / b; }
+inline int unknown(int value) { return value; }
+
+inline void carry_out(const Block& block, const RowsProduct& product) {
+  float a[16][16];
+  for (int lane = 0; lane < 32; ++lane)
+    for (int i = 0; i < 4; ++i)
+      for (int which = 0; which < 2; ++which) {
+        const unsigned word = product.rows[lane][i];
+        a[lane / 4 + i % 2 * 8][lane % 4 * 2 + which + i / 2 * 8] =
+            __uint_as_float(which ? word & 0xFFFF0000u : word << 16);
+      }
+  for (int column = 0; column < product.columns; ++column) {
+    float b[16];
+    for (int k = 0; k < 16; ++k) b[k] = element(block, product.tokens, false, column, k);
+    for (int row = 0; row < 16; ++row) {
+      float& sum = product.sums[row % 8 * 4 + column % 8 / 2][column / 8 * 4 + row / 8 * 2 + column % 2];
+      float total = sum;
+      for (int k = 0; k < 16; ++k) total += a[row][k] * b[k];
+      sum = product.wrong ? NAN : total;
+    }
+  }
+}
+
+template <int COUNT> void sums_begin(unsigned (&rows)[COUNT][4]) {
+  current().begun = true;
+  for (auto& four : rows) of_thread().changed.push_back(four);
+}
+template <int COUNT> void multiply_rows(float (&sums)[COUNT], const unsigned (&rows)[4], unsigned low, unsigned high) {
+  const uint64_t tokens = uint64_t(high) << 32 | low;
+  More& mine = of_thread();
+  More& warp = of_warp();
+  const auto fenced = std::find(mine.changed.begin(), mine.changed.end(), rows);
+  const bool wrong = fenced == mine.changed.end() || !current().begun || current().unfenced;
+  if (fenced != mine.changed.end()) mine.changed.erase(fenced);  // a fence for every use
+  if (warp.products.size() == mine.asked) warp.products.push_back({{}, {}, tokens, COUNT * 2});
+  RowsProduct& product = warp.products[mine.asked++];
+  product.sums[lane_()] = sums;
+  product.rows[lane_()] = rows;
+  product.wrong |= wrong || product.tokens != tokens || product.columns != COUNT * 2;
+  if (++product.lanes == 32 && warp.done + 1 == mine.asked && machine().random() % 2)
+    carry_out(*current().block, product), ++warp.done;
+}
+inline void sums_commit() { of_thread().commits.push_back(of_thread().asked); }
+template <int LEFT> void sums_wait() {
+  More& mine = of_thread();
+  if (LEFT == 0) current().begun = false;
+  if (mine.commits.size() <= LEFT) return;
+  const size_t until = mine.commits[mine.commits.size() - 1 - LEFT];
+  More& warp = of_warp();
+  Block& block = *current().block;
+  meet(warp_meeting(), 32, lane_(), {}, [&](Meeting&) {
+    for (; warp.done < until; ++warp.done) carry_out(block, warp.products[warp.done]);
+  });
+}

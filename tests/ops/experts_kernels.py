@@ -1,15 +1,19 @@
-"""The kernels of `experts_decoding_cuda` against plain PyTorch. `test_cuda_kernels` runs this file as it does
-`kernels.py`: in Triton's interpreter on any machine that has triton, and on the GPU where there is one."""
+"""The kernels around routed experts, in training and in inference, against plain PyTorch. `test_cuda_kernels` runs this
+file as it does `kernels.py`: in Triton's interpreter on any machine that has triton, and on the GPU where there is one.
+"""
 
 from __future__ import annotations
 
+import math
 import os
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from moonbase.ops.experts import experts_reference
+from moonbase.ops import experts_cuda, routing_cuda
+from moonbase.ops.accumulate_cuda import accumulate_cuda_
+from moonbase.ops.experts import experts_reference, sort_by_expert
 from moonbase.ops.experts_decoding_cuda import experts_for_inference, group_by_expert
 
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
@@ -97,6 +101,57 @@ def test_x_may_be_columns_of_something_wider() -> None:
     wider = torch.cat([x, torch.full_like(x, torch.nan)], 1)
     found = experts_for_inference(wider.to(DEVICE)[:, :20], *there(tuple(others)))
     assert_near(found, rows_of_choices(x, *others), torch.float32)
+
+
+@pytest.mark.parametrize(("tokens", "choices", "experts"), [
+    (1, 1, 1), (37, 2, 5), (40, 8, 64), (5, 8, 130), (20, 3, 1)])
+def test_sort_by_expert(tokens: int, choices: int, experts: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(routing_cuda, "_ROWS", 16)  # several parts, and several steps through them
+    monkeypatch.setattr(routing_cuda, "_STEP", 16)
+    indices = torch.randint(experts, (tokens, choices), generator=torch.Generator().manual_seed(0))
+    found = routing_cuda.sort_by_expert(indices.to(DEVICE), experts)
+    for one, other in zip(found, sort_by_expert(indices, experts), strict=True):
+        assert one.dtype == other.dtype and torch.equal(one.cpu(), other)
+
+
+@pytest.mark.parametrize(("rows", "count", "choices"), [
+    (1, 1, 1), (37, 64, 8), (33, 48, 5), (5, 384, 8), (3, 1000, 32)])
+@pytest.mark.parametrize("levels", [2, 10**6], ids=["ties", "distinct"])
+def test_top_k(rows: int, count: int, choices: int, levels: int) -> None:
+    values = torch.randint(-levels, levels, (rows, 1, count), generator=torch.Generator().manual_seed(0)) / 7
+    values[..., ::5] *= -math.inf  # 0 * inf is not a number
+    found = routing_cuda.top_k(values.to(DEVICE), choices).cpu()
+    assert found.dtype == torch.int64 and found.shape == (rows, 1, choices)
+    assert (found.sort(-1).values.diff(dim=-1) > 0).all(), "a place is taken once"
+    expected = values.sort(-1, descending=True).values[..., :choices]
+    torch.testing.assert_close(values.gather(-1, found), expected, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("extreme", [math.nan, -math.nan, math.inf, -math.inf])
+def test_top_k_of_rows_of_one_value(extreme: float) -> None:
+    values = torch.full((3, 20), extreme, device=DEVICE)
+    assert routing_cuda.top_k(values, 20).sort(-1).values.tolist() == [list(range(20))] * 3
+    values[:, 7] = 0.0
+    assert (routing_cuda.top_k(values, 1) == 7).all().item() == (extreme == -math.inf)
+
+
+@pytest.mark.parametrize(("tokens", "choices", "dims"), [(1, 1, 1), (5, 3, 20), (4, 8, 1300)])
+def test_repeat_tokens(tokens: int, choices: int, dims: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, inverse = torch.randn(tokens, dims, generator=generator), torch.randperm(tokens * choices, generator=generator)
+    found = experts_cuda.repeat_tokens(x.to(DEVICE), inverse.to(DEVICE))
+    expected = torch.empty(tokens * choices, dims)
+    expected[inverse] = x.repeat_interleave(choices, 0)
+    assert torch.equal(found.cpu(), expected)
+
+
+@pytest.mark.parametrize("count", [1, 4096, 10000])
+def test_accumulate(count: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    total, addend = torch.randn(count, generator=generator), torch.randn(count, generator=generator).bfloat16()
+    found = total.to(DEVICE, copy=True)
+    accumulate_cuda_(found, addend.to(DEVICE))
+    assert torch.equal(found.cpu(), total + addend.float())
 
 
 @on_a_gpu

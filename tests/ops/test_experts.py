@@ -119,3 +119,24 @@ def test_the_same_input_twice_gives_the_same_bits() -> None:
         out.square().sum().backward()
         results.append([out, *(tensor.grad for tensor in tensors if tensor.requires_grad)])
     assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("routing", ["random", "one expert", "some empty"])
+def test_kernels_around_grouped_products(routing: str, compiled: bool) -> None:
+    """On a GPU choices are counted instead of sorted, and inputs and activations are kept instead of made again."""
+    low = [tensor.detach().cuda() for tensor in inputs(300, 4, 8, 64, 32, routing)]
+    low = [tensor.bfloat16() if place in (0, 3, 4) else tensor for place, tensor in enumerate(low)]
+    direction = torch.randn(300, 64, device="cuda", generator=torch.Generator("cuda").manual_seed(1))
+    torch.compiler.reset()
+    fast = torch.compile(experts, dynamic=False, fullgraph=True) if compiled else experts
+    results = []
+    for form, dtype in ((fast, torch.bfloat16), (experts_reference, torch.float32)):
+        tensors = [tensor.to(dtype) if place in (0, 3, 4) else tensor for place, tensor in enumerate(low)]
+        wanted = [tensor.requires_grad_() for tensor in tensors if tensor.is_floating_point()]
+        out = form(*tensors)
+        results.append([out, *torch.autograd.grad((out.float() * direction).sum(), wanted)])
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one.float(), other, rtol=3e-2, atol=1e-2 * other.abs().max().item())

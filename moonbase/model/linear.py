@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from moonbase.ops.linear import linear
-from moonbase.ops.norm import rms_norm
+from moonbase.ops.norm import rms_norm, rms_norm_beside, rms_norm_of_sum
 
 
 class Linear(nn.Module):
@@ -30,3 +30,11 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return rms_norm(x, self.weight, self.eps)
+
+    def beside(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x itself and its norm, see `ops.norm.rms_norm_beside`."""
+        return rms_norm_beside(x, self.weight, self.eps)
+
+    def of_sum(self, x: Tensor, added: Tensor) -> tuple[Tensor, Tensor]:
+        """x + added and the norm of that, see `ops.norm.rms_norm_of_sum`."""
+        return rms_norm_of_sum(x, added, self.weight, self.eps)

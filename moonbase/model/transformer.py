@@ -75,9 +75,9 @@ class Block(nn.Module):
         clip_threshold: float | None = None,
     ) -> tuple[Tensor, LayerStatistics]:
         """Training and prefill form. Returns the new hidden states and what happened inside."""
-        attended, max_logit = self.self_attn(self.input_layernorm(x_BTD), (cos, sin), documents, clip_threshold)
-        x_BTD = x_BTD + attended
-        normalised = self.post_attention_layernorm(x_BTD)
+        x_BTD, normalised = self.input_layernorm.beside(x_BTD)
+        attended, max_logit = self.self_attn(normalised, (cos, sin), documents, clip_threshold)
+        x_BTD, normalised = self.post_attention_layernorm.of_sum(x_BTD, attended)
         if isinstance(self.mlp, FeedForward):
             no_load, no_loss = (x_BTD.new_zeros(shape, dtype=torch.float32) for shape in (0, ()))
             return x_BTD + self.mlp(normalised), LayerStatistics(max_logit, no_load, no_loss)

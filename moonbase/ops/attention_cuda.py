@@ -2,8 +2,8 @@
 
 cuDNN is the one stock kernel with different query/key (192) and value (128) dims on Hopper. Its variable-length form is
 60 times slower and its gradients there are wrong (docs/log.md), so batches of several documents per row go through the
-flash kernel with zero-padded values, as does everything on GPUs where cuDNN does not know the head size. Both return
-the log-sum-exp.
+flash kernel with values as wide as the keys, as does everything on GPUs where cuDNN does not know the head size. Both
+return the log-sum-exp.
 
 Shapes: B batch, T time, H heads, K query/key dims, V value dims per head, N = B·T tokens.
 """
@@ -38,7 +38,7 @@ def attention_with_logsumexp(
         extent = None
     else:
         assert documents.boundaries is not None, "Documents.from_ids(ids, device) prepares documents for a GPU"
-        boundaries, extent = documents.boundaries, None
+        boundaries, extent = documents.boundaries, documents.extent
     output, logsumexp = packed_attention(query_BTHK.flatten(0, 1), key_BTHK.flatten(0, 1), value_BTHV.flatten(0, 1),
                                          boundaries, extent, time, scale)
     return output.unflatten(0, (batch, time)), logsumexp.detach().unsqueeze(0)

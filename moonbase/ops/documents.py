@@ -15,12 +15,14 @@ class Documents:
 
     `ids_BT` int32: the number of the document that a token belongs to, non-decreasing along a row.
     `segments` (row, start, stop) of every document: what the CPU form loops over.
-    `boundaries` int32: what the GPU form reads, see `padded_boundaries`.
+    `boundaries` int32: what the GPU form reads, see `padded_boundaries`; `extent` int32 [2], always on the CPU: how many
+    documents there are and how long the longest is.
     """
 
     ids_BT: Tensor
     segments: tuple[tuple[int, int, int], ...] = ()
     boundaries: Tensor | None = None
+    extent: Tensor | None = None
 
     @staticmethod
     def from_ids(ids_BT: Tensor | None, device: torch.device | None = None) -> Documents | None:
@@ -38,7 +40,9 @@ class Documents:
             return Documents(ids_BT, tuple((start // time, start % time, stop - start // time * time)
                                            for start, stop in ends))
         boundaries = padded_boundaries(starts, batch, time)
-        return Documents(ids_BT.to(device, non_blocking=True), boundaries=boundaries.to(device, non_blocking=True))
+        extent = torch.tensor([len(starts), int(boundaries.diff().max())], dtype=torch.int32)
+        return Documents(ids_BT.to(device, non_blocking=True), boundaries=boundaries.to(device, non_blocking=True),
+                         extent=extent)
 
 
 def padded_boundaries(starts: Tensor, batch: int, time: int) -> Tensor:

@@ -149,31 +149,11 @@ def experts_int4_for_few(
 def experts_int4_for_prompts(
     x_ND: Tensor, indices_NK: Tensor, weights_NK: Tensor, gate_up_EBJY: Tensor, down_EBJY: Tensor
 ) -> Tensor:
-    """The same for rows of prompts: rows of choices [N, K, D] or, by the kernel in CUDA C++ where the machine has it,
-    their sums [N, 1, D]; both fp32."""
+    """The same for rows of prompts, however few: rows of choices [N, K, D] or, by the kernel in CUDA C++ where the
+    machine has it, their sums [N, 1, D]; both fp32."""
     if not (x_ND.is_cuda and x_ND.dtype == torch.bfloat16 and experts_int4_prompt_hopper.available()
             and experts_int4_prompt_hopper.fits(gate_up_EBJY.shape[0], x_ND.shape[1],
                                                 down_EBJY.shape[2] * CHUNK_INPUTS)):
         return experts_int4_cuda(x_ND, indices_NK, weights_NK, gate_up_EBJY, down_EBJY)
     return experts_int4_prompt_hopper.experts_int4_prompt_hopper(
         x_ND, indices_NK, weights_NK, gate_up_EBJY, down_EBJY).unsqueeze(1)
-
-
-def experts_int4_for_both(
-    decoding: int, x_ND: Tensor, indices_NK: Tensor, weights_NK: Tensor, gate_up_EBJY: Tensor, down_EBJY: Tensor
-) -> Tensor:
-    """The same where the first `decoding` rows decode and the others are prompts': [N, K, D] or [N, 1, D], whose sums
-    over dimension 1 are the layer's output."""
-    call, stacks = (x_ND, indices_NK, weights_NK), (gate_up_EBJY, down_EBJY)
-    if decoding == x_ND.shape[0]:
-        return experts_int4_for_few(*call, *stacks)
-    if decoding == 0:
-        return experts_int4_for_prompts(*call, *stacks)
-    few = experts_int4_for_few(*(each[:decoding] for each in call), *stacks)
-    prompts = experts_int4_for_prompts(*(each[decoding:] for each in call), *stacks)
-    if prompts.shape[1] != few.shape[1]:
-        # Zeros change no sum, so a row keeps its bits in any company.
-        out = few.new_zeros(x_ND.shape[0], few.shape[1], few.shape[2])
-        out[:decoding], out[decoding:, :1] = few, prompts
-        return out
-    return torch.cat([few, prompts])

@@ -1,11 +1,11 @@
 // Routed experts with INT4 weights for prompts, where an expert has so many tokens that the tensor cores are the limit.
 //
-// - Weights are the tensor core's left operand and come from registers: a lane's words of a chunk (`int4_chunks.py`) are
-//   its part of 64 rows x 16 inputs, eight times. They become q·s, rounded to bf16 as in a multiplied-out checkpoint,
-//   while the products before are under way. Tokens are the right operand and come from shared memory, as many at once
+// - Weights are the tensor core's left operand and come from registers: a lane's words of a chunk (`int4_chunks.py`)
+//   are its part of 64 rows x 16 inputs, eight times. They become q·s, rounded to bf16 as in a multiplied-out
+//   checkpoint, while the products before are under way. Tokens are the right operand and come from shared memory, as many at once
 //   as the expert has, in eights: hardly any product is in vain.
 // - A block makes tiles of 256 rows and up to 120 tokens of one expert, one tile after the other. One thread fills a
-//   ring of stages by bulk copies, ahead over the end of a tile; two times four warps multiply, each two chunks of rows.
+//   ring of stages by bulk copies, ahead over the end of a tile; two times four warps multiply, two chunks of rows each.
 // - Tokens lie in memory as in shared memory, so that a stage's are two copies: sorted by expert, lines of 64 inputs,
 //   swizzled, and the inputs in the order in which a word gives its nibbles. One kernel brings x into that order, gate
 //   and up write their activations in it.
@@ -31,12 +31,13 @@ constexpr int TILE_CHUNKS = 4, TILE_ROWS = 64 * TILE_CHUNKS;
 #ifndef MOST_EIGHTS  // a test has fewer
 #define MOST_EIGHTS 15
 #endif
-constexpr int MOST_TOKENS = 8 * MOST_EIGHTS;   // of a tile: with more there is no room for another stage
+constexpr int MOST_TOKENS = 8 * MOST_EIGHTS;   // of a tile: with more, fewer stages have room
 constexpr int MOST_EXPERTS = 512;
 constexpr int TOKEN_BYTES = MOST_TOKENS * CHUNK_INPUTS * 2;
 constexpr int STAGE_BYTES = TOKEN_BYTES + TILE_CHUNKS * CHUNK_BYTES;
 constexpr int STAGE_COPIES = 2 + TILE_CHUNKS;
 constexpr int ROW_BYTES = TILE_ROWS / 2 * 2 + 16;  // a token's results of a group; 16 more, so that eight hit all banks
+constexpr int MOST_SHARED = 232448;            // what a block of compute capability 9.0 may have
 constexpr int THREADS = 384, WORKERS = 128;    // the first 128 copy
 constexpr int COPY_REGISTERS = 40, WORK_REGISTERS = 232;
 constexpr int GROUP_THREADS = 1024;
@@ -65,13 +66,14 @@ struct Arguments {
 
 template <bool DOWN>
 struct Shared {
-  static constexpr int STAGES = DOWN ? 3 : 4;
+  static constexpr int RESULT_BYTES = 2 * MOST_TOKENS * (DOWN ? ROW_BYTES : LINE);
+  static constexpr int FIT = (MOST_SHARED - RESULT_BYTES - 2048) / STAGE_BYTES, STAGES = FIT < 4 ? FIT : 4;
   uint8_t stages[STAGES][STAGE_BYTES];
-  uint8_t results[2][MOST_TOKENS * (DOWN ? ROW_BYTES : LINE)];
+  uint8_t results[2][RESULT_BYTES / 2];
   float weights[2][128];
   uint64_t full[STAGES], empty[STAGES];
 };
-static_assert(sizeof(Shared<false>) <= 232448 && sizeof(Shared<true>) <= 232448, "what a block of sm_90 may have");
+static_assert(sizeof(Shared<false>) <= MOST_SHARED && sizeof(Shared<true>) <= MOST_SHARED, "there is room for them");
 
 // --- what the chip does ----------------------------------------------------------------------------------------------
 #ifndef MOONBASE_ON_CPU
@@ -310,7 +312,8 @@ __global__ void __launch_bounds__(GROUP_THREADS) group_choices(const Arguments a
   for (int expert = thread; expert < a.experts; expert += GROUP_THREADS) {
     const int size = sizes[expert];
     int before = 0;
-    for (int other = 0; other < a.experts; ++other) before += sizes[other] > size || (sizes[other] == size && other < expert);
+    for (int other = 0; other < a.experts; ++other)
+      before += sizes[other] > size || (sizes[other] == size && other < expert);
     order[before] = expert;
   }
   __syncthreads();
@@ -390,12 +393,17 @@ struct Plan {
     total = *a.num_tiles * blocks;
   }
 
-  // Tiles with the same weights are neighbours, then those with the same tokens.
-  __device__ Item item(int number) const {
-    const Tile any = a.tiles[number / blocks];
-    const int within = number - any.first * blocks;
-    const Tile tile = a.tiles[any.first + within % any.siblings];
-    return {tile.expert, within / any.siblings, tile.row, tile.count};
+  // Tiles with the same weights are neighbours, then those with the same tokens. In two steps, each of which reads
+  // memory: which expert, then which of its tiles.
+  struct Found { int number, first, siblings; };
+  __device__ __forceinline__ Found find(int number) const {
+    const Tile& any = a.tiles[number / blocks];
+    return {number, any.first, any.siblings};
+  }
+  __device__ __forceinline__ Item item(const Found& found) const {
+    const int within = found.number - found.first * blocks, block = within / found.siblings;
+    const Tile& tile = a.tiles[found.first + within - block * found.siblings];
+    return {tile.expert, block, tile.row, tile.count};
   }
 };
 
@@ -415,7 +423,7 @@ __device__ void copy_all(const Arguments& a, Shared<DOWN>& shared) {
   Place<DOWN> place;
   place.parity = 1;  // of a fresh barrier: nobody waits in the first round
   for (int number = blockIdx.x; number < plan.total; number += gridDim.x) {
-    const Item item = plan.item(number);
+    const Item item = plan.item(plan.find(number));
     const unsigned line_bytes = (item.count + 7) / 8 * (8 * LINE);
     const int64_t row_block = static_cast<int64_t>(item.expert * plan.blocks + item.block) * TILE_CHUNKS;
     const int64_t step = static_cast<int64_t>(plan.chunks) * CHUNK_BYTES;
@@ -480,12 +488,14 @@ struct Worker {
   const int group;
   int thread, warp, lane;
   Place<DOWN> place;
+  typename Plan<DOWN>::Found found;  // what comes next, read while something else is multiplied or written
+  Item next;
 
   __device__ Worker(const Arguments& a, Shared<DOWN>& shared)
       : a(a), shared(shared), plan(a), group(threadIdx.x / 128 - 1), thread(threadIdx.x % 128), warp(thread / 32),
         lane(thread % 32) {}
 
-  // 64 rows of weights times the tokens of a stage: while products of 64 inputs are under way, the next 64 are unpacked.
+  // 64 rows of weights times the tokens of a stage. While products of 64 inputs are under way, the next are unpacked.
   template <int COUNT>
   __device__ __forceinline__ void multiply_chunk(float (&sums)[COUNT], unsigned (&rows)[2][4][4], int which,
                                                  const Place<DOWN>& place) {
@@ -500,7 +510,7 @@ struct Worker {
       sums_begin(rows[half]);
 #pragma unroll
       for (int step = 0; step < 4; ++step)
-        multiply_rows(sums, rows[half][step], tokens + ((half * (COUNT * 2 * LINE) + step * 32) >> 4), OPERAND_HIGH);
+        multiply_rows(sums, rows[half][step], tokens + ((half * COUNT * 2 * LINE + step * 32) >> 4), OPERAND_HIGH);
       sums_commit();
       sums_wait<1>();  // the other half's registers are free
     }
@@ -512,7 +522,8 @@ struct Worker {
     place.advance();
   }
 
-  // Once a stage a group must wait for its own products. The other's fill the time, so the two do so half a stage apart:
+  // Once a stage a group waits for its own products: the compiler gives up overlapping where any are under way at the
+  // end of a loop that it has so many of. The other group's fill the time if the two do so half a stage apart, and so
   // the second group's second chunk is a stage ahead.
   template <int EIGHTS>
   __device__ __forceinline__ void multiply(float (&sums)[2][4 * EIGHTS]) {
@@ -580,7 +591,8 @@ struct Worker {
       float2 weights[2];
 #pragma unroll
       for (int i = 0; i < 2; ++i)
-        weights[i] = *reinterpret_cast<const float2*>(&shared.weights[group][min(j + i, EIGHTS - 1) * 8 + lane % 4 * 2]);
+        weights[i] = *reinterpret_cast<const float2*>(
+            &shared.weights[group][min(j + i, EIGHTS - 1) * 8 + lane % 4 * 2]);
       uint8_t* to = results + (j * 8 + lane / 16 % (EIGHTS - j > 1 ? 2 : 1) * 8 + lane % 8) * ROW_BYTES + warp * 32 +
                     lane / 8 % 2 * 16;
 #pragma unroll
@@ -613,6 +625,7 @@ struct Worker {
     if (DOWN && thread < item.count)
       choice = a.choice_of_row[item.row + thread], weight = a.weight_of_row[item.row + thread];
     multiply<EIGHTS>(sums);
+    next = plan.item(found);
     thread = unknown(thread), warp = thread / 32, lane = thread % 32;
     if constexpr (DOWN) write_rows<EIGHTS>(item, sums, choice, weight);
     else write_activations<EIGHTS>(item, sums);
@@ -630,10 +643,10 @@ struct Worker {
 
   __device__ __forceinline__ void work_all() {
     if (blockIdx.x >= plan.total) return;
-    Item next = plan.item(blockIdx.x);
+    next = plan.item(plan.find(blockIdx.x));
     for (int number = blockIdx.x; number < plan.total; number += gridDim.x) {
       const Item item = next;
-      if (number + gridDim.x < plan.total) next = plan.item(number + gridDim.x);
+      found = plan.find(min(number + static_cast<int>(gridDim.x), plan.total - 1));
       work_with<1>(item, (item.count + 7) / 8);
     }
     copies_out_wait();

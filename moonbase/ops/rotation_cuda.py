@@ -21,15 +21,16 @@ from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
 _ROWS = 32
-"""Heads of tokens that a program turns or copies: eight 16-byte reads under way in every thread."""
+"""Heads of tokens that a program turns or copies."""
 
 
 def takes(query: Tensor, expanded: Tensor, key_rope: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> bool:
-    """Whether the kernels work on these: 16-bit numbers on a GPU, one table of rotations for all rows of the batch, a
-    power of two of rotated dims."""
+    """Whether the kernels work on these: bf16 on a GPU, one table of rotations for all rows of the batch, a power of
+    two of rotated dims and an even number of the others."""
     dims = key_rope.shape[-1]
-    return (query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) and cos_TR.ndim == 2
-            and not (cos_TR.requires_grad or sin_TR.requires_grad) and dims >= 16 and dims & (dims - 1) == 0)
+    return (query.is_cuda and query.dtype == expanded.dtype == key_rope.dtype == torch.bfloat16 and cos_TR.ndim == 2
+            and not (cos_TR.requires_grad or sin_TR.requires_grad) and dims >= 16 and dims & (dims - 1) == 0
+            and query.shape[-1] % 2 == 0)
 
 
 def rotated_heads(
@@ -64,6 +65,20 @@ class _KeysAndValues(torch.autograd.Function):
 
 
 @triton.jit
+def _pairs(words):
+    """Both bf16 members of pairs that were read as one word each, fp32."""
+    return (words << 16).to(tl.float32, bitcast=True), (words & -65536).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _words(first, second):
+    """The way back, rounded to bf16."""
+    low = first.to(tl.bfloat16).to(tl.uint16, bitcast=True).to(tl.uint32)
+    high = second.to(tl.bfloat16).to(tl.uint16, bitcast=True).to(tl.uint32)
+    return (low | (high << 16)).to(tl.int32, bitcast=True)
+
+
+@triton.jit
 def _rotate_last_kernel(
     x, cosine, sine, rows, time, dims, HEADS: tl.constexpr, ROTATED: tl.constexpr, INVERSE: tl.constexpr,
     ROWS: tl.constexpr,
@@ -71,23 +86,23 @@ def _rotate_last_kernel(
     HALF: tl.constexpr = ROTATED // 2
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     inside = (row < rows)[:, None]
-    half, whole = tl.arange(0, HALF), tl.arange(0, ROTATED)
+    half = tl.arange(0, HALF)
     angle = ((row // HEADS) % time)[:, None] * HALF + half[None, :]
     cos = tl.load(cosine + angle, mask=inside, other=0.0)
     sin = tl.load(sine + angle, mask=inside, other=0.0)
-    first_of = x + (row.to(tl.int64) * dims + dims - ROTATED)[:, None]
+    start = x + (row.to(tl.int64) * dims + dims - ROTATED)[:, None]
+    words = start.to(tl.pointer_type(tl.int32), bitcast=True) + half[None, :]
+    # Places are written by other threads than read them, hence the barriers.
     if INVERSE:
-        low = tl.load(first_of + half[None, :], mask=inside, other=0.0).to(tl.float32)
-        high = tl.load(first_of + HALF + half[None, :], mask=inside, other=0.0).to(tl.float32)
-        tl.debug_barrier()  # places are written by other threads than read them
-        turned = tl.reshape(tl.join(low * cos + high * sin, high * cos - low * sin), (ROWS, ROTATED))
-        tl.store(first_of + whole[None, :], turned.to(x.dtype.element_ty), mask=inside)
-    else:
-        pairs = tl.load(first_of + whole[None, :], mask=inside, other=0.0)
+        low = tl.load(start + half[None, :], mask=inside, other=0.0).to(tl.float32)
+        high = tl.load(start + HALF + half[None, :], mask=inside, other=0.0).to(tl.float32)
         tl.debug_barrier()
-        first, second = tl.split(tl.reshape(pairs.to(tl.float32), (ROWS, HALF, 2)))
-        tl.store(first_of + half[None, :], (first * cos - second * sin).to(x.dtype.element_ty), mask=inside)
-        tl.store(first_of + HALF + half[None, :], (first * sin + second * cos).to(x.dtype.element_ty), mask=inside)
+        tl.store(words, _words(low * cos + high * sin, high * cos - low * sin), mask=inside)
+    else:
+        first, second = _pairs(tl.load(words, mask=inside, other=0))
+        tl.debug_barrier()
+        tl.store(start + half[None, :], (first * cos - second * sin).to(tl.bfloat16), mask=inside)
+        tl.store(start + HALF + half[None, :], (first * sin + second * cos).to(tl.bfloat16), mask=inside)
 
 
 @triton_op("moonbase::rotate_last", mutates_args={})
@@ -97,9 +112,9 @@ def rotate_last(x_BTHK: Tensor, cos_TR: Tensor, sin_TR: Tensor, inverse: bool) -
     batch, time, heads, dims = x_BTHK.shape
     out = x_BTHK.clone(memory_format=torch.contiguous_format)
     rows = batch * time * heads
-    wrap_triton(_rotate_last_kernel)[(triton.cdiv(rows, 2 * _ROWS),)](
+    wrap_triton(_rotate_last_kernel)[(triton.cdiv(rows, _ROWS),)](
         out, cos_TR.contiguous(), sin_TR.contiguous(), rows, time, dims, HEADS=heads, ROTATED=2 * cos_TR.shape[-1],
-        INVERSE=inverse, ROWS=2 * _ROWS, num_warps=4)
+        INVERSE=inverse, ROWS=_ROWS, num_warps=4)
     return out
 
 
@@ -113,19 +128,18 @@ def _join_keys_kernel(
     inside = (row < rows)[:, None]
     token = row // HEADS
     row = row.to(tl.int64)
-    nope, half, whole = tl.arange(0, NOPE), tl.arange(0, HALF), tl.arange(0, ROTATED)
+    nope, half = tl.arange(0, NOPE), tl.arange(0, HALF)
     own = inside & (nope < nope_dims)[None, :]
     plain = tl.load(expanded + (row * expanded_dims)[:, None] + nope[None, :], mask=own, other=0.0)
-    pairs = tl.load(rope + (token.to(tl.int64) * rope_stride)[:, None] + whole[None, :], mask=inside, other=0.0)
+    words = (rope + (token.to(tl.int64) * rope_stride)[:, None]).to(tl.pointer_type(tl.int32), bitcast=True)
+    first, second = _pairs(tl.load(words + half[None, :], mask=inside, other=0))
     angle = (token % time)[:, None] * HALF + half[None, :]
     cos = tl.load(cosine + angle, mask=inside, other=0.0)
     sin = tl.load(sine + angle, mask=inside, other=0.0)
-    first, second = tl.split(tl.reshape(pairs.to(tl.float32), (ROWS, HALF, 2)))
     out = key + (row * (nope_dims + ROTATED))[:, None]
-    kind = key.dtype.element_ty
     tl.store(out + nope[None, :], plain, mask=own)
-    tl.store(out + nope_dims + half[None, :], (first * cos - second * sin).to(kind), mask=inside)
-    tl.store(out + nope_dims + HALF + half[None, :], (first * sin + second * cos).to(kind), mask=inside)
+    tl.store(out + nope_dims + half[None, :], (first * cos - second * sin).to(tl.bfloat16), mask=inside)
+    tl.store(out + nope_dims + HALF + half[None, :], (first * sin + second * cos).to(tl.bfloat16), mask=inside)
 
 
 @triton_op("moonbase::join_keys", mutates_args={})
@@ -134,7 +148,8 @@ def join_keys(expanded_BTHX: Tensor, rope_BTR: Tensor, cos_TR: Tensor, sin_TR: T
     expanded_BTHX = expanded_BTHX.contiguous()
     batch, time, heads, dims = expanded_BTHX.shape
     rotated = rope_BTR.shape[-1]
-    if rope_BTR.stride() != (time * rope_BTR.stride(1), rope_BTR.stride(1), 1):
+    stride = rope_BTR.stride(1)
+    if rope_BTR.stride() != (time * stride, stride, 1) or stride % 2 or rope_BTR.storage_offset() % 2:
         rope_BTR = rope_BTR.contiguous()
     key = expanded_BTHX.new_empty(batch, time, heads, key_dims)
     rows, nope = batch * time * heads, key_dims - rotated
@@ -170,8 +185,8 @@ def _part_keys_kernel(
         tl.store(out + nope_dims + value[None, :], found, mask=of_value)
     angle = (tl.program_id(0) % time) * HALF + half
     cos, sin = tl.load(cosine + angle), tl.load(sine + angle)
-    turned = tl.reshape(tl.join(low * cos + high * sin, high * cos - low * sin), (ROTATED,))
-    tl.store(grad_rope + token * ROTATED + tl.arange(0, ROTATED), turned.to(grad_rope.dtype.element_ty))
+    words = (grad_rope + token * ROTATED).to(tl.pointer_type(tl.int32), bitcast=True)
+    tl.store(words + half, _words(low * cos + high * sin, high * cos - low * sin))
 
 
 @triton_op("moonbase::part_keys", mutates_args={})

@@ -508,7 +508,8 @@ inline void copies_announce(uint64_t* barrier, unsigned bytes) {
 inline void copy_in(void* to, const void* from, unsigned bytes, uint64_t* barrier) {
   if ((reinterpret_cast<uintptr_t>(from) | address_of(to) | bytes) % 16) std::abort();
   announced()[barrier] -= bytes;
-  for (unsigned at = 0; at < bytes; at += 16) copy_16(static_cast<char*>(to) + at, static_cast<const char*>(from) + at, true);
+  for (unsigned at = 0; at < bytes; at += 16)
+    copy_16(static_cast<char*>(to) + at, static_cast<const char*>(from) + at, true);
   copies_arrive(barrier);
 }
 inline void copy_in_once(void* to, const void* from, unsigned bytes, uint64_t* barrier) {

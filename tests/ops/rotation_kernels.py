@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from moonbase.model.rope import rotate, rotated_heads
-from moonbase.ops import rotation_cuda
+from moonbase.ops import attention_cuda, rotation_cuda
 
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 
@@ -65,3 +65,13 @@ def test_definition_and_kernels_agree() -> None:
     turned = rotate(rope.unsqueeze(2), cos, sin)
     back = rotation_cuda.rotate_last(turned.to(DEVICE), *there[3:], True)
     torch.testing.assert_close(back.cpu(), rope.unsqueeze(2), rtol=2e-2, atol=2e-2)
+
+
+def test_values_are_widened_without_a_copy_where_they_are_the_ends_of_wider_rows() -> None:
+    rows = normal(5, 3, 40)
+    value = rows[..., 24:]
+    wide = attention_cuda.wide_values(value, 24)
+    assert torch.equal(wide, rows[..., 16:]) and wide.data_ptr() == rows[..., 16:].data_ptr()
+    for other in (value.contiguous(), rows[..., 4:20], rows[..., :16]):
+        found = attention_cuda.wide_values(other, 24)
+        assert torch.equal(found[..., 8:], other) and not found[..., :8].any()

@@ -31,6 +31,8 @@ def test_boundaries_name_every_start_and_have_few_lengths(time: int, chance: flo
     documents = Documents.from_ids(ids, torch.device("meta"))
     assert documents is not None and documents.boundaries is not None and not documents.segments
     assert documents.ids_BT.device.type == "meta" and documents.boundaries.shape == found.shape
+    lengths = [stop - start for start, stop in zip(starts, [*starts[1:], 3 * time], strict=True)]
+    assert documents.extent is not None and documents.extent.tolist() == [len(starts), max(lengths)]
 
 
 def test_attention_hands_the_name_on() -> None:

@@ -70,7 +70,9 @@ def check(device: str, tokens: int, choices: int, experts: int, hidden: int, wid
         _check(device, tokens, choices, experts, hidden, width, index_type)
 
 
-def _check(device: str, tokens: int, choices: int, experts: int, hidden: int, width: int, index_type: torch.dtype) -> None:
+def _check(
+    device: str, tokens: int, choices: int, experts: int, hidden: int, width: int, index_type: torch.dtype,
+) -> None:
     gate_up, down = stored(experts, 2 * width, hidden), stored(experts, hidden, width)
     wide = torch.randn(tokens, hidden + 64).bfloat16()
     x_ND = wide[:, :hidden]  # rows further apart than they are long

@@ -4,6 +4,7 @@ are compiled for the CPU and run thread by thread (`cuda_on_cpu.h`)."""
 from __future__ import annotations
 
 import ctypes
+import itertools
 import shutil
 from pathlib import Path
 
@@ -37,7 +38,8 @@ def kernels() -> ctypes.CDLL | None:
 def device(kernels: ctypes.CDLL | None, monkeypatch: pytest.MonkeyPatch) -> str:
     if kernels is None:
         return "cuda"
-    monkeypatch.setattr(experts_int4_prompt_hopper, "_where", lambda device: (kernels, 2, 0))
+    blocks = itertools.cycle([1, 2])  # in company all by one, one tile after the other
+    monkeypatch.setattr(experts_int4_prompt_hopper, "_where", lambda device: (kernels, next(blocks), 0))
     return "cpu"
 
 
@@ -91,6 +93,7 @@ def check(device: str, tokens: int, choices: int, experts: int, hidden: int, wid
 @pytest.mark.parametrize(("tokens", "choices", "experts", "hidden", "width", "index_type", "crowd"), [
     (21, 2, 3, 256, 128, torch.int64, 0),   # two chunks of inputs, then one; one tile of an expert and more
     (10, 1, 2, 512, 256, torch.int32, 10),  # an expert without tokens; one block of rows after the other
+    (3, 1, 1, 1280, 128, torch.int64, 0),   # ten chunks of inputs: the ring is filled again and again
 ])
 def test_it_multiplies_with_what_the_words_stand_for(
     device: str, tokens: int, choices: int, experts: int, hidden: int, width: int, index_type: torch.dtype, crowd: int

@@ -17,8 +17,8 @@ from moonbase.errors import UserError
 
 SEED = 0
 _PEERS = {"train": ("transformers",), "muon": ("torch",), "moe": ("torch",), "mla": ("torch",),
-          "decode": ("transformers",), "serve": ("transformers",), "slice": (), "int4": (), "swarm": (), "agents": (),
-          "evals": ()}
+          "decode": ("transformers",), "serve": ("transformers",), "slice": (), "int4": (), "speedrun": (),
+          "swarm": (), "agents": (), "evals": ()}
 _TITLES = {"train": "Training", "decode": "Decoding and the time to the first token", "serve": "Serving",
            "int4": "What INT4 costs in loss", "swarm": "Wide tasks, one agent and many", "agents": "Agents",
            "evals": "Evaluation"}
@@ -28,8 +28,11 @@ _BENCHES = tuple(_PEERS)
 
 
 def run(name: str, preset: str = "pico", peer: str | None = None, card: Path | None = None,
-        picture: Path | None = None) -> dict[str, Any]:
+        picture: Path | None = None, minutes: float | None = None, out: Path | None = None) -> dict[str, Any]:
     """Run the bench `name`; write its card (with a picture beside it) and its picture where names are given for them.
+
+    minutes and out are for `speedrun` alone, which may take several calls: how long this one may be, and the folder
+    that keeps its runs.
 
     Returns name, title, command, machine, commit, versions, seed and rows, of benches of kernels also method, roofs and
     absent, and files: what was written. Raises UserError for unknown names, before anything is measured.
@@ -41,10 +44,13 @@ def run(name: str, preset: str = "pico", peer: str | None = None, card: Path | N
         raise UserError(f"no bench {name!r}. Benches: {', '.join(_BENCHES)}")
     if peer is not None and peer not in _PEERS[name]:
         raise UserError(f"bench {name} knows no peer {peer!r}. Peers: {', '.join(_PEERS[name]) or 'none'}")
+    options = {key: value for key, value in (("minutes", minutes), ("out", out)) if value is not None}
+    if options and name != "speedrun":
+        raise UserError(f"bench {name} takes no {' and no '.join(options)}: it is done in one call and keeps nothing")
     for path, module in ((card, "card"), (picture, "picture")):
         if path is not None:
             importlib.import_module(f"moonbase.bench.{module}").check_name(path)
-    result = _measured(name, preset, peer)
+    result = _measured(name, preset, peer, **options)
     files = []
     if card is not None:
         from moonbase.bench.card import write
@@ -58,14 +64,14 @@ def run(name: str, preset: str = "pico", peer: str | None = None, card: Path | N
     return result | {"files": [str(path) for path in files]}
 
 
-def _measured(name: str, preset: str, peer: str | None) -> dict[str, Any]:
+def _measured(name: str, preset: str, peer: str | None, **options: Any) -> dict[str, Any]:
     import torch
 
     from moonbase.report.machine import git_commit, machine_facts, package_versions
 
     torch.manual_seed(SEED)
     facts, commit = machine_facts(), git_commit()
-    found = importlib.import_module(f"moonbase.bench.{name}").measure(preset, peer)
+    found = importlib.import_module(f"moonbase.bench.{name}").measure(preset, peer, **options)
     title = name if name in _WITHOUT_PRESET else f"{name} {preset}"
     versions = package_versions()
     if peer is not None and peer not in versions:

@@ -77,7 +77,7 @@ def _tables(rows: list[dict[str, Any]]) -> list[str]:
               f"{picture.quantity(moved)}B/s", f"{picture.quantity(flops)}FLOP/s", _share(row)]
              for row, value, moved, flops in zip(kernels, peer, reading, computing, strict=True)]))
     if others:
-        ours, peer = ([_number(row.get(side)) for row in others] for side in ("ours", "peer"))
+        ours, peer = ([_number(row.get(side), row["unit"]) for row in others] for side in ("ours", "peer"))
         tables.append(_table(
             ["", "moonbase", *_peer_headings(others), "ratio", "share of the roof"],
             [[f"{_words(row['shape'])}, {row['unit']}", own, *_peer_cells(row, value, others), _ratio(row), _share(row)]
@@ -99,8 +99,11 @@ def _peer_cells(row: dict[str, Any], value: str, rows: list[dict[str, Any]]) -> 
     return [value, row.get("peer_name") or ""][:len(_peer_headings(rows))]
 
 
-def _number(value: float | None) -> str:
-    return "" if value is None else picture.number_text(value)
+def _number(value: float | None, unit: str) -> str:
+    """Of a loss the thousandths matter."""
+    if value is None:
+        return ""
+    return f"{value:.4f}" if unit == "nats per token" else picture.number_text(value)
 
 
 def _duration(seconds: float | None) -> str:

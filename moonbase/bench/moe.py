@@ -114,7 +114,7 @@ def _ours(layer: _Layer, config: ModelConfig) -> tuple[Callable[[int], str], Cal
     """The layer's output [N, D], with the kernels that the engine takes, and which that is for a batch."""
     if layer.down[0].is_cuda and divides(config.hidden_size, config.moe_intermediate_size):
         from moonbase.ops import experts_int4_hopper
-        from moonbase.ops.experts_int4_cuda import experts_int4_cuda, experts_int4_for_few
+        from moonbase.ops.experts_int4_cuda import experts_int4_for_few, experts_int4_for_prompts
 
         gate_up, down = pack_chunks(*layer.gate_up, gated=True), pack_chunks(*layer.down, gated=False)
         few = "CUDA C++ for Hopper" if experts_int4_hopper.available() and experts_int4_hopper.fits(
@@ -122,7 +122,7 @@ def _ours(layer: _Layer, config: ModelConfig) -> tuple[Callable[[int], str], Cal
             config.moe_intermediate_size) else "Triton"
 
         def run(call: _Call) -> Tensor:
-            work = experts_int4_for_few if call.x_ND.shape[0] <= _DECODES else experts_int4_cuda
+            work = experts_int4_for_few if call.x_ND.shape[0] <= _DECODES else experts_int4_for_prompts
             return work(*call, gate_up, down).sum(1)
 
         return (lambda batch: few if batch <= _DECODES else "the engine's for prompts"), run

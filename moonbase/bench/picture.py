@@ -2,7 +2,8 @@
 
 Left the roofline (Williams et al. 2009): how much is computed per byte, and how fast; the roof is what this machine was
 measured to read and to multiply in the same run. Right every row as a share of that roof. Results without such figures
-get one line per row, from the peer's value to ours, on a logarithmic scale.
+get one line per row, from the peer's value to ours, on a logarithmic scale; those with curves of losses are drawn by
+`curves`.
 """
 
 from __future__ import annotations
@@ -56,7 +57,11 @@ def draw(result: dict[str, Any], path: Path) -> None:
         figure = Figure(layout="constrained")
         figure.get_layout_engine().set(w_pad=0.12, h_pad=0.09)
         FigureCanvasAgg(figure)
-        if kernels:
+        if result.get("curves"):
+            from moonbase.bench.curves import draw_curves
+
+            draw_curves(figure, result["curves"])
+        elif kernels:
             _roofline(figure, result, kernels)
         else:
             _beside_the_peer(figure, rows)

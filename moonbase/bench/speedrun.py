@@ -57,7 +57,7 @@ from moonbase.train.trainer import Trainer, memory_bytes
 SEEDS = (0, 1, 2)
 STEPS = {"cpu": 200, "cuda": 256}
 """N, unless told otherwise."""
-FIELDS = {"cpu": (), "cuda": ("batch_size=32", "micro_batch_size=16")}
+FIELDS = {"cpu": (), "cuda": ("batch_size=32",)}
 """What differs from the preset: half of nano's batch, 65,536 tokens, makes twice the steps of the same tokens. Larger
 batches favour Muon, smaller ones make its step a larger part of the time."""
 SCHEDULE = ("schedule.kind=wsd", "schedule.warmup_steps=20", "schedule.decay_fraction=0.5",
@@ -94,12 +94,12 @@ class Speedrun:
     def __post_init__(self) -> None:
         kind = self.kind = self.kind or ("cuda" if torch.cuda.is_available() else "cpu")
         self.device = torch.device(kind)
-        self.steps = self.steps or STEPS[kind]
+        steps = self.steps or STEPS[kind]
         self._fields = [*FIELDS[kind], *SCHEDULE, *self.overrides, "validate_every=1000000", "sample_every=null"]
-        recipe = load_recipe(self.preset, [*self._fields, f"steps={self.steps}"])
+        recipe = load_recipe(self.preset, [*self._fields, f"steps={steps}"])
         usual = recipe.optimizer.lr
         self.tokens_per_step, self.vocab_size = recipe.tokens_per_step, recipe.model.vocab_size
-        self.plan = Plan(self.steps, tuple(self.rates) or (usual / 2, usual, usual * 2), tuple(self.seeds))
+        self.plan = Plan(steps, tuple(self.rates) or (usual / 2, usual, usual * 2), tuple(self.seeds))
         self._recipes: dict[Run, Recipe] = {}
 
     @property
@@ -156,7 +156,7 @@ def _announce(speedrun: Speedrun, console: Console) -> None:
     runs = planning.imagined(speedrun.plan)
     tokens = sum(run.steps for run in runs) * speedrun.tokens_per_step
     console.note(f"{speedrun.name}: about {plural(len(runs), 'run')} of {speedrun.tokens_per_step:,} tokens a step, "
-                 f"{speedrun.steps} steps for AdamW, {compact(tokens)} tokens in all: about "
+                 f"{speedrun.plan.steps} steps for AdamW, {compact(tokens)} tokens in all: about "
                  f"{duration(sum(map(speedrun.seconds, runs)))} of one device, and a minute or two in every call")
 
 
@@ -179,7 +179,8 @@ def _open_corpus(speedrun: Speedrun, log: RunLog, console: Console) -> Corpus:
     folder = log.folder / "corpus"
     with log.alone("corpus"):
         if not (folder / "corpus.json").is_file():
-            data = speedrun.data or DataConfig(sources=tuple(installed_python_sources()), max_bytes=CORPUS_BYTES[speedrun.kind])
+            data = speedrun.data or DataConfig(sources=tuple(installed_python_sources()),
+                                               max_bytes=CORPUS_BYTES[speedrun.kind])
             prepare_corpus(data, None, speedrun.vocab_size, folder, 0, progress=console)
         corpus = Corpus.open(folder)
     if corpus.vocab_size != speedrun.vocab_size:
@@ -212,6 +213,9 @@ class Runner:
         self.digest = content_digest(corpus)
         self.trainer: Trainer | None = None
         self._held_out: list[Batch] = []
+        facts, versions = machine_facts(), package_versions()
+        self._facts = {"machine": facts["gpu"] or f"{facts['cpu']}, {facts['cores']} cores", "commit": git_commit(),
+                       "versions": {name: versions[name] for name in ("python", "torch", "triton") if name in versions}}
 
     def records(self) -> list[dict[str, Any]]:
         return self.log.of(self.speedrun.digest, self.digest)
@@ -263,7 +267,8 @@ class Runner:
             return make_trainer(recipe, world, stream)
         model, masters = self.trainer.model, self.trainer.masters
         self.trainer = None  # the optimizer's state goes before the next one's comes
-        gc.collect()
+        if self.speedrun.kind == "cuda":
+            gc.collect()
         refill(model, masters, recipe.seed)
         return Trainer(recipe, model, masters, make_optimizer(recipe, masters), stream, world, [])
 
@@ -285,7 +290,6 @@ class Runner:
             self.console.note(f"{what}: {loss:.4f} nats a token held out, {course.step_seconds * 1e3:.0f} ms a step")
         except TrainingStopped as stopped:
             self.console.note(f"{what}: {stopped}")
-        facts, versions = machine_facts(), package_versions()
         return {"optimizer": run.optimizer, "rate": run.rate, "steps": run.steps, "seed": run.seed,
                 "loss": loss if loss is not None and math.isfinite(loss) else None,
                 "recipe": self.speedrun.digest(run), "corpus": self.digest, "preset": self.speedrun.name,
@@ -293,8 +297,7 @@ class Runner:
                 "seconds": time.monotonic() - started, "skipped_steps": course.skipped,
                 "clipped_heads": course.clipped, "memory_bytes": memory_bytes(self.speedrun.device),
                 "corpus_tokens": self.corpus.train.num_tokens, "losses": course.losses,
-                "machine": facts["gpu"] or f"{facts['cpu']}, {facts['cores']} cores", "commit": git_commit(),
-                "versions": {name: versions[name] for name in ("python", "torch", "triton") if name in versions}}
+                **self._facts}
 
     @torch.no_grad()
     def _held_out_loss(self) -> float:

@@ -33,7 +33,7 @@ class Run(NamedTuple):
 
 
 class Reached(NamedTuple):
-    """How much it takes to reach a loss. relation: "=", or "<" and ">" where all lengths reach it and where none does."""
+    """How much it takes to reach a loss. relation: "=", or "<" where all lengths reach it, ">" where none does."""
 
     amount: float
     relation: str
@@ -52,11 +52,14 @@ class Plan:
 
     @property
     def lengths(self) -> list[int]:
-        """Of the challenger's runs, shortest first."""
-        return [max(1, round(self.steps * 2 ** (rung / 2))) for rung in _RUNGS]
+        """Of the challenger's runs, shortest first; all different however short the baseline's are."""
+        return sorted({self._length(rung) for rung in _RUNGS})
 
     def tuning_steps(self, optimizer: str) -> int:
-        return self.steps if optimizer == BASELINE else self.lengths[_RUNGS.index(_TUNING_RUNG)]
+        return self.steps if optimizer == BASELINE else self._length(_TUNING_RUNG)
+
+    def _length(self, rung: int) -> int:
+        return max(1, round(self.steps * 2 ** (rung / 2)))
 
 
 Losses = Mapping[Run, float]

@@ -8,12 +8,13 @@ from statistics import median
 from typing import Any
 
 from moonbase.bench import speedrun_plan as planning
-from moonbase.bench.speedrun_log import losses_of, run_of
+from moonbase.bench.speedrun_log import losses_of
 from moonbase.bench.speedrun_plan import BASELINE, CHALLENGER, Plan, Reached, Run
 from moonbase.report.words import compact, duration, plural
 
 NAMES = {BASELINE: "AdamW", CHALLENGER: "MuonClip"}
-PUBLISHED = "published for Muon: 52% of AdamW's training arithmetic for the same loss, 1.92 times less (Moonlight)"
+PUBLISHED_FACTOR = 1 / 0.52
+"""Muon takes about 52% of AdamW's training arithmetic for the same loss (Moonlight)."""
 _SMOOTHED_STEPS = 9
 """Losses of single batches are averaged over so many for the picture."""
 
@@ -26,11 +27,12 @@ def findings(plan: Plan, records: Sequence[Record], name: str, tokens_per_step: 
     losses = losses_of(list(records))
     missing = planning.needed(plan, losses)
     result: dict[str, Any] = {
-        "title": f"Time to loss, {NAMES[CHALLENGER]} and {NAMES[BASELINE]}", "method": _method(plan, records, losses),
+        "title": f"Time to loss, {NAMES[CHALLENGER]} and {NAMES[BASELINE]}",
         "rows": [*_target_rows(plan, records, losses, name, tokens_per_step), *_tuning_rows(plan, losses)],
         "complete": not missing, "curves": _curves(plan, records, losses, tokens_per_step),
-        "seeds": list(plan.seeds)}
+        "seed": ", ".join(map(str, plan.seeds))}
     result["verdict"] = _verdict(result["rows"], len(missing), plan)
+    result["method"] = f"{result['verdict']}.\n\n{_method(plan, records, losses)}"
     if records:
         last = records[-1]
         machines, commits = (list(dict.fromkeys(record[key] for record in records)) for key in ("machine", "commit"))
@@ -144,7 +146,7 @@ def line_of(row: Mapping[str, Any]) -> str:
     ours = "-" if row["ours"] is None else f"{row['ours']:.4g}"
     interval = f" [{row['low']:.4g}, {row['high']:.4g}]" if row.get("low") is not None else ""
     peer = "" if row["peer"] is None else f"; {row['peer_name']} {row['peer']:.4g}"
-    ratio = "" if row["ratio"] is None else f", {row['ratio']:.2f} times less"
+    ratio = "" if row["ratio"] is None else f", ratio {row['ratio']:.2f}"
     return f"{row['shape']}: {ours}{interval} {row['unit']}{peer}{ratio}"
 
 
@@ -156,15 +158,21 @@ def _verdict(rows: Sequence[Mapping[str, Any]], missing: int, plan: Plan) -> str
     if missing or not factors:
         return f"not finished: at least {plural(missing, 'run')} of the comparison are missing"
     words = []
-    for row, what in zip(factors, ("tokens", "time"), strict=True):
-        if row["bounded"]:
-            seen = "no figure, " + row["shape"].rpartition("(")[2].rstrip(")")
-        else:
-            interval = "" if row["low"] is None else f" [{row['low']:.2f}, {row['high']:.2f}]"
-            seen = f"{row['ours']:.2f} times{interval}"
-        words.append(f"{what} {seen}")
-    return (f"{NAMES[CHALLENGER]} reaches tuned {NAMES[BASELINE]}'s loss with less of: {'; '.join(words)} "
-            f"(95%, {plural(len(plan.seeds), 'seed')}); {PUBLISHED}")
+    for row, what in zip(factors, ("as many tokens", "as long"), strict=True):
+        interval = "" if row["low"] is None else f" [{row['low']:.2f}, {row['high']:.2f}]"
+        note = f" ({row['shape'].rpartition('(')[2]}" if row["bounded"] else ""
+        words.append(f"{row['ours']:.2f} times{interval} {what}{note}")
+    return (f"{NAMES[BASELINE]}, tuned, takes {' and '.join(words)} as {NAMES[CHALLENGER]} to the same loss (95%, "
+            f"{plural(len(plan.seeds), 'seed')}); {_beside_the_published(factors[0])}")
+
+
+def _beside_the_published(factor: Mapping[str, Any]) -> str:
+    published = f"the published {PUBLISHED_FACTOR:.2f} times (Moonlight, arithmetic)"
+    if factor["low"] is None:
+        return f"{published} cannot be held against it"
+    if factor["low"] <= PUBLISHED_FACTOR <= factor["high"]:
+        return f"{published} lies within the interval"
+    return f"{published} lies {'above' if PUBLISHED_FACTOR > factor['high'] else 'below'} the interval"
 
 
 def _method(plan: Plan, records: Sequence[Record], losses: Mapping[Run, float]) -> str:
@@ -194,14 +202,21 @@ def _method(plan: Plan, records: Sequence[Record], losses: Mapping[Run, float]) 
 
 def _curves(plan: Plan, records: Sequence[Record], losses: Mapping[Run, float],
             tokens_per_step: int) -> dict[str, Any]:
-    """target: a loss; series: of a tuned run length the losses of batches over M tokens, mean and range over seeds;
-    points: held-out losses (side, M tokens, loss); tuning: by side the rates and losses of the grid."""
+    """target: a loss; reached: by side the M tokens to it; series: of a tuned run length the losses of batches over
+    M tokens, mean and range over seeds; points: held-out losses (side, M tokens, loss); tuning: by side the rates and
+    losses of the grid."""
     sides = {CHALLENGER: "ours", BASELINE: "peer"}
     own = planning.targets(plan, losses)
     found: dict[str, Any] = {
         "target": None if own is None else sum(own.values()) / len(own), "series": [], "points": [], "names": {
-            side: NAMES[key] for key, side in sides.items()}, "tuning": {}}
+            side: NAMES[key] for key, side in sides.items()}, "tuning": {}, "reached": {}}
     scale = tokens_per_step / 1e6
+    if own is not None:
+        found["reached"]["peer"] = plan.steps * scale
+        all_reached = [planning.reached(known, found["target"]) for seed in plan.seeds
+                       if (known := planning.points(plan, losses, seed))]
+        if len(all_reached) == len(plan.seeds) and {each.relation for each in all_reached} == {"="}:
+            found["reached"]["ours"] = scale * sum(each.amount for each in all_reached) / len(all_reached)
     for key, rate in planning.tuned_rates(plan, losses).items():
         mine = [record for record in records if (record["optimizer"], record["rate"]) == (key, rate)]
         found["points"] += [[sides[key], record["steps"] * scale, record["loss"]] for record in mine

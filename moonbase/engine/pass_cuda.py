@@ -303,10 +303,10 @@ def _route(stack: Experts | QuantizedExperts, decoding: int, *call: Tensor) -> l
         return [(everything, experts_for_inference(*call, stack.gate_up_proj, stack.down_proj))]
     if not stack.is_arranged:
         return [(everything, stack(*call).float().unsqueeze(1))]
-    from moonbase.ops.experts_int4_cuda import experts_int4_cuda, experts_int4_for_few
+    from moonbase.ops.experts_int4_cuda import experts_int4_for_few, experts_int4_for_prompts
 
     weights = stack.gate_up_proj_arranged, stack.down_proj_arranged
-    works = (experts_int4_for_few, slice(decoding)), (experts_int4_cuda, slice(decoding, None))
+    works = (experts_int4_for_few, slice(decoding)), (experts_int4_for_prompts, slice(decoding, None))
     return [(rows, work(*(each[rows] for each in call), *weights)) for work, rows in works if len(call[0][rows])]
 
 

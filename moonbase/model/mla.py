@@ -19,7 +19,6 @@ from moonbase.config import ModelConfig
 from moonbase.model.linear import Linear, RMSNorm
 from moonbase.model.rope import rotate, rotated_heads
 from moonbase.ops.attention import Documents, attention
-from moonbase.ops.linear import linear
 
 
 class LatentCache(Protocol):
@@ -55,7 +54,7 @@ class LatentAttention(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Expanded form. Returns [B, T, D] and the largest logit of each head [H] as `ops.attention` defines it."""
         config = self.config
-        query_BTHK, latent_BTC, key_rope = self._low_rank(x_BTD, joined=x_BTD.is_cuda)
+        query_BTHK, latent_BTC, key_rope = self._low_rank(x_BTD)
         expanded = self.kv_b_proj(latent_BTC).unflatten(-1, (config.num_attention_heads, -1))
         query_BTHK, key_BTHK, value_BTHV = rotated_heads(query_BTHK, expanded, key_rope, *rotation)
         output_BTHV, max_logit_H = attention(
@@ -88,20 +87,13 @@ class LatentAttention(nn.Module):
         query_nope, query_rope = query.split([config.qk_nope_head_dim, config.qk_rope_head_dim], dim=-1)
         return (query_nope, rotate(query_rope, cos, sin), latent_BTC, rotate(key_rope.unsqueeze(-2), cos, sin))
 
-    def _low_rank(self, x_BTD: Tensor, joined: bool = False) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries [B,T,H,K], normalised latent [B,T,C] and shared key [B,T,R], nothing rotated yet.
-
-        joined: one product for both latents. It reads its input once and, above all, gives one gradient of it.
-        """
+    def _low_rank(self, x_BTD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries [B,T,H,K], normalised latent [B,T,C] and shared key [B,T,R], nothing rotated yet."""
         config = self.config
         if config.q_lora_rank is None:
-            query, compressed = self.q_proj(x_BTD), self.kv_a_proj_with_mqa(x_BTD)
+            query = self.q_proj(x_BTD)
         else:
-            if joined:
-                both = linear(x_BTD, torch.cat([self.q_a_proj.weight, self.kv_a_proj_with_mqa.weight]))
-                low_rank, compressed = both.split([config.q_lora_rank, both.shape[-1] - config.q_lora_rank], dim=-1)
-            else:
-                low_rank, compressed = self.q_a_proj(x_BTD), self.kv_a_proj_with_mqa(x_BTD)
-            query = self.q_b_proj(self.q_a_layernorm(low_rank))
-        latent_BTC, key_rope = compressed.split([config.kv_lora_rank, config.qk_rope_head_dim], dim=-1)
+            query = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x_BTD)))
+        latent_BTC, key_rope = self.kv_a_proj_with_mqa(x_BTD).split(
+            [config.kv_lora_rank, config.qk_rope_head_dim], dim=-1)
         return query.unflatten(-1, (config.num_attention_heads, -1)), self.kv_a_layernorm(latent_BTC), key_rope

@@ -15,8 +15,8 @@ class Documents:
 
     `ids_BT` int32: the number of the document that a token belongs to, non-decreasing along a row.
     `segments` (row, start, stop) of every document: what the CPU form loops over.
-    `boundaries` int32: what the GPU form reads, see `padded_boundaries`; `extent` int32 [2], always on the CPU: how many
-    documents there are and how long the longest is.
+    `boundaries` int32: what the GPU form reads, see `padded_boundaries`; `extent` int32 [2], always on the CPU: how
+    many documents there are and how long the longest is.
     """
 
     ids_BT: Tensor

@@ -20,7 +20,6 @@
 // 16 inputs, times 16 inputs x 8 tokens. In a tile, lane = 4·(row mod 8) + quarter.
 
 #include <cstdint>
-#include <cstdlib>
 #ifndef MOONBASE_ON_CPU  // a test runs this file without a GPU
 #include <cuda_runtime.h>
 #endif
@@ -135,7 +134,6 @@ __device__ __forceinline__ uint16_t to_bf16(float value) {
 #endif  // MOONBASE_ON_CPU
 // ---------------------------------------------------------------------------------------------------------------------
 
-__device__ __forceinline__ void forget() { __syncwarp(); }
 __device__ __forceinline__ float low_half(unsigned pair) { return __uint_as_float(pair << 16); }
 __device__ __forceinline__ float high_half(unsigned pair) { return __uint_as_float(pair & 0xFFFF0000u); }
 __device__ __forceinline__ float4 plus(float4 a, float4 b) {
@@ -189,9 +187,8 @@ __device__ __forceinline__ int chunks_of(const Arguments& a, const Piece& piece)
   return (piece.is_down ? a.width : a.hidden) / CHUNK_INPUTS;
 }
 
-// The chunks that a warp reads, in order. Of a piece's two halves, 64 rows each, both are read for a chunk's inputs, for
-// up to eight tokens. More tokens take the sums of both halves for sixteen of them and one half after the other, so that
-// weights are read once for them too.
+// The chunks that a warp reads, in order: pieces of its block, passes over their tokens, its share of the inputs, both
+// halves of the rows.
 struct Reader {
   const Arguments& a;
   const Steps& steps;
@@ -199,7 +196,6 @@ struct Reader {
   const int warp;
   Piece piece;
   int left, passes, half;  // columns of chunks left; passes left
-  bool wide;               // more than eight tokens
   const uint8_t* next;
 
   __device__ Reader(const Arguments& a, const Steps& steps, const Lists& lists, int warp)
@@ -207,10 +203,7 @@ struct Reader {
 
   __device__ void begin() {
     for (; there(); piece.advance(steps, lists)) {
-      const int count = lists.counts[lists.hits[piece.hit]];
-      wide = count > 8;
-      passes = wide ? (count + 15) / 16 * 2 : 1;
-      half = 0;
+      passes = (lists.counts[lists.hits[piece.hit]] + 7) / 8;
       rewind();
       if (left > 0) return;  // else narrow matrices: nothing for this warp
     }
@@ -219,26 +212,20 @@ struct Reader {
   __device__ void rewind() {
     const int chunks = chunks_of(a, piece), first = warp * chunks / WARPS;
     const int rows = (piece.is_down ? steps.down_blocks : steps.up_blocks) * 2;  // of an expert, in chunks
-    const int64_t row = static_cast<int64_t>(lists.hits[piece.hit]) * rows + piece.block * 2 + half;
+    const int64_t row = static_cast<int64_t>(lists.hits[piece.hit]) * rows + piece.block * 2;
     next = (piece.is_down ? a.down : a.gate_up) + (row * chunks + first) * CHUNK_BYTES;
     left = (warp + 1) * chunks / WARPS - first;
+    half = 0;
   }
 
   __device__ bool there() const { return piece.there(steps, lists); }
 
   __device__ void advance() {
-    next += CHUNK_BYTES;
-    if (!wide) {
-      const int row = chunks_of(a, piece) * CHUNK_BYTES;
-      half ^= 1;
-      next += half ? row - CHUNK_BYTES : -row;
-      if (half) return;
-    }
-    if (--left > 0) return;
-    if (--passes > 0) {
-      half ^= 1;
-      return rewind();
-    }
+    const int row = chunks_of(a, piece) * CHUNK_BYTES;
+    half ^= 1;
+    next += half ? row : CHUNK_BYTES - row;
+    if (half || --left > 0) return;
+    if (--passes > 0) return rewind();
     piece.advance(steps, lists);
     begin();
   }
@@ -344,28 +331,19 @@ __device__ __forceinline__ void multiply_tile(float (&totals)[4], const uint8_t*
   }
 }
 
-template <int FIRST>
-__device__ __forceinline__ void multiply_chunk(float (&totals)[TILES][4], const uint8_t* chunk, const Inputs& inputs) {
-#pragma unroll
-  for (int tile = 0; tile < 4; ++tile) multiply_tile(totals[FIRST + tile], chunk, tile, inputs);
-}
-
-// What a warp has sums for: eight tiles of rows for eight tokens, or four of them, a half, for sixteen.
-struct Pass { int first, half; bool wide; };
-
-// Add up what the warps have of a pass, and write it: activations of gate and up, or rows of the output.
-__device__ void finish(const Arguments& a, const Shared& shared, const Piece& piece, int expert, const Pass& pass) {
+// Add up what the warps have of a piece, and write it: activations of gate and up, or rows of the output.
+__device__ void finish(const Arguments& a, const Shared& shared, const Piece& piece, int expert, int first) {
   const Lists& lists = shared.lists;
   const int count = lists.counts[expert];
   for (int slot = threadIdx.x; slot < TILES * 32; slot += WARPS * 32) {
     float4 total = shared.sums[0][slot];
 #pragma unroll
     for (int warp = 1; warp < WARPS / 2; ++warp) total = plus(total, shared.sums[warp][slot]);
-    const int lane = slot % 32, tile = pass.wide ? pass.half * 4 + slot / 32 % 4 : slot / 32;
+    const int lane = slot % 32, tile = slot / 32;
     const float upper[2] = {total.x, total.y}, lower[2] = {total.z, total.w};
 #pragma unroll
     for (int which = 0; which < 2; ++which) {
-      const int token = pass.first + (pass.wide ? slot / 128 * 8 : 0) + lane % 4 * 2 + which;
+      const int token = first + lane % 4 * 2 + which;
       if (token >= count) continue;
       const int64_t choice = lists.order[lists.offsets[expert] + token];
       if (piece.is_down) {
@@ -403,12 +381,6 @@ __global__ void __launch_bounds__(WARPS * 32, BLOCKS) experts_int4(const Argumen
 
   int stage = 0;
   unsigned parity = 0;
-  float totals[TILES][4];
-  const auto next_chunk = [&] {
-    __syncwarp();
-    fetch(stage);
-    if (++stage == STAGES) stage = 0, parity ^= 1;
-  };
   for (Piece piece(steps, lists, blockIdx.x); piece.there(steps, lists); piece.advance(steps, lists)) {
     const int expert = lists.hits[piece.hit], count = lists.counts[expert], chunks = chunks_of(a, piece);
     const int first_chunk = warp * chunks / WARPS, stop = (warp + 1) * chunks / WARPS;
@@ -417,47 +389,28 @@ __global__ void __launch_bounds__(WARPS * 32, BLOCKS) experts_int4(const Argumen
         while (acquire(&a.progress[expert]) < static_cast<unsigned>(steps.up_blocks)) __nanosleep(20);
       __syncwarp();
     }
-    Pass pass = {0, 0, count > 8};
-    while (pass.first < count) {
-      const auto row_of = [&](int first) {
-        // Columns that no token has repeat the last one's; nobody reads their sums.
-        const int64_t choice = lists.order[lists.offsets[expert] + min(first + lane / 4, count - 1)];
-        return piece.is_down ? a.activation + choice * a.width : a.x + choice / a.choices * a.x_row;
-      };
+    for (int first = 0; first < count; first += 8) {
+      // Columns that no token has repeat the last one's; nobody reads their sums.
+      const int64_t choice = lists.order[lists.offsets[expert] + min(first + lane / 4, count - 1)];
+      const uint16_t* row = piece.is_down ? a.activation + choice * a.width : a.x + choice / a.choices * a.x_row;
+      float totals[TILES][4] = {};
+      for (int chunk = first_chunk; chunk < stop; ++chunk) {
+        Inputs inputs;
+        inputs.read(row, chunk, piece.is_down);
 #pragma unroll
-      for (int tile = 0; tile < TILES; ++tile)
-        for (int i = 0; i < 4; ++i) totals[tile][i] = 0.0f;
-      const uint16_t* const row = row_of(pass.first);
-      Inputs inputs;
-      if (!pass.wide) {
-        for (int chunk = first_chunk; chunk < stop; ++chunk) {
-          inputs.read(row, chunk, piece.is_down);
-#pragma unroll
-          for (int half = 0; half < 2; ++half) {
-            barrier_wait(&shared.full[warp][stage], parity);
-            if (half == 0) multiply_chunk<0>(totals, shared.ring[warp][stage], inputs);
-            else multiply_chunk<4>(totals, shared.ring[warp][stage], inputs);
-            next_chunk();
-          }
-        }
-      } else {
-        const uint16_t* const second_row = row_of(pass.first + 8);
-        const bool both = pass.first + 8 < count;
-        for (int chunk = first_chunk; chunk < stop; ++chunk) {
-          inputs.read(row, chunk, piece.is_down);
+        for (int half = 0; half < 2; ++half) {
           barrier_wait(&shared.full[warp][stage], parity);
-          multiply_chunk<0>(totals, shared.ring[warp][stage], inputs);
-          if (both) {
-            forget();  // weights are read and unpacked again: to keep them takes more registers than there are
-            inputs.read(second_row, chunk, piece.is_down);
-            multiply_chunk<4>(totals, shared.ring[warp][stage], inputs);
-          }
-          next_chunk();
+#pragma unroll
+          for (int tile = 0; tile < 4; ++tile)
+            multiply_tile(totals[half * 4 + tile], shared.ring[warp][stage], tile, inputs);
+          __syncwarp();
+          fetch(stage);
+          if (++stage == STAGES) stage = 0, parity ^= 1;
         }
       }
       // Half of the warps leave their sums, the other half add theirs; that takes half the room, and fewer reads.
       float4* const sums = shared.sums[warp % (WARPS / 2)] + lane;
-      __syncthreads();  // the sums of the pass before have been read
+      __syncthreads();  // the sums of the piece before have been read
       if (warp < WARPS / 2) {
 #pragma unroll
         for (int tile = 0; tile < TILES; ++tile) sums[tile * 32] = four(totals[tile]);
@@ -468,10 +421,7 @@ __global__ void __launch_bounds__(WARPS * 32, BLOCKS) experts_int4(const Argumen
         for (int tile = 0; tile < TILES; ++tile) sums[tile * 32] = plus(sums[tile * 32], four(totals[tile]));
       }
       __syncthreads();
-      finish(a, shared, piece, expert, pass);
-      if (!pass.wide) break;
-      pass.first += pass.half * 16;
-      pass.half ^= 1;
+      finish(a, shared, piece, expert, first);
     }
     if (!piece.is_down) {
       __threadfence();
@@ -502,10 +452,7 @@ extern "C" int moonbase_experts_int4(const void* about, int processors, void* st
   const void* kernel = reinterpret_cast<const void*>(experts_int4);
   cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, sizeof(Shared));
   void* pointers[] = {const_cast<Arguments*>(&arguments), const_cast<Steps*>(&steps)};
-  if (error == cudaSuccess && getenv("PLAIN_LAUNCH"))
-    error = cudaLaunchKernel(kernel, dim3(blocks), dim3(WARPS * 32), pointers, sizeof(Shared),
-                             static_cast<cudaStream_t>(stream));
-  else if (error == cudaSuccess)
+  if (error == cudaSuccess)
     error = cudaLaunchCooperativeKernel(kernel, dim3(blocks), dim3(WARPS * 32), pointers, sizeof(Shared),
                                         static_cast<cudaStream_t>(stream));
   return static_cast<int>(error);

@@ -47,6 +47,12 @@ def latent_attention(
 ) -> Tensor:
     """Fast twin of `latent_attention_reference`. Tokens of one sequence must stand side by side."""
     if query_NHX.is_cuda:
+        # By the sizes of the model alone: a token's bits must not depend on what is computed beside it.
+        from moonbase.ops import latent_attention_hopper as hopper
+
+        if hopper.fits(query_NHX, store_PZX, rank) and hopper.available():
+            return hopper.latent_attention_hopper(
+                query_NHX, store_PZX, tables_BM, sequence_N, position_N, scale, rank)
         from moonbase.ops.latent_attention_cuda import latent_attention_cuda
 
         return latent_attention_cuda(query_NHX, store_PZX, tables_BM, sequence_N, position_N, scale, rank)

@@ -13,6 +13,7 @@ from moonbase.engine import Engine, Sampling
 from moonbase.engine.cache import BLOCK_TOKENS, Batch, LatentCache
 from moonbase.engine.pass_cuda import CudaPass, Reading, context_attention
 from moonbase.model import Transformer
+from moonbase.model.moe import Router
 from moonbase.model.quantized_experts import hold_in_int4
 from moonbase.ops import attention_cuda
 from moonbase.ops.attention import attention_reference
@@ -70,8 +71,13 @@ class Caches:
 def test_it_reads_prompts_and_decodes_like_the_model(changes: dict) -> None:
     """Two prompts at once, then a chunk behind one of them beside a token of the other, then one token each."""
     model = model_of(changes)
-    caches, fused = Caches(model), None
+    caches = Caches(model)
     fused = CudaPass(model, caches.of_pass)
+    chosen: list[torch.Tensor] = []
+    for module in model.modules():
+        if isinstance(module, Router):
+            module.register_forward_hook(lambda module, inputs, outputs: chosen.append(outputs[1]))
+    seen, alike = 0, 0
     generator = torch.Generator().manual_seed(1)
     passes = [([(0, 0, 37), (2, 0, 5)], 0), ([(2, 5, 1), (0, 37, 20)], 1), ([(0, 57, 1), (2, 6, 1), (-1, 0, 2)], 3)]
     for parts, decoding in passes:
@@ -80,15 +86,21 @@ def test_it_reads_prompts_and_decodes_like_the_model(changes: dict) -> None:
         tokens = torch.randint(0, model.config.vocab_size, positions.shape, generator=generator).to(DEVICE)
         batch = caches.batch(sequences, positions)
         caches.of_reference.batch = batch
+        fused.chosen = []
+        chosen.clear()
         expected = model.decode(tokens, positions, caches.of_reference)
         reading = [(row, start + count, count) for row, start, count in parts[decoding:]]
         found = fused.decode(tokens, positions, batch, None if not reading else Reading(
             sum(count for *_, count in parts[:decoding]), [count for *_, count in reading],
             [stop for _, stop, _ in reading], torch.cat([caches.slots(row, stop) for row, stop, _ in reading])))
+        # bf16 rounds at other places, and now and then that sends a token to another expert: such tokens do not count.
+        same = torch.stack([(ours.sort(-1).values == theirs.sort(-1).values).all(-1)
+                            for ours, theirs in zip(fused.chosen, chosen, strict=True)]).all(0)
         known = sequences >= 0
-        difference = (found[known].float() - expected[known].float()).norm() / expected[known].float().norm()
-        # bf16 rounds at other places, and now and then that sends a token to another expert.
-        assert difference < (0.05 if DEVICE.type == "cuda" else 1e-5)
+        seen, alike = seen + int(known.sum()), alike + int((known & same).sum())
+        found, expected = found[known & same].float(), expected[known & same].float()
+        assert (found - expected).norm() <= (0.05 if DEVICE.type == "cuda" else 1e-5) * expected.norm()
+    assert alike > (0.8 if DEVICE.type == "cuda" else 0.999) * seen
 
 
 @pytest.mark.parametrize("counts_and_stops", [

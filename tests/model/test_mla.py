@@ -148,16 +148,3 @@ def test_absorbed_in_bfloat16_is_as_exact_as_expanded_at_large_logits(seed: int)
     absorbed = decoded(attention, x, [40, *[1] * 8])
     off = [(found.float() - expected).norm() / expected.norm() for found in (expanded, absorbed)]
     assert off[1] < 1.06 * off[0] < 0.02
-
-
-def test_one_product_for_both_latents_gives_what_two_give() -> None:
-    attention, x = layer(), hidden(2, 5).requires_grad_()
-    found = []
-    for joined in (False, True):
-        outputs = attention._low_rank(x, joined=joined)
-        gradients = torch.autograd.grad(sum((part**2).sum() for part in outputs), [x, *attention.parameters()],
-                                        allow_unused=True)
-        found.append([*outputs, *(gradient for gradient in gradients if gradient is not None)])
-    assert len(found[0]) == len(found[1])
-    for one, other in zip(*found, strict=True):
-        torch.testing.assert_close(one, other)

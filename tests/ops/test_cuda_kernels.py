@@ -15,7 +15,8 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 FILES = {"ops": ("kernels", "linear_kernels", "experts_kernels", "decoding_kernels", "int4_kernels",
-                 "experts_int4_kernels", "muon_kernels", "norm_kernels", "rotation_kernels", "../optim/rounding_kernels"),
+                 "experts_int4_kernels", "muon_kernels", "norm_kernels", "rotation_kernels",
+                 "../optim/rounding_kernels"),
          "engine": ("pass_kernels",)}
 each_room = pytest.mark.parametrize("room", list(FILES))
 

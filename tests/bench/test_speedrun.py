@@ -223,9 +223,11 @@ def test_runs_are_made_once_and_go_on(settings: dict[str, Any], monkeypatch: pyt
     assert speedrun.measure(**settings | {"kind": "cuda"})["rows"] == found["rows"]
 
 
-def test_a_network_filled_anew_is_a_fresh_one(settings: dict[str, Any], tmp_path: Path) -> None:
-    """Whatever ran before, a run is what `make_trainer` makes of its recipe."""
-    run = speedrun.Speedrun(settings["preset"], 3, overrides=settings["overrides"], kind="cpu")
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_network_filled_anew_is_a_fresh_one(precision: str, settings: dict[str, Any], tmp_path: Path) -> None:
+    """Whatever ran before, a run is what `make_trainer` makes of its recipe; with masters of their own, too."""
+    overrides = (*settings["overrides"], f"precision={precision}")
+    run = speedrun.Speedrun(settings["preset"], 3, overrides=overrides, kind="cpu")
     corpus = prepare_corpus(settings["data"], None, 512, tmp_path / "corpus")
     with speedrun.Console(quiet=True) as console:
         runner = speedrun.Runner(run, RunLog(tmp_path / "log"), corpus, math.inf, console)

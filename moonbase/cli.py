@@ -21,7 +21,7 @@ from typing import Annotated, Any
 import typer
 
 from moonbase import cli_agents, cli_evals
-from moonbase.cli_results import deliver, show_bench, show_int4, show_run
+from moonbase.cli_results import deliver, show_bench, show_int4, show_run, show_speedrun
 from moonbase.errors import TrainingStopped, TryAgain, UserError
 
 INTERRUPTED = 130
@@ -253,7 +253,7 @@ def convert(
                     "  moonbase bench moe --preset kimi-k2 --peer torch --card moe.md")
 def bench(
     name: Annotated[str, typer.Argument(metavar="NAME", help="train, muon, moe, mla, decode, serve, slice, int4, "
-                                                        "swarm, agents or evals.")],
+                                                        "speedrun, swarm, agents or evals.")],
     preset: Annotated[str | None, typer.Option(help="The network, with random weights.", show_default="pico",
                                                autocompletion=_complete_preset)] = None,
     peer: Annotated[str | None, typer.Option(help="Measure this package beside moonbase in the same run: transformers, "
@@ -262,14 +262,19 @@ def bench(
                                               help="Keep the result as a page, with a picture beside it.")] = None,
     picture: Annotated[Path | None, typer.Option(metavar="FILE.svg", help="Draw the result, .svg or .png.",
                                                  show_default="none")] = None,
+    minutes: Annotated[float | None, typer.Option(
+        help="For speedrun: no run begins that would not end within them; the same command goes on.",
+        show_default="no limit")] = None,
+    out: Annotated[Path | None, typer.Option(metavar="FOLDER", help="For speedrun: where its runs are kept.",
+                                             show_default="runs/speedrun/PRESET")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Measure speed and memory, side by side with a peer, in one table."""
     from moonbase.bench import run as run_bench
 
-    given = {"preset": preset, "peer": peer, "card": card, "picture": picture}
+    given = {"preset": preset, "peer": peer, "card": card, "picture": picture, "minutes": minutes, "out": out}
     options = {key: value for key, value in given.items() if value is not None}
-    show = {"swarm": cli_agents.show_swarm_bench, "int4": show_int4}.get(name, show_bench)
+    show = {"swarm": cli_agents.show_swarm_bench, "int4": show_int4, "speedrun": show_speedrun}.get(name, show_bench)
     deliver(as_json, lambda: run_bench(name, **options), show)
 
 

@@ -91,6 +91,13 @@ def show_int4(result: dict[str, Any]) -> None:
         print(f"{row['shape']}: {row['ours']:.4f} [{low}, {high}] {row['unit']}, {row['n']} seeds")
 
 
+def show_speedrun(result: dict[str, Any]) -> None:
+    """How long each optimizer takes to the same loss."""
+    from moonbase.bench.speedrun_result import show
+
+    show(result)
+
+
 def _number(value: Any) -> str:
     if value is None:
         return ""

@@ -11,7 +11,7 @@ import fcntl
 import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -56,7 +56,7 @@ class RunLog:
             found.append(record)
         return found
 
-    def of(self, recipes: dict[Run, str] | Any, corpus: str) -> list[dict[str, Any]]:
+    def of(self, recipes: Callable[[Run], str], corpus: str) -> list[dict[str, Any]]:
         """The records of one corpus whose recipe is the one that `recipes(run)` names, the first of each run."""
         found: dict[Run, dict[str, Any]] = {}
         for record in self.records():

@@ -1,15 +1,17 @@
 """Which runs a time-to-loss comparison of two optimizers needs, from what earlier runs came to; no network in here.
 
 First each optimizer's rate: a grid of rates a factor of two apart on one seed, which extends itself until its best rate
-has a worse one on both sides. The baseline is tuned at its full length of N steps, the challenger at half of that,
-where it is expected to be as good. Then every other seed at the tuned rates. The baseline's losses after N steps are
-the target; the challenger makes runs of other lengths, a factor of the square root of two apart, until for every seed
-one of them misses the target and the next one reaches it. A schedule's end belongs to its length, so every length is a
-run of its own, and what lies between two lengths is interpolated: loss against the logarithm of tokens.
+has a worse one on both sides, and one more between the best two where a parabola promises something there. The baseline
+is tuned at its full length of N steps, the challenger at half of that, where it is expected to be as good. Then every
+other seed at the tuned rates. The baseline's losses after N steps are the target; the challenger makes runs of other
+lengths, a factor of the square root of two apart, until for every seed one of them misses the target and the next one
+reaches it. A schedule's end belongs to its length, so every length is a run of its own, and what lies between two
+lengths is interpolated: loss against the logarithm of tokens.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,6 +23,8 @@ _RUNGS = (-4, -3, -2, -1, 0, 1)
 """Lengths of the challenger's runs: N times the square root of two to these powers."""
 _TUNING_RUNG = -2
 _MOST_RATES = 8
+_WORTH_REFINING = 0.003
+"""Nats: about 1% of the tokens, where a doubling of them is worth a third of a nat."""
 
 
 class Run(NamedTuple):
@@ -71,19 +75,28 @@ def rate_grid(plan: Plan, optimizer: str, losses: Losses) -> tuple[dict[float, f
     It is finished when nothing is needed. It gives up extending itself after `_MOST_RATES` rates, so that a best rate
     at its edge is seen by whoever asks `at_the_edge`.
     """
-    steps, seed, rates = plan.tuning_steps(optimizer), plan.seeds[0], list(plan.rates)
+    rates = list(plan.rates)
+
+    def tried(rates: Sequence[float]) -> tuple[dict[float, float], list[Run]]:
+        runs = {rate: Run(optimizer, rate, plan.tuning_steps(optimizer), plan.seeds[0]) for rate in rates}
+        return ({rate: losses[run] for rate, run in runs.items() if run in losses},
+                [run for run in runs.values() if run not in losses])
+
     while True:
-        found = {rate: losses.get(Run(optimizer, rate, steps, seed)) for rate in rates}
-        known = {rate: loss for rate, loss in found.items() if loss is not None}
-        if len(known) < len(rates):
-            return known, [Run(optimizer, rate, steps, seed) for rate in rates if rate not in known]
+        known, missing = tried(rates)
+        if missing:
+            return known, missing
         best = best_rate(known)
         if len(rates) >= _MOST_RATES or best not in (rates[0], rates[-1]):
-            return known, []
+            break
         if best == rates[0]:
             rates.insert(0, best / 2)
         else:
             rates.append(best * 2)
+    if (left_by_the_grid(known) or 0.0) > _WORTH_REFINING:
+        second = min((rates[rates.index(best) + side] for side in (-1, 1)), key=lambda rate: known[rate])
+        return tried([*rates, float(f"{math.sqrt(best * second):.3g}")])
+    return known, []
 
 
 def best_rate(grid: Mapping[float, float]) -> float:
@@ -98,13 +111,19 @@ def at_the_edge(grid: Mapping[float, float]) -> bool:
 def left_by_the_grid(grid: Mapping[float, float]) -> float | None:
     """By how much the vertex of the parabola through the best rate and its neighbours, over the logarithm of the rate,
     lies below the best rate's loss: about what a finer grid could still gain. None at the edge of the grid."""
-    rates = sorted(grid)
-    place = rates.index(best_rate(grid))
     if at_the_edge(grid):
         return None
-    below, middle, above = (grid[rate] for rate in rates[place - 1:place + 2])
-    bend = below - 2 * middle + above
-    return (below - above) ** 2 / (8 * bend) if 0 < bend < math.inf else None
+    rates = sorted(grid)
+    place = rates.index(best_rate(grid))
+    around = rates[place - 1:place + 2]
+    if math.inf in map(grid.get, around):
+        return None
+    step_below, step_above = (math.log2(high / low) for low, high in itertools.pairwise(around))
+    slope_below, slope_above = ((grid[high] - grid[low]) / step for (low, high), step in zip(
+        itertools.pairwise(around), (step_below, step_above), strict=True))
+    bend = (slope_above - slope_below) / (step_below + step_above)
+    slope = (slope_below * step_above + slope_above * step_below) / (step_below + step_above)
+    return slope**2 / (4 * bend) if bend > 0 else None
 
 
 def tuned_rates(plan: Plan, losses: Losses) -> dict[str, float]:
@@ -175,9 +194,9 @@ def reached(known: Mapping[float, float], target: float) -> Reached:
 
 def imagined(plan: Plan, factor: float = 1.7) -> list[Run]:
     """The runs of a comparison that goes as expected, to say beforehand what it will cost: the challenger is ahead by
-    `factor`, and each grid extends itself once."""
+    `factor`, and each grid extends itself once and is refined."""
     losses: dict[Run, float] = {}
-    best = plan.rates[-1]
+    best = plan.rates[-1] * 2**0.3
     while missing := needed(plan, losses):
         for run in missing:
             tokens = run.steps * (factor if run.optimizer == CHALLENGER else 1.0)

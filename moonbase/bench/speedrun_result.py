@@ -150,6 +150,12 @@ def line_of(row: Mapping[str, Any]) -> str:
     return f"{row['shape']}: {ours}{interval} {row['unit']}{peer}{ratio}"
 
 
+def show(result: Mapping[str, Any]) -> None:
+    """A line per row, as `moonbase bench int4` has it, and what was written."""
+    for line in (*map(line_of, result["rows"]), *result.get("files", ())):
+        print(line)
+
+
 # --- words ------------------------------------------------------------------------------------------------------------
 
 
@@ -182,8 +188,8 @@ def _method(plan: Plan, records: Sequence[Record], losses: Mapping[Run, float]) 
         gain = planning.left_by_the_grid(grid)
         edge = ", at the edge of what was tried" if planning.at_the_edge(grid) else ""
         finer = "" if gain is None else f"; a finer grid could gain {gain:.4f} nats"
-        parts.append(f"{NAMES[key]}'s rate is {compact(rate)}, the best of {len(grid)} a factor of two apart after "
-                     f"{plan.tuning_steps(key)} steps{edge}{finer}.")
+        parts.append(f"{NAMES[key]}'s rate is {compact(rate)}, the best of "
+                     f"{', '.join(map(compact, sorted(grid)))} after {plan.tuning_steps(key)} steps{edge}{finer}.")
         mine = [record for record in records if (record["optimizer"], record["rate"]) == (key, rate)]
         parts.append(f"Its {plural(len(mine), 'run')} clipped {sum(record['clipped_heads'] for record in mine)} "
                      f"attention heads and left out {sum(record['skipped_steps'] for record in mine)} steps.")

@@ -16,12 +16,14 @@ import pytest
 import torch
 from scipy import stats
 
+from moonbase import bench
 from moonbase.bench import card, speedrun
 from moonbase.bench import speedrun_plan as planning
 from moonbase.bench.speedrun_log import RunLog, losses_of
 from moonbase.bench.speedrun_plan import BASELINE, CHALLENGER, Plan, Reached, Run
 from moonbase.bench.speedrun_result import findings, line_of
 from moonbase.data import PackedStream, prepare_corpus
+from moonbase.errors import UserError
 from moonbase.recipe import DataConfig
 from moonbase.train.assembly import make_trainer
 from tests.train.tiny import MODEL, ONE
@@ -59,7 +61,7 @@ def test_the_plan_finds_a_known_factor() -> None:
     loss = law({BASELINE: 0.002, CHALLENGER: 0.004}, 1.6)
     known = play(PLAN, loss)
     assert known == play(PLAN, loss, one_at_a_time=True), "who comes when changes nothing"
-    assert len(planning.imagined(PLAN)) == len(known) + 1, "its guess lets both grids go on once"
+    assert len(planning.imagined(PLAN)) == len(known) + 3, "its guess lets both grids go on once, and refines them"
     assert planning.tuned_rates(PLAN, known) == {BASELINE: 0.002, CHALLENGER: 0.004}
     assert {run.rate for run in known if run.optimizer == CHALLENGER} == {0.001, 0.002, 0.004, 0.008}, "extended once"
     assert {(run.steps, run.seed) for run in known if run.rate == 0.002 and run.optimizer == BASELINE} == {
@@ -97,11 +99,17 @@ def test_a_grid_ends_where_its_best_rate_lies_inside() -> None:
         known = play(Plan(100, (1.0, 2.0, 4.0), (0,)), law({BASELINE: best, CHALLENGER: 2.0}, 1.5))
         return planning.rate_grid(Plan(100, (1.0, 2.0, 4.0), (0,)), BASELINE, known)[0]
 
-    assert sorted(grid(2.0)) == [1, 2, 4] and sorted(grid(0.3)) == [0.125, 0.25, 0.5, 1, 2, 4]
+    assert sorted(grid(2.0)) == [1, 2, 4] and sorted(grid(0.25)) == [0.125, 0.25, 0.5, 1, 2, 4]
     endless = grid(1e9)
     assert max(endless) == 128 and len(endless) == 8 and planning.at_the_edge(endless)
+    assert sorted(grid(2 * 2**0.1)) == [1, 2, 4], "a thousandth of a nat is not worth a run"
     between = grid(2 * 2**0.25)
+    assert sorted(between) == [1, 2, 2.83, 4], "the middle of the best two on a logarithmic scale"
+    del between[2.83]
     assert planning.left_by_the_grid(between) == pytest.approx(0.1 * 0.25**2), "the parabola is one"
+    uneven = grid(2 * 2**0.4)
+    assert planning.best_rate(uneven) == 2.83
+    assert planning.left_by_the_grid(uneven) == pytest.approx(0.1 * (math.log2(2.83 / 2) - 0.4) ** 2)
     assert planning.left_by_the_grid(endless) is None
     gave_up = {1.0: 3.0, 2.0: 2.0, 4.0: math.inf}
     assert planning.best_rate(gave_up) == 2.0 and planning.left_by_the_grid(gave_up) is None
@@ -189,7 +197,7 @@ def settings(tmp_path: Path) -> dict[str, Any]:
     (tmp_path / "tiny.yaml").write_text(json.dumps({
         "model": MODEL, "sequence_length": 32, "batch_size": 4, "micro_batch_size": 2, "optimizer": {"lr": 0.1}}),
         encoding="utf-8")
-    return {"preset": str(tmp_path / "tiny.yaml"), "out": tmp_path / "out", "steps": 3, "seeds": (3,),
+    return {"preset": str(tmp_path / "tiny.yaml"), "out": tmp_path / "out", "steps": 2, "seeds": (3,),
             "overrides": ("schedule.warmup_steps=1",), "kind": "cpu",
             "data": DataConfig.model_validate({"sources": [{"path": str(tmp_path / "texts")}], "workers": 1,
                                                "validation_fraction": 0.2})}
@@ -282,3 +290,8 @@ def test_what_determines_a_run_names_it(settings: dict[str, Any]) -> None:
         "schedule.warmup_steps=1", "name=other", "validation_batches=2"))]
     other = [digest(kind="cuda"), digest(overrides=()), digest(overrides=("schedule.warmup_steps=1", "batch_size=8"))]
     assert len(set(same)) == 1 and len({*same, *other}) == 4
+
+
+def test_only_a_speedrun_takes_several_calls(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="bench int4 takes no minutes and no out"):
+        bench.run("int4", minutes=1.0, out=tmp_path)

@@ -12,7 +12,7 @@ from moonbase.agents.agent import Agent
 from moonbase.agents.budget import Budget, Spent
 from tests.agents import fuzz
 
-SECONDS = 6
+SECONDS = 3.0
 
 
 def test_as_many_episodes_as_there_is_time_for() -> None:

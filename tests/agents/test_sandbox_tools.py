@@ -24,7 +24,8 @@ Say = Callable[..., Awaitable[ToolResult]]
 
 
 @pytest.fixture(params=[
-    pytest.param("bubblewrap", marks=pytest.mark.skipif(BUBBLEWRAP is None, reason=WHY_NOT)), "processes"])
+    pytest.param("bubblewrap", marks=pytest.mark.skipif(BUBBLEWRAP is None, reason=WHY_NOT)),
+    pytest.param("processes", marks=[pytest.mark.slow] if BUBBLEWRAP else [])])
 def box(request: pytest.FixtureRequest, tmp_path: Path) -> Sandbox:
     return Sandbox(tmp_path, LIMITS, bubblewrap=BUBBLEWRAP if request.param == "bubblewrap" else None)
 

@@ -205,7 +205,8 @@ def _in_flight(events: Events) -> int:
                for number, call in enumerate(event["completion"].get("tool_calls") or ()))
 
 
-@pytest.mark.parametrize("kill", [6, pytest.param(14, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kill", [6, 14])
 def test_helpers_killed_and_resumed_lose_their_variables_and_hear_it(
     scripted: str, kill: int, tmp_path: Path
 ) -> None:

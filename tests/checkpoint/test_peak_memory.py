@@ -155,8 +155,8 @@ def place(tmp_path: Path) -> Iterator[Path]:
 
 
 @pytest.mark.parametrize("write", [
-    bf16_single, fp8, int4, *(pytest.param(write, marks=pytest.mark.slow)
-                              for write in (bf16_sharded, fp32_single, kimi_k25))])
+    int4, *(pytest.param(write, marks=pytest.mark.slow)
+            for write in (bf16_single, fp8, bf16_sharded, fp32_single, kimi_k25))])
 def test_peak_stays_under_a_quarter_above_the_model(write: Callable, weights: Tensors, place: Path) -> None:
     write(place, weights)
     share = measured(place)

@@ -98,6 +98,7 @@ def make_plan(tmp_path: Path, shared_data: Path) -> dict[str, Any]:
             "data": str(tmp_path), "read": None}
 
 
+@pytest.mark.slow
 def test_two_versions_of_inspect_agree(tmp_path: Path, shared_data: Path) -> None:
     folder = other_inspect()
     plan = make_plan(tmp_path, shared_data)

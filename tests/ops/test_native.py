@@ -71,6 +71,7 @@ def test_a_damaged_library_is_built_anew(cache: Path, built: Path, damage: str) 
 
 
 @needs_compiler
+@pytest.mark.slow
 def test_other_sources_are_another_library(
     cache: Path, built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -87,6 +88,7 @@ def test_other_sources_are_another_library(
 
 
 @needs_compiler
+@pytest.mark.slow
 def test_a_folder_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("in the way", encoding="utf-8")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
@@ -116,6 +118,7 @@ def test_a_compiler_that_fails(cache: Path, tmp_path: Path, monkeypatch: pytest.
 
 
 @needs_compiler
+@pytest.mark.slow
 def test_the_next_compiler_is_tried(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     compiler = tmp_path / "broken-cc"
     compiler.write_text("#!/bin/sh\nexit 1\n", encoding="utf-8")

@@ -99,6 +99,7 @@ def test_it_runs_far_from_the_checkout(installed: Path, tmp_path: Path) -> None:
     assert facts["parameters"] == 1_026_408_232_448
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not native.compilers(), reason="no C compiler here")
 def test_its_kernels_are_built_from_what_was_installed(installed: Path, tmp_path: Path) -> None:
     """A small training on .txt, .zst and .parquet, whose products, experts and optimizer take the kernels in C."""

@@ -127,6 +127,7 @@ def test_an_interrupted_one_goes_on(
     assert [line["step"] for line in metrics(run)] == list(range(1, steps + 1))
 
 
+@pytest.mark.slow
 def test_one_that_only_lacks_its_questions_is_asked(
     preset: str, small: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

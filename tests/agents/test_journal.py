@@ -111,6 +111,7 @@ def check_cut(world: World, folder: Path, whole: bytes, at: int) -> tuple[SwarmR
     return result, calls
 
 
+@pytest.mark.slow
 def test_cut_at_every_byte(tmp_path: Path) -> None:
     """What is read of a torn file is its whole lines, and the rest is cut off; some of them go on to the end."""
     world = World(3)

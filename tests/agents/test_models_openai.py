@@ -368,6 +368,7 @@ def test_nobody_there() -> None:
     assert raised.value.kind == "connection" and raised.value.retryable
 
 
+@pytest.mark.slow
 def test_silence_times_out_but_a_long_reply_does_not() -> None:
     options = CallOptions(timeout=0.3)
     slow = [part for number in range(9) for part in (chunk({"content": str(number)}), 0.3)]

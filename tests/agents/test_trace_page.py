@@ -304,6 +304,7 @@ def test_hostile_content_stays_text(page: Page, tmp_path: Path) -> None:
     fine(page, path)
 
 
+@pytest.mark.slow
 def test_ten_megabytes(page: Page, tmp_path: Path) -> None:
     """Load, first picture and scrolling; the figures are printed."""
     events = Story(7, steps=24, fan=12, depth=1, words=420).events

@@ -1,5 +1,5 @@
 """A pass of fused GPU kernels against `Transformer.decode`, decoding and reading prompts. Started by
-tests/ops/test_cuda_kernels.py, in Triton's interpreter (fp32) or on a GPU (bf16)."""
+tests/engine/test_cuda_pass.py, in Triton's interpreter (fp32) or on a GPU (bf16)."""
 
 from __future__ import annotations
 

@@ -138,6 +138,7 @@ def test_without_an_openmp_runtime(cache: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 @needs_compiler
+@pytest.mark.slow
 def test_two_processes_at_once(cache: Path) -> None:
     code = "from moonbase.ops import native; print(native.available())"
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}

@@ -106,6 +106,7 @@ def test_sigterm_finishes_what_runs_and_leaves_with_0(running: Process) -> None:
     assert not any("Traceback" in line for line in running.lines)
 
 
+@pytest.mark.slow
 def test_the_end_of_the_grace_ends_what_runs(folder: Path) -> None:
     process = Process(folder, "--cache-tokens", "8192", "--grace", "0.2", "--api-key", "k", "--model-name", "any")
     try:

@@ -189,8 +189,8 @@ def bodies(draw: Any, right: st.SearchStrategy[Any]) -> bytes:
         elif how == "deep":
             holder[key] = DEEP
         elif how == "unexpected" and isinstance(holder, dict):
-            holder[draw(texts)] = draw(odd)
-        else:
+            holder[draw(texts)] = copy.deepcopy(draw(odd))
+        else:  # a copy: what is drawn may be one of the values above, and the next change would go into that
             holder[key] = copy.deepcopy(draw(odd))
     text = json.dumps(request["a"], ensure_ascii=draw(any_of(True, True, True, False)))
     # What nests so deep is put in as text: no library writes it.

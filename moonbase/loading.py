@@ -28,7 +28,7 @@ def load(
     the GPU if there is one. dtype: default bf16 on a GPU and fp32 on a CPU.
     keep_int4: whether routed experts that are stored or were trained in INT4 stay packed, at 0.5625 bytes a weight.
     They are buffers then (`QuantizedExperts`): right for an engine, not for training on. "auto": where the source has
-    such experts, on a CPU (a GPU's kernels for them are to be asked for). Raises UserError / CheckpointError.
+    such experts and the device has kernels that are as fast with them. Raises UserError / CheckpointError.
     """
     import torch
 
@@ -54,7 +54,7 @@ def load(
     with torch.device("meta"):
         model = Transformer(config)
     rule = trained_in_int4(folder)
-    wanted = keep_int4 is True or (keep_int4 == "auto" and device.type == "cpu")
+    wanted = keep_int4 is True or (keep_int4 == "auto" and packed_is_fast(config, device, dtype))
     if wanted and (rule is not None or experts_in_int4(folder)):
         hold_in_int4(model)
         # A run's checkpoint holds masters: they are quantised row by row as they are read.
@@ -68,6 +68,21 @@ def load(
         quantize_experts(model, rule)
         cast(model, dtype)
     return model.eval()
+
+
+def packed_is_fast(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether an engine loses nothing by experts that stay in INT4: on a CPU, and on a Hopper GPU with a compiler."""
+    import torch
+
+    from moonbase.ops import experts_int4_hopper, experts_int4_prompt_hopper
+
+    if device.type != "cuda":
+        return device.type == "cpu"
+    hidden, width, experts = config.hidden_size, config.moe_intermediate_size, config.n_routed_experts
+    return (dtype == torch.bfloat16 and experts > 0
+            and experts_int4_hopper.fits(config.num_experts_per_tok, experts, hidden, width)
+            and experts_int4_prompt_hopper.fits(experts, hidden, width)
+            and experts_int4_hopper.available() and experts_int4_prompt_hopper.available())
 
 
 def load_tokenizer_of(source: str | Path) -> Tokenizer:

@@ -12,8 +12,10 @@ from safetensors.torch import save_file
 
 from moonbase.checkpoint import convert, load_weights, save_weights
 from moonbase.errors import CheckpointError, UserError
-from moonbase.loading import load
+from moonbase.loading import load, packed_is_fast
 from moonbase.model.quantized_experts import QuantizedExperts, hold_in_int4
+from moonbase.ops import experts_int4_hopper, experts_int4_prompt_hopper
+from moonbase.presets import preset_config
 from tests.checkpoint.test_writer import disk, fingerprint
 from tests.checkpoint.variants import assert_same, edit_config
 from tests.model.tiny import tiny_model
@@ -89,6 +91,17 @@ def test_auto_leaves_floats_alone(folder: Path) -> None:
     for source in (folder / "hf", "preset:pico"):
         model = load(source, device="cpu", keep_int4="auto")
         assert not any(isinstance(module, QuantizedExperts) for module in model.modules())
+
+
+def test_auto_keeps_them_where_a_gpu_has_kernels_for_their_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+    k2, odd, gpu = preset_config("kimi-k2"), preset_config("kimi-k2").model_copy(update={"hidden_size": 7200}), "cuda"
+    for compiles in (False, True):
+        for kernels in (experts_int4_hopper, experts_int4_prompt_hopper):
+            monkeypatch.setattr(kernels, "available", lambda compiles=compiles: compiles)
+        assert packed_is_fast(k2, torch.device(gpu), torch.bfloat16) == compiles
+        assert not packed_is_fast(k2, torch.device(gpu), torch.float16)
+        assert not packed_is_fast(odd, torch.device(gpu), torch.bfloat16)
+        assert packed_is_fast(odd, torch.device("cpu"), torch.float32)
 
 
 @pytest.mark.parametrize(("source", "says"), [

@@ -39,6 +39,12 @@ class Batch:
     documents: torch.Tensor
     """int32 [B, T]: number of the piece in its row, non-decreasing; attention stays inside one number."""
 
+    def whole_rows_first(self) -> Batch:
+        """The same rows, those of one piece before the others, else in order. Micro-batches of such rows alone take the
+        faster kernel on a GPU: rows that packing fills are few pieces, and where documents are long most are one."""
+        order = (self.documents[:, 1:] != self.documents[:, :-1]).any(1).byte().argsort(stable=True)
+        return Batch(self.tokens[order], self.targets[order], self.documents[order])
+
 
 class _Pool:
     """Documents first .. last-1, drawn again and again, each time in another order."""

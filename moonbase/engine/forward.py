@@ -39,7 +39,7 @@ class Forward:
         self._tables_version = 0
         self._written: list[tuple[object, int]] = [(None, 0)] * max_running
         self._native = CpuPass(model, cache) if not on_gpu else None
-        self._fused = CudaPass(model, cache) if on_gpu and CudaPass.fits(model) else None
+        self._fused = CudaPass(model, cache, max_running) if on_gpu and CudaPass.fits(model) else None
         self._least_rows = LEAST_ROWS if self._fused is None else 1
         self._in_one_call = False
         decode = self._compute if self._fused is None else self._fused.decode

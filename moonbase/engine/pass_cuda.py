@@ -37,6 +37,9 @@ from moonbase.ops.latent_attention import latent_attention
 
 EXPANDED_BYTES = 1 << 32
 """Contexts are expanded together up to this size, then one after the other."""
+CROWD = 12
+"""Rows an expert gets on average from which on the kernel for prompts does all work on INT4 experts: the one for rows
+that decode takes eight rows at once and reads the weights again for the next."""
 CHUNK_TOKENS = 16384
 """Prompt tokens that a pass reads: so many share what their context expands to, and every expert gets a few hundred."""
 
@@ -75,13 +78,18 @@ class CudaPass:
     A token's bits depend on its own sequence alone: not on other sequences, nor on the chunks its prompt came in.
     """
 
-    def __init__(self, model: Transformer, cache: LatentCache) -> None:
+    def __init__(self, model: Transformer, cache: LatentCache, most_sequences: int = 1) -> None:
+        """`most_sequences` decode at once."""
         self._model, self._cache = model, cache
+        config = model.config
+        # Decided once: a token's bits do not depend on how many others are there.
+        self._crowded = bool(config.n_routed_experts) and (
+            most_sequences * config.num_experts_per_tok >= CROWD * config.n_routed_experts)
         self.chosen: list[Tensor] | None = None
         """Where to put the experts that each sparse layer's rows choose, for who wants to count them."""
         self.prepare(model)
-        limit = min(model.config.max_position_embeddings, cache.store.shape[1] * BLOCK_TOKENS)
-        self._cos_PR, self._sin_PR = rotations(model.config, torch.arange(limit, device=cache.store.device))
+        limit = min(config.max_position_embeddings, cache.store.shape[1] * BLOCK_TOKENS)
+        self._cos_PR, self._sin_PR = rotations(config, torch.arange(limit, device=cache.store.device))
         self._side = torch.cuda.Stream(cache.store.device) if cache.store.is_cuda else None
 
     @staticmethod
@@ -224,7 +232,7 @@ class CudaPass:
             self.chosen.append(indices_NK)
         if shared_ND is not None:
             self._wait_for_side()  # the experts' kernel takes all processors
-        routed = _route(mlp.experts, decoding, normed_ND, indices_NK, weights_NK)
+        routed = _route(mlp.experts, 0 if self._crowded else decoding, normed_ND, indices_NK, weights_NK)
         # The rows of all choices are the largest tensors of a pass: they are summed where they are.
         parts = [add_and_norm(x_ND[rows], norm.weight, norm.eps, choices_NKD=choices_NKD,
                               shared_ND=None if shared_ND is None else shared_ND[rows]) for rows, choices_NKD in routed]

@@ -22,6 +22,8 @@ TOKENS = 16
 the compiler choose an instruction that may add in another order."""
 TOKENS_PER_PROGRAM = 64
 """Tokens for which one program reads its part of a weight once."""
+ROUTER_PARTS = 4
+"""Of a long sum: a router has few outputs, whose programs alone cannot keep the memory busy."""
 
 
 @triton.jit
@@ -247,39 +249,49 @@ def expand_values(read_NHC: Tensor, weight_FC: Tensor, value_dims: int) -> Tenso
 
 @triton.jit(do_not_specialize=["num_tokens"])
 def _router_logits_kernel(
-    x, weight, out, num_tokens, num_experts, x_row,
-    D: tl.constexpr, TOKENS: tl.constexpr, EXPERTS: tl.constexpr, BLOCK: tl.constexpr, EVEN: tl.constexpr,
+    x, weight, out, num_tokens, num_experts, x_row, D: tl.constexpr, PARTS: tl.constexpr, APART: tl.constexpr,
+    TOKENS: tl.constexpr, EXPERTS: tl.constexpr, BLOCK: tl.constexpr, EVEN: tl.constexpr,
 ):
     tokens = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     experts = tl.program_id(1) * EXPERTS + tl.arange(0, EXPERTS)
     # Rows behind the last one repeat it: nothing to mask when reading.
     token = tl.minimum(tokens, num_tokens - 1).to(tl.int64)[:, None]
     expert = tl.minimum(experts, num_experts - 1)[:, None]
+    size: tl.constexpr = (D + PARTS * BLOCK - 1) // (PARTS * BLOCK) * BLOCK
     total = tl.zeros([TOKENS, EXPERTS], tl.float32)
-    for base in range(0, D, BLOCK):
-        dims = (base + tl.arange(0, BLOCK))[None]
-        rows = _load(x + token * x_row + dims, dims < D, EVEN)
-        part = _load(weight + expert * D + dims, dims < D, EVEN)
-        if rows.dtype != part.dtype:
-            rows, part = rows.to(tl.float32), part.to(tl.float32)
-        total = tl.dot(rows, tl.trans(part), total, input_precision="ieee")
+    for one in range(1 if APART else PARTS):
+        first = (tl.program_id(2) if APART else one) * size
+        sums = tl.zeros([TOKENS, EXPERTS], tl.float32)
+        for base in range(first, tl.minimum(first + size, D), BLOCK):
+            dims = (base + tl.arange(0, BLOCK))[None]
+            rows = _load(x + token * x_row + dims, dims < D, EVEN)
+            part = _load(weight + expert * D + dims, dims < D, EVEN)
+            if rows.dtype != part.dtype:
+                rows, part = rows.to(tl.float32), part.to(tl.float32)
+            sums = tl.dot(rows, tl.trans(part), sums, input_precision="ieee")
+        total += sums
+    out += tl.program_id(2).to(tl.int64) * num_tokens * num_experts
     tl.store(out + token * num_experts + experts[None], total,
              mask=(tokens < num_tokens)[:, None] & (experts < num_experts)[None])
 
 
 def router_logits(x_ND: Tensor, weight_ED: Tensor) -> Tensor:
-    """x · Wᵀ as if both were fp32: fp32 [N, E]. Products of bf16 values are exact in the hardware's fp32 sums."""
+    """x · Wᵀ as if both were fp32: fp32 [P, N, E], whose sum over P, from first to last, are the logits. Products of
+    bf16 values are exact in the hardware's fp32 sums."""
     (num_tokens, dims), num_experts = x_ND.shape, weight_ED.shape[0]
     assert x_ND.stride(1) == 1 and weight_ED.is_contiguous() and weight_ED.shape[1] == dims
-    out_NE = torch.empty(num_tokens, num_experts, dtype=torch.float32, device=x_ND.device)
-    # Few tokens: many programs, each with a small part of the weight. Many: fewer passes over the tokens. The sum over
-    # D, and so the result, is the same.
-    experts = 16 if num_tokens <= TOKENS_PER_PROGRAM else 64
+    # A large D is cut into parts, whose sums are added: always, so that they are the same for any number of tokens. Few
+    # tokens: many programs, each with a small part of the weight. Many: fewer passes over the tokens.
+    few = num_tokens <= TOKENS_PER_PROGRAM
+    parts = ROUTER_PARTS if dims >= ROUTER_PARTS * 1024 else 1
+    experts = 16 if few else 64
     block = max(16, min(128 if x_ND.dtype == weight_ED.dtype == torch.bfloat16 else 64, triton.next_power_of_2(dims)))
-    _router_logits_kernel[(triton.cdiv(num_tokens, TOKENS), triton.cdiv(num_experts, experts))](
-        x_ND, weight_ED, out_NE, num_tokens, num_experts, x_ND.stride(0), D=dims, TOKENS=TOKENS, EXPERTS=experts,
-        BLOCK=block, EVEN=dims % block == 0, num_warps=4, num_stages=8 if experts == 16 else 4)
-    return out_NE
+    out_PNE = torch.empty(parts if few else 1, num_tokens, num_experts, dtype=torch.float32, device=x_ND.device)
+    _router_logits_kernel[(triton.cdiv(num_tokens, TOKENS), triton.cdiv(num_experts, experts), len(out_PNE))](
+        x_ND, weight_ED, out_PNE, num_tokens, num_experts, x_ND.stride(0), D=dims, PARTS=parts, APART=few,
+        TOKENS=TOKENS, EXPERTS=experts, BLOCK=block, EVEN=dims % block == 0, num_warps=4,
+        num_stages=8 if experts == 16 else 4)
+    return out_PNE
 
 
 @triton.jit
@@ -297,8 +309,8 @@ def _nan_above_all(values):
 @triton.jit
 def _select_experts_kernel(
     logits, bias, sequences, indices, weights, scale,
-    E: tl.constexpr, GROUPS: tl.constexpr, KEPT: tl.constexpr, CHOICES: tl.constexpr, NORMALISE: tl.constexpr,
-    GROUPS_PAD: tl.constexpr, SIZE_PAD: tl.constexpr, CHOICES_PAD: tl.constexpr,
+    E: tl.constexpr, PARTS: tl.constexpr, GROUPS: tl.constexpr, KEPT: tl.constexpr, CHOICES: tl.constexpr,
+    NORMALISE: tl.constexpr, GROUPS_PAD: tl.constexpr, SIZE_PAD: tl.constexpr, CHOICES_PAD: tl.constexpr,
 ):
     token = tl.program_id(0).to(tl.int64)
     size: tl.constexpr = E // GROUPS
@@ -309,7 +321,10 @@ def _select_experts_kernel(
     if sequences is not None:
         half = tl.num_programs(0) // 2
         row = tl.where((tl.load(sequences + token) < 0) & (token >= half), token - half, token)
-    scores = tl.sigmoid(tl.load(logits + row * E + experts, mask=open_, other=0.0))
+    logit = tl.load(logits + row * E + experts, mask=open_, other=0.0)
+    for part in tl.static_range(1, PARTS):
+        logit += tl.load(logits + (part * tl.num_programs(0) + row) * E + experts, mask=open_, other=0.0)
+    scores = tl.sigmoid(logit)
     biased = _nan_above_all(scores + tl.load(bias + experts, mask=open_, other=0.0))
     if GROUPS > 1:
         biased = tl.where(open_, biased, -float("inf"))
@@ -336,26 +351,27 @@ def _select_experts_kernel(
 
 
 def select_experts(
-    logits_NE: Tensor, bias_E: Tensor, num_choices: int, num_groups: int, kept_groups: int, normalise: bool,
+    logits_PNE: Tensor, bias_E: Tensor, num_choices: int, num_groups: int, kept_groups: int, normalise: bool,
     scale: float, sequence_N: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`model.moe.Router` after its product: chosen experts int32 [N, K], best first, and their weights fp32 [N, K].
 
-    Of equal scores, and of groups of equal worth, the lower index wins (`torch.topk` leaves that open). As there, a NaN
-    counts as the largest and reaches the weights; the experts are valid and distinct all the same. Rows with a
-    negative `sequence_N` (int32) are padding up to a power of two: they get what others chose, since nobody's experts
-    need be read for them.
+    `logits_PNE` as `router_logits` leaves them. Of equal scores, and of groups of equal worth, the lower index wins
+    (`torch.topk` leaves that open). As there, a NaN counts as the largest and reaches the weights; the experts are
+    valid and distinct all the same. Rows with a negative `sequence_N` (int32) are padding up to a power of two: they
+    get what others chose, since nobody's experts need be read for them.
     """
-    num_tokens, num_experts = logits_NE.shape
+    num_parts, num_tokens, num_experts = logits_PNE.shape
     size = num_experts // num_groups
     assert size * num_groups == num_experts and kept_groups <= num_groups and num_choices <= kept_groups * size
     assert num_groups == 1 or size > 1, "a group's worth is the sum of its best two"
-    assert logits_NE.dtype == bias_E.dtype == torch.float32 and logits_NE.is_contiguous() and bias_E.is_contiguous()
-    indices_NK = torch.empty(num_tokens, num_choices, dtype=torch.int32, device=logits_NE.device)
-    weights_NK = torch.empty(num_tokens, num_choices, dtype=torch.float32, device=logits_NE.device)
+    assert logits_PNE.dtype == bias_E.dtype == torch.float32 and logits_PNE.is_contiguous() and bias_E.is_contiguous()
+    indices_NK = torch.empty(num_tokens, num_choices, dtype=torch.int32, device=logits_PNE.device)
+    weights_NK = torch.empty(num_tokens, num_choices, dtype=torch.float32, device=logits_PNE.device)
     # One warp: the many short searches then need no exchange between warps.
     _select_experts_kernel[(num_tokens,)](
-        logits_NE, bias_E, sequence_N, indices_NK, weights_NK, scale, E=num_experts, GROUPS=num_groups,
-        KEPT=kept_groups, CHOICES=num_choices, NORMALISE=normalise, GROUPS_PAD=triton.next_power_of_2(num_groups),
-        SIZE_PAD=triton.next_power_of_2(size), CHOICES_PAD=triton.next_power_of_2(num_choices), num_warps=1)
+        logits_PNE, bias_E, sequence_N, indices_NK, weights_NK, scale, E=num_experts, PARTS=num_parts,
+        GROUPS=num_groups, KEPT=kept_groups, CHOICES=num_choices, NORMALISE=normalise,
+        GROUPS_PAD=triton.next_power_of_2(num_groups), SIZE_PAD=triton.next_power_of_2(size),
+        CHOICES_PAD=triton.next_power_of_2(num_choices), num_warps=1)
     return indices_NK, weights_NK

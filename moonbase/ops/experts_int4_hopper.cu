@@ -83,14 +83,17 @@ __device__ __forceinline__ void barrier_init(uint64_t* barrier) {
 
 __device__ __forceinline__ void barriers_visible() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
 
-// Start a copy of `bytes` (a multiple of 16) whose end completes the barrier's phase. The weights are read once.
-__device__ __forceinline__ void copy_start(void* to, const void* from, unsigned bytes, uint64_t* barrier) {
+// Start a copy of `bytes` (a multiple of 16) whose end completes the barrier's phase. What is read for the last time
+// leaves the second cache first.
+__device__ __forceinline__ void copy_start(void* to, const void* from, unsigned bytes, uint64_t* barrier, bool again) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(address_of(barrier)), "r"(bytes)
                : "memory");
+  uint64_t policy;
+  if (again) asm("createpolicy.fractional.L2::evict_normal.b64 %0;" : "=l"(policy));
+  else asm("createpolicy.fractional.L2::evict_first.b64 %0;" : "=l"(policy));
   asm volatile(
-      "{ .reg .b64 policy; createpolicy.fractional.L2::evict_first.b64 policy;"
-      " cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], policy; }"
-      ::"r"(address_of(to)), "l"(from), "r"(bytes), "r"(address_of(barrier)) : "memory");
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::"r"(
+          address_of(to)), "l"(from), "r"(bytes), "r"(address_of(barrier)), "l"(policy) : "memory");
 }
 
 __device__ __forceinline__ void barrier_wait(uint64_t* barrier, unsigned parity) {
@@ -231,16 +234,43 @@ struct Reader {
   }
 };
 
+__device__ __forceinline__ int expert_of(const Arguments& a, int choice) {
+  return a.wide_indices ? static_cast<int>(static_cast<const int64_t*>(a.indices)[choice])
+                        : static_cast<const int32_t*>(a.indices)[choice];
+}
+
+// Choices that one warp has room for: the other warps wait for it once. What nobody chose is left as it was.
+__device__ void group_few_choices(const Arguments& a, Lists& lists) {
+  const int num_choices = a.tokens * a.choices, lane = threadIdx.x;
+  if (lane < 32) {
+    const int expert = lane < num_choices ? expert_of(a, lane) : -1;
+    int count = 0, first = lane, before = 0;  // choices of the expert; the first of them; those of them before this one
+    for (int other = 31; other >= 0; --other) {
+      if (__shfl_sync(0xFFFFFFFFu, expert, other) != expert) continue;
+      ++count, first = other;
+      if (other < lane) ++before;
+    }
+    const int own = expert >= 0 && first == lane ? count : 0;
+    int hits = 0, hit = 0, offset = 0;
+    for (int other = 0; other < 32; ++other) {
+      const int more = __shfl_sync(0xFFFFFFFFu, own, other);
+      hits += more > 0;
+      if (other < first) hit += more > 0, offset += more;
+    }
+    if (own > 0) lists.hits[hit] = expert, lists.counts[expert] = count, lists.offsets[expert] = offset;
+    if (expert >= 0) lists.order[offset + before] = lane;
+    if (lane == 0) lists.num_hits = hits;
+  }
+  __syncthreads();
+}
+
 // Every block for itself: how many choices each expert has, and which. Their order among themselves is of no account.
 __device__ void group_choices(const Arguments& a, Lists& lists) {
   const int num_choices = a.tokens * a.choices, thread = threadIdx.x, threads = blockDim.x;
+  if (num_choices <= 32) return group_few_choices(a, lists);
   for (int expert = thread; expert < a.experts; expert += threads) lists.counts[expert] = 0;
   __syncthreads();
-  const auto expert_of = [&](int choice) {
-    return a.wide_indices ? static_cast<int>(static_cast<const int64_t*>(a.indices)[choice])
-                          : static_cast<const int32_t*>(a.indices)[choice];
-  };
-  for (int choice = thread; choice < num_choices; choice += threads) atomicAdd(&lists.counts[expert_of(choice)], 1);
+  for (int choice = thread; choice < num_choices; choice += threads) atomicAdd(&lists.counts[expert_of(a, choice)], 1);
   __syncthreads();
   // Two experts a thread; choices in the lower half of a word, experts that somebody chose in the upper.
   const int first = 2 * thread, lane = thread % 32;
@@ -263,7 +293,7 @@ __device__ void group_choices(const Arguments& a, Lists& lists) {
   if (thread == threads - 1) lists.num_hits = before >> 16;
   __syncthreads();
   for (int choice = thread; choice < num_choices; choice += threads)
-    lists.order[atomicAdd(&lists.ends[expert_of(choice)], 1)] = choice;
+    lists.order[atomicAdd(&lists.ends[expert_of(a, choice)], 1)] = choice;
   __syncthreads();
 }
 
@@ -374,7 +404,8 @@ __global__ void __launch_bounds__(WARPS * 32, BLOCKS) experts_int4(const Argumen
   Reader ahead(a, steps, lists, warp);
   const auto fetch = [&](int stage) {
     if (!ahead.there()) return;
-    if (lane == 0) copy_start(shared.ring[warp][stage], ahead.next, CHUNK_BYTES, &shared.full[warp][stage]);
+    if (lane == 0)
+      copy_start(shared.ring[warp][stage], ahead.next, CHUNK_BYTES, &shared.full[warp][stage], ahead.passes > 1);
     ahead.advance();
   };
   for (int stage = 0; stage < STAGES; ++stage) fetch(stage);

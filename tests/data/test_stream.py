@@ -191,6 +191,14 @@ def test_weights_are_shares_of_the_tokens(corpus: Corpus, small_buffers: None) -
         assert tokens[0] / sum(tokens) == pytest.approx(wanted, abs=0.02)
 
 
+def test_whole_rows_come_first_and_nothing_is_lost() -> None:
+    documents = torch.tensor([[0, 1, 1], [4, 4, 4], [0, 0, 1], [0, 0, 0]], dtype=torch.int32)
+    tokens = torch.arange(12).view(4, 3)
+    batch = Batch(tokens, tokens + 1, documents).whole_rows_first()
+    assert batch.documents.tolist() == [[4, 4, 4], [0, 0, 0], [0, 1, 1], [0, 0, 1]]
+    assert batch.tokens[:, 0].tolist() == [3, 9, 0, 6] and torch.equal(batch.targets, batch.tokens + 1)
+
+
 def test_wrong_state_is_named(corpus: Corpus) -> None:
     state = PackedStream(corpus, "train", 40, 3, seed=1).state_dict()
     for stream, name in (

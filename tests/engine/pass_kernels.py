@@ -66,13 +66,16 @@ class Caches:
         return self.tables[sequence].long()[places // BLOCK_TOKENS] * BLOCK_TOKENS + places % BLOCK_TOKENS
 
 
-@pytest.mark.parametrize("changes", MODELS.values(), ids=MODELS)
+@pytest.mark.parametrize(("changes", "most_sequences"), [
+    *(pytest.param(changes, 1, id=name) for name, changes in MODELS.items()),
+    # So many that rows that decode take the experts' kernel for prompts.
+    pytest.param(MODELS["INT4 experts"], 64, id="INT4 experts, crowded", marks=on_gpu)])
 @torch.no_grad()
-def test_it_reads_prompts_and_decodes_like_the_model(changes: dict) -> None:
+def test_it_reads_prompts_and_decodes_like_the_model(changes: dict, most_sequences: int) -> None:
     """Two prompts at once, then a chunk behind one of them beside a token of the other, then one token each."""
     model = model_of(changes)
     caches = Caches(model)
-    fused = CudaPass(model, caches.of_pass)
+    fused = CudaPass(model, caches.of_pass, most_sequences)
     chosen: list[torch.Tensor] = []
     for module in model.modules():
         if isinstance(module, Router):

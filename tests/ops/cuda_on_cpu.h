@@ -292,7 +292,7 @@ inline unsigned __byte_perm(unsigned x, unsigned y, unsigned selector) {
 
 inline void barrier_init(uint64_t* barrier) { *barrier = 0; }  // here: how many phases have ended
 inline void barriers_visible() {}
-inline void copy_start(void* to, const void* from, unsigned bytes, uint64_t* barrier) {
+inline void copy_start(void* to, const void* from, unsigned bytes, uint64_t* barrier, bool) {
   std::memset(to, 0x7F, bytes);
   machine().copies.push_back({to, from, bytes, barrier});
 }
@@ -370,9 +370,11 @@ inline void copy_16(void* to, const void* from, bool there) {
   std::memset(to, 0x7F, 16);
   fiber.batches.back().copies.push_back({to, there ? from : nullptr});
 }
+template <int SLICE>
 inline void copy_pieces(void* line, unsigned within, const void* from, bool there, uint64_t) {
   for (int chunk = 0; chunk < 9; ++chunk)
-    copy_16(static_cast<char*>(line) + within + chunk * 8192, static_cast<const char*>(from) + chunk * 128, there);
+    if ((chunk == 8 ? 0 : chunk / 2 % 2 + 1) == SLICE)
+      copy_16(static_cast<char*>(line) + within + chunk * 8192, static_cast<const char*>(from) + chunk * 128, there);
 }
 inline void copies_arrive(uint64_t* barrier) { current().batches.back().barrier = barrier; }
 

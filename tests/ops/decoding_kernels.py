@@ -3,6 +3,7 @@ its own: in Triton's interpreter on any machine that has triton, and on the GPU 
 
 from __future__ import annotations
 
+import functools
 import os
 
 import pytest
@@ -161,7 +162,7 @@ def test_router(experts: int, groups: int, kept: int, choices: int, normalise: b
 
 
 def test_equal_scores_go_to_the_lower_index() -> None:
-    logits, bias = there(torch.zeros(2, 12), torch.zeros(12))
+    logits, bias = there(torch.zeros(1, 2, 12), torch.zeros(12))
     for groups, kept in ((1, 1), (4, 2)):
         indices, weights = decoding_cuda.select_experts(logits, bias, 5, groups, kept, True, 2.0)
         assert indices.tolist() == [[0, 1, 2, 3, 4]] * 2
@@ -175,7 +176,7 @@ def test_not_a_number_among_the_logits(groups: int, kept: int) -> None:
     bias = torch.zeros(12)
     bias[8:] = -torch.inf
     indices, weights = (tensor.cpu() for tensor in decoding_cuda.select_experts(
-        *there(logits, bias), 6, groups, kept, False, 1.0))
+        *there(logits.unsqueeze(0), bias), 6, groups, kept, False, 1.0))
     assert all(len(set(row)) == 6 and set(row) <= set(range(12)) for row in indices.tolist())
     assert indices[1, 0] == 7 and weights.isnan().tolist() == [[True] * 6, [True] + [False] * 5, [False] * 6]
 
@@ -183,11 +184,13 @@ def test_not_a_number_among_the_logits(groups: int, kept: int) -> None:
 @pytest.mark.parametrize(("kind", "weight_kind"), [
     (kind, weight_kind) for kind in KINDS for weight_kind in KINDS
     if torch.float32 in (kind, weight_kind) or kind in KINDS_OF_PRODUCTS])
-@pytest.mark.parametrize(("tokens", "dims", "experts"), [(1, 20, 5), (37, 128, 37), (5, 300, 12), (66, 64, 70)])
+@pytest.mark.parametrize(("tokens", "dims", "experts"), [(1, 20, 5), (37, 128, 37), (5, 300, 12), (66, 64, 70),
+                                                       (2, 4200, 16), (66, 4200, 16)])
 def test_router_logits(tokens: int, dims: int, experts: int, kind: torch.dtype, weight_kind: torch.dtype) -> None:
     x, weight = normal(tokens, dims + 3).to(kind)[:, :dims], normal(experts, dims, seed=1).to(weight_kind)
-    found = decoding_cuda.router_logits(*there(x, weight))
-    assert found.dtype == torch.float32
-    torch.testing.assert_close(found.cpu().double(), x.double() @ weight.double().T, rtol=1e-5, atol=5e-5)
+    parts = decoding_cuda.router_logits(*there(x, weight))
+    assert parts.dtype == torch.float32 and len(parts) == (4 if dims > 4096 and tokens <= 64 else 1)
+    found = functools.reduce(torch.add, parts)
+    torch.testing.assert_close(found.cpu().double(), x.double() @ weight.double().T, rtol=1e-5, atol=5e-5 + dims * 5e-8)
     if DEVICE == "cuda":  # NumPy's product of other shapes adds in another order
-        assert decoding_cuda.router_logits(*there(x[-1:], weight)).equal(found[-1:])
+        assert functools.reduce(torch.add, decoding_cuda.router_logits(*there(x[-1:], weight))).equal(found[-1:])

@@ -254,7 +254,8 @@ def convert(
 def bench(
     name: Annotated[str, typer.Argument(metavar="NAME", help="train, muon, moe, mla, decode, serve, slice, int4, "
                                                         "speedrun, swarm, agents or evals.")],
-    preset: Annotated[str | None, typer.Option(help="The network, with random weights.", show_default="pico",
+    preset: Annotated[str | None, typer.Option(help="The network, with random weights; swarm, agents and evals have "
+                                                    "none.", show_default="pico",
                                                autocompletion=_complete_preset)] = None,
     peer: Annotated[str | None, typer.Option(help="Measure this package beside moonbase in the same run: transformers, "
                                                   "for muon, moe and mla torch.", show_default="none")] = None,
@@ -269,7 +270,12 @@ def bench(
                                              show_default="runs/speedrun/PRESET")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Measure speed and memory, side by side with a peer, in one table."""
+    """Measure speed and memory, side by side with a peer, in one table.
+
+    Whole networks: train, decode, serve, slice (the layers of a large one that fit here). Kernels: muon, moe (experts
+    in INT4), mla (attention over latents). Losses: int4 (what it costs), speedrun (MuonClip against AdamW; hours).
+    Without a network: agents, swarm, evals. --card keeps the figures together with how they were measured.
+    """
     from moonbase.bench import run as run_bench
 
     given = {"preset": preset, "peer": peer, "card": card, "picture": picture, "minutes": minutes, "out": out}

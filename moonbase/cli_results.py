@@ -59,26 +59,30 @@ def show_run(result: dict[str, Any]) -> None:
 
 
 def show_bench(result: dict[str, Any]) -> None:
-    """One table: a row per shape, ours beside the peer's."""
+    """One table: a row per shape, ours beside the peer's. Columns in which nothing would stand are left out."""
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
+    from moonbase.bench.picture import duration
+
     rows = result.get("rows", [])
-    peer = next((row["peer_name"] for row in rows if row.get("peer_name")), "peer")
+    peers = list(dict.fromkeys(row["peer_name"] for row in rows if row.get("peer_name")))
+
+    def cells(key: str, words: Callable[[Any], str]) -> list[str]:
+        return ["" if row.get(key) is None else words(row[key]) for row in rows]
+
+    columns = {
+        "shape": cells("shape", str), "unit": cells("unit", str), "moonbase": cells("ours", _number),
+        peers[0] if len(peers) == 1 else "peer": cells("peer", _number),
+        "which": cells("peer_name", str) if len(peers) > 1 else [], "ratio": cells("ratio", "{:.2f}x".format),
+        "of the roof": cells("roof_share", "{:.0%}".format), "time": cells("seconds", duration)}
+    columns = {heading: words for heading, words in columns.items() if any(words)}
     table = Table(title=escape(f"{result.get('name', 'bench')} on {result.get('machine', 'this machine')}"))
-    table.add_column("shape")
-    table.add_column("unit")
-    timed = any(row.get("seconds") for row in rows)
-    for heading in ("moonbase", str(peer), "ratio", "of the roof", *(("time",) if timed else ())):
-        table.add_column(escape(heading), justify="right")
-    for row in rows:
-        ratio, share, seconds = row.get("ratio"), row.get("roof_share"), row.get("seconds")
-        table.add_row(
-            escape(str(row.get("shape", ""))), escape(str(row.get("unit", ""))), _number(row.get("ours")),
-            _number(row.get("peer")), "" if ratio is None else f"{ratio:.2f}x", "" if share is None else f"{share:.0%}",
-            *([f"{seconds * 1e6:,.0f} us" if seconds else ""] if timed else []),
-        )
+    for heading in columns:
+        table.add_column(escape(heading), justify="left" if heading in ("shape", "unit", "which") else "right")
+    for row in zip(*columns.values(), strict=True):
+        table.add_row(*map(escape, row))
     Console(highlight=False).print(table)
     for line in (*(f"peer {absent}" for absent in result.get("absent", ())), *result.get("files", ())):
         print(line)
@@ -86,9 +90,13 @@ def show_bench(result: dict[str, Any]) -> None:
 
 def show_int4(result: dict[str, Any]) -> None:
     """A row per arm and per difference: mean and 95% interval over seeds."""
+    from moonbase.report.words import plural
+
     for row in result["rows"]:
         low, high = (("-" if row[key] is None else f"{row[key]:.4f}") for key in ("low", "high"))
-        print(f"{row['shape']}: {row['ours']:.4f} [{low}, {high}] {row['unit']}, {row['n']} seeds")
+        print(f"{row['shape']}: {row['ours']:.4f} [{low}, {high}] {row['unit']}, {plural(row['n'], 'seed')}")
+    for line in result.get("files", ()):
+        print(line)
 
 
 def show_speedrun(result: dict[str, Any]) -> None:

@@ -1,7 +1,7 @@
 """What the runtime of agents costs by itself: many agents in one process, a model that answers at once.
 
 Everything that a step needs is in it: the budget, the line in front of the model, a tool call with validated arguments,
-the journal in memory, the trace. The roof is one core of this machine; there is no peer that does the same.
+the journal in memory, the trace. All run on one core; there is no peer that does the same.
 """
 
 from __future__ import annotations
@@ -21,10 +21,13 @@ from moonbase.agents.models.pool import Pool
 from moonbase.agents.models.scripted import ScriptedModel
 from moonbase.agents.swarm import Swarm
 from moonbase.agents.tools.tool import Toolset, tool
+from moonbase.bench.rows import plain_row
 
 AGENTS = 1000
 STEPS = 10
 LONG_STEPS = 1000
+METHOD = ("CPU time of one process; the model answers at once. A step has the budget, the line in front of the model, "
+          "a tool call with checked arguments and the journal in memory. kB: what Python allocated (tracemalloc).")
 
 
 def measure(preset: str, peer: str | None, agents: int = AGENTS, long_steps: int = LONG_STEPS) -> list[dict[str, Any]]:
@@ -37,8 +40,7 @@ def measure(preset: str, peer: str | None, agents: int = AGENTS, long_steps: int
             (f"a swarm of {agents:,} sub-agents, {STEPS} steps each, with its trace", "CPU ms/step", swarm),
             (f"1 agent, {long_steps:,} steps", "CPU ms/step", long),
             (f"{agents:,} idle agents", "kB/agent", asyncio.run(_idle(agents)))]
-    return [{"shape": shape, "unit": unit, "ours": ours, "peer": None, "peer_name": None, "ratio": None,
-             "roof_share": None} for shape, unit, ours in rows]
+    return [plain_row(*row) for row in rows]
 
 
 @tool(inline=True)

@@ -7,6 +7,7 @@ RESULT.json CARD.md [COMMIT]`.
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 from collections.abc import Sequence
@@ -79,9 +80,9 @@ def _tables(rows: list[dict[str, Any]]) -> list[str]:
     if others:
         ours, peer = ([_number(row.get(side), row["unit"]) for row in others] for side in ("ours", "peer"))
         tables.append(_table(
-            ["", "moonbase", *_peer_headings(others), "ratio", "share of the roof"],
-            [[f"{_words(row['shape'])}, {row['unit']}", own, *_peer_cells(row, value, others), _ratio(row), _share(row)]
-             for row, own, value in zip(others, ours, peer, strict=True)]))
+            ["", "moonbase", "95% interval", *_peer_headings(others), "ratio", "share of the roof"],
+            [[f"{_words(row['shape'])}, {row['unit']}", own, _interval(row), *_peer_cells(row, value, others),
+              _ratio(row), _share(row)] for row, own, value in zip(others, ours, peer, strict=True)]))
     return tables
 
 
@@ -104,6 +105,11 @@ def _number(value: float | None, unit: str) -> str:
     if value is None:
         return ""
     return f"{value:.4f}" if unit == "nats per token" else picture.number_text(value)
+
+
+def _interval(row: dict[str, Any]) -> str:
+    low, high = (_number(row.get(end), row["unit"]) for end in ("low", "high"))
+    return f"{low} to {high}" if low and high else ""
 
 
 def _duration(seconds: float | None) -> str:
@@ -140,11 +146,30 @@ def _table(headings: Sequence[str], rows: list[list[str]]) -> str:
     return "\n".join([head, "|---" * len(used) + "|", *body])
 
 
-def main(kept: str, card: str, commit: str | None = None) -> None:
-    result = json.loads(Path(kept).read_text(encoding="utf-8"))
-    for path in write(result | ({"commit": commit} if commit else {}), Path(card)):
-        print(path)
+def read_kept(path: Path) -> dict[str, Any]:
+    """What `moonbase bench NAME --json` printed. Raises UserError for anything else."""
+    try:
+        result = json.loads(path.read_text(encoding="utf-8"))
+        result["name"], result["command"], result["machine"], result["seed"], result["versions"], result["rows"]
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{path}: not a result; keep what `moonbase bench NAME --json` prints") from None
+    return result
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m moonbase.bench.card", description="A kept result as a card.")
+    parser.add_argument("kept", type=Path, metavar="RESULT.json", help="what `moonbase bench NAME --json` printed")
+    parser.add_argument("card", type=Path, metavar="CARD.md", help="the page; its picture is written beside it")
+    parser.add_argument("commit", nargs="?", metavar="COMMIT", help="the one that was measured, if the result has none")
+    given = parser.parse_args(arguments)
+    try:
+        for path in write(read_kept(given.kept) | ({"commit": given.commit} if given.commit else {}), given.card):
+            print(path)
+    except UserError as error:
+        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main()

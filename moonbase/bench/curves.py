@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from moonbase.bench.picture import FAINT, INK, OURS, PEER
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-OURS, PEER = "#1f6f8b", "#d0673f"  # those of `picture`, which draws everything else
-INK, MUTED, FAINT = "#22303a", "#6b7780", "#dfe4e7"
 _COLOURS = {"ours": OURS, "peer": PEER}
 _FIRST_SHARE = 0.1
 """Of the longest run: losses before it are too high to be shown beside the others."""

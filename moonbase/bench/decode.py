@@ -10,24 +10,26 @@ Shapes: B sequences, S prompt tokens, N new tokens.
 from __future__ import annotations
 
 import gc
-import sys
-import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 
+from moonbase.bench.networks import NoText, check_room, transformers_model
+from moonbase.bench.rows import note, plain_row
 from moonbase.bench.timing import alternating_seconds, read_ceiling, seconds
 from moonbase.config import ModelConfig
 from moonbase.engine import Engine, Sampling
-from moonbase.errors import UserError
 from moonbase.layout import checkpoint_layout
 from moonbase.loading import cast
 from moonbase.model import Transformer
 from moonbase.ops import native
 from moonbase.recipe import load_recipe
-from moonbase.sizes import kv_bytes_per_token
+from moonbase.sizes import kv_bytes_per_token, sizes
 
+METHOD = ("Sequences x (prompt + new tokens), greedy, the same weights and prompts on both sides. A run of one token "
+          "is the time to the first; what a longer run takes beyond it is decoding. Medians. The roof: the weights "
+          "that a step is expected to touch, and its latents, at the measured rate of reading.")
 _PEER_EXPERTS = ("grouped_mm", "eager")
 
 
@@ -45,17 +47,6 @@ _GPU_SHAPES = (Shape(1, 1024, 256), Shape(64, 1024, 256), Shape(256, 1024, 256),
                Shape(16, 32512, 128))
 
 
-class _NoText:
-    """The engine is asked for ids only."""
-
-    special_tokens: dict[str, int] = {}  # noqa: RUF012
-
-    def encode(self, text: str) -> list[int]:
-        raise AssertionError
-
-    decode = token_bytes = encode
-
-
 def measure(preset: str, peer: str | None, shapes: tuple[Shape, ...] | None = None) -> list[dict[str, Any]]:
     """Two rows per shape: decoded tokens/s, and the time to the first token of the whole batch."""
     on_gpu = torch.cuda.is_available()
@@ -65,13 +56,17 @@ def measure(preset: str, peer: str | None, shapes: tuple[Shape, ...] | None = No
     config = config.model_copy(update={"max_position_embeddings": max(config.max_position_embeddings, longest)})
     device = torch.device("cuda" if on_gpu else "cpu")
     dtype = torch.bfloat16 if on_gpu else torch.float32
+    copies, parameters = 2 if peer else 1, sizes(config).parameters
+    check_room("decode", preset, (1 if on_gpu else copies) * 4 * parameters, False)  # drawn on the CPU, in fp32
+    if on_gpu:
+        check_room("decode", preset, copies * dtype.itemsize * parameters, True)
     model = cast(Transformer(config).initialize(), dtype).to(device).eval()
     ceiling = read_ceiling()
     native.available()  # a first use compiles; that is not what is measured
     rows = []
     for shape in shapes:
         rows += _rows(preset, model, shape, peer, ceiling)
-        print(*(_line(row) for row in rows[-2:]), sep="\n", file=sys.stderr, flush=True)
+        note("\n".join(map(_line, rows[-2:])))
     return rows
 
 
@@ -113,10 +108,8 @@ def _rows(
             values[side] = shape.batch * (shape.new - 1) / decoding if unit == "tokens/s" else 1000 * first
         ours, theirs = values["ours"], values.get("peer")
         share = ours / shape.batch * step / ceiling if unit == "tokens/s" else None
-        # Of milliseconds less is better, and the ratio says how much.
-        ratio = None if theirs is None else ours / theirs if unit == "tokens/s" else theirs / ours
-        rows.append({"shape": label, "unit": unit, "ours": ours, "peer": theirs, "peer_name": peer_name,
-                     "ratio": ratio, "roof_share": share})
+        rows.append(plain_row(label, unit, ours, theirs, peer_name, less_is_better=unit != "tokens/s",
+                              roof_share=share))
     del works
     gc.collect()
     torch.cuda.empty_cache()
@@ -124,7 +117,7 @@ def _rows(
 
 
 def _ours(model: Transformer, prompts: torch.Tensor, shape: Shape) -> Callable[[int], object]:
-    engine = Engine(model, _NoText(), max_running=shape.batch, prefix_cache=False,
+    engine = Engine(model, NoText(), max_running=shape.batch, prefix_cache=False,
                     cache_tokens=shape.batch * (shape.prompt + shape.new + 32))
     return lambda new: engine.generate_ids(prompts.tolist(), Sampling(max_tokens=new, ignore_eos=True))
 
@@ -147,17 +140,8 @@ def step_bytes(config: ModelConfig, batch: int, context: int, itemsize: int) -> 
 
 def _peer(model: Transformer, prompts: torch.Tensor) -> tuple[str, Callable[[int], object]]:
     """transformers with the same weights and the faster of its expert implementations for this batch."""
-    try:
-        from transformers import AutoModelForCausalLM, DeepseekV3Config
-    except ImportError:
-        raise UserError("peer transformers is not installed here: pip install transformers") from None
     parameter = next(model.parameters())
-    values = model.config.to_hf()
-    values.pop("model_type")
-    with parameter.device, warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        theirs = AutoModelForCausalLM.from_config(
-            DeepseekV3Config(**values), dtype=parameter.dtype, attn_implementation="sdpa").eval()
+    theirs = transformers_model(model.config, parameter.device, parameter.dtype).eval()
     state = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith("mtp.")}
     theirs.load_state_dict(state)
     there = prompts.to(parameter.device)

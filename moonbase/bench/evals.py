@@ -15,7 +15,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from moonbase.bench.rows import plain_row
+
 ITEMS, LANGUAGES, THINKING, SAMPLES = 1000, ("en", "zh"), ("on", "off"), 3
+METHOD = ("Wall-clock time, measured once, of what follows a run; answers of about 150 words in two languages, "
+          "invented from a seed. MB: what Python allocated at most (tracemalloc).")
 MODELS = ("bench/first", "bench/second")
 _OPENINGS = {
     "en": ("I'm sorry, but I can't help with that.", "There are many views on this, and it depends.", "Here is how."),
@@ -55,11 +59,11 @@ def measure(preset: str, peer: str | None, items: int = ITEMS) -> list[dict[str,
             memory.append(tracemalloc.get_traced_memory()[1] / 1e6)
             tracemalloc.stop()
     shape = f"{each:,} samples x {len(MODELS)} models"
-    rows = [(shape, "s, labels and records", labelled), (shape, "s, figures and two reports", summarised),
-            (shape, "s in all", labelled + summarised), (f"a quarter of {shape}", "MB to read the records", memory[0]),
-            (shape, "MB to read the records", memory[1])]
-    return [{"shape": shape, "unit": unit, "ours": ours, "peer": None, "peer_name": None, "ratio": None,
-             "roof_share": None} for shape, unit, ours in rows]
+    rows = [(f"{shape}: labels and records", "s", labelled), (f"{shape}: figures and two reports", "s", summarised),
+            (f"{shape}: in all", "s", labelled + summarised),
+            ("a quarter of that: memory to read the records", "MB", memory[0]),
+            (f"{shape}: memory to read the records", "MB", memory[1])]
+    return [plain_row(*row) for row in rows]
 
 
 def _records(items: int) -> Iterator[Any]:

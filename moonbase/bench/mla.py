@@ -43,9 +43,9 @@ _RUN_BYTES = {"cuda": 8 * 2**30, "cpu": 2**26}
 _TOLERANCE = {"ours": 1e-2, "peer": 5e-2}
 """Relative error against fp64; the peer's logits are rounded to bf16 on a GPU, which alone makes it 1.3e-2."""
 _ABSENT = {"flash_mla": "FlashMLA", "flash_attn_interface": "FlashAttention-3"}
-_METHOD = ("Medians of 15 runs, ours and the peer in turns, each of a few milliseconds from rest (sustained load slows "
-           "a GPU at its power limit: this attention by 6 to 22%); stores take turns so that no cache holds them; the "
-           "peer's cache is dense; outputs checked against fp64 before timing.")
+_METHOD = ("Sequences x tokens of context. Medians of 15 runs, ours and the peer in turns, each of a few milliseconds "
+           "from rest (sustained load slows a GPU at its power limit: this attention by 6 to 22%); stores take turns, "
+           "so no cache holds them; the peer's cache is dense; outputs checked against fp64 before timing.")
 
 Attend = Callable[[Tensor, Tensor], Tensor]
 """From queries [B, H, X] and a store [P, Z, X] to what is read, [B, H, C]."""
@@ -112,9 +112,9 @@ def _row(shape: Shape, scale: float, device: torch.device, peer: str | None, roo
     works = {side: recorded([functools.partial(attend, query_BHX, stores[number % count]) for number in range(calls)],
                             device.type == "cuda") for side, attend in sides.items()}
     times = {side: value / calls for side, value in kernel_seconds(works, rounds=15, warmup=3).items()}
-    return kernel_row(f"{shape.name}, {shape.heads} heads x {shape.width}", f"{shape.name}, {shape.heads} heads",
+    return kernel_row(f"{shape.name} tokens, {shape.heads} heads x {shape.width}", f"{shape.name}, {shape.heads} heads",
                       shape.cost(dtype.itemsize), times, roofs, ours_name=name,
-                      peer_name="torch matmul, dense cache" if peer else None)
+                      peer_name="torch matmul, dense cache")
 
 
 def _ours(query_BHX: Tensor, store_PZX: Tensor, tables_BM: Tensor, shape: Shape, scale: float) -> tuple[str, Attend]:

@@ -17,14 +17,14 @@ import functools
 import gc
 import itertools
 import math
-import sys
 from collections import Counter
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from moonbase.bench.rows import findings, kernel_row, say
+from moonbase.bench.picture import duration
+from moonbase.bench.rows import findings, kernel_row, note, plain_row, say
 from moonbase.bench.timing import (
     Cost,
     Roofs,
@@ -66,9 +66,10 @@ _MICRO_BATCH = {"cuda": (16, 2048), "cpu": (8, 512)}
 _BYTES_EACH = 36
 """Memory per parameter: weight, gradient and momentum in fp32, of both sides, and scratch."""
 _TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 3e-2}
-_METHOD = ("Medians, ours and the peer in turns, in short runs (sustained load slows a GPU at its power limit); inputs "
-           "take turns; results checked against fp64 before timing. TFLOP/s of the plain form on both sides; the share "
-           "of the roof counts the products really made.")
+_METHOD = ("Matrices x rows x columns, their orthogonalisation; then whole updates. Medians, ours and the peer in "
+           "turns, in short runs (sustained load slows a GPU at its power limit); inputs take turns; results checked "
+           "against fp64 before timing. TFLOP/s of the plain form on both sides; the share of the roof counts the "
+           "products really made.")
 _METHOD_CPU = " The roof is that of fp32; a processor with bf16 units lets the peer, which computes in bf16, above it."
 
 
@@ -125,7 +126,7 @@ def _orthogonalisation(shape: Shape, device: torch.device, peer: str | None, roo
     return kernel_row(
         f"{count} x {rows} x {columns}", f"{count} x {rows} x {columns}", _times(done, count, dtype.itemsize), times,
         roofs, ours_name="Gram form" if gram else "plain form", unit="TFLOP/s", amount=count * plain.flops / 1e12,
-        peer_name="torch.optim.Muon, bf16" if peer else None, peer_cost=_times(plain, count, 2))
+        peer_name="torch.optim.Muon, bf16", peer_cost=_times(plain, count, 2))
 
 
 def _ours(matrices: Tensor, dtype: torch.dtype) -> Tensor:
@@ -163,16 +164,16 @@ def _gram_cost(rows: int, columns: int, dtype: torch.dtype) -> Cost:
 
 
 def _whole_steps(preset: str, peer: str | None, device: torch.device) -> list[dict[str, Any]]:
-    """MuonClip over all parameters beside torch's Muon and AdamW, and QK-Clip of every head: steps/s, and how much of
-    a training step of 0.5M tokens that is."""
+    """MuonClip over all parameters beside torch's Muon and AdamW, and QK-Clip of every head: updates/s, and how much of
+    a training step of 0.5M tokens one is."""
     recipe = load_recipe(preset, ["guard.spike_factor=null"])
     with torch.device("meta"):
         numel = sum(parameter.numel() for parameter in Transformer(recipe.model).parameters())
     torch.cuda.empty_cache()
     free = torch.cuda.mem_get_info()[0] if device.type == "cuda" else free_memory_bytes() or math.inf
     if recipe.masters != "fp32" or _BYTES_EACH * numel > free:
-        print(f"whole steps of {preset} are not measured: they need fp32 masters and "
-              f"{_BYTES_EACH * numel / 2**30:,.0f} GiB; {free / 2**30:,.0f} are free", file=sys.stderr, flush=True)
+        note(f"whole steps of {preset} are not measured: they need fp32 masters and "
+             f"{_BYTES_EACH * numel / 2**30:,.0f} GiB; {free / 2**30:,.0f} are free")
         return []
     masters = _masters(recipe, device)
     optimizer = make_optimizer(recipe, masters)
@@ -187,12 +188,10 @@ def _whole_steps(preset: str, peer: str | None, device: torch.device) -> list[di
 
 
 def _step_row(name: str, ours: float, whole: float, peer: float | None) -> dict[str, Any]:
-    row = {"shape": f"{name}, {ours / whole:.2%} of a step of 0.5M tokens ({whole:,.1f} s)", "unit": "steps/s",
-           "ours": 1 / ours, "peer": peer and 1 / peer, "peer_name": "torch.optim.Muon + AdamW" if peer else None,
-           "ratio": peer / ours if peer else None, "roof_share": None, "label": name, "seconds": ours,
-           "share_of_step": ours / whole}
-    print(f"{row['shape']}: {ours * 1e3:,.2f} ms" + (f"; {row['peer_name']}: {peer * 1e3:,.2f} ms" if peer else ""),
-          file=sys.stderr, flush=True)
+    share = f"{100 * ours / whole:.2g}% of a training step of 0.5M tokens, {duration(whole)}"
+    row = plain_row(f"{name} ({share})", "updates/s", 1 / ours, peer and 1 / peer, "torch.optim.Muon + AdamW",
+                    label=name, seconds=ours, share_of_step=ours / whole)
+    note(f"{row['shape']}: {duration(ours)}" + (f"; {row['peer_name']}: {duration(peer)}" if peer else ""))
     return row | ({"peer_seconds": peer} if peer else {})
 
 

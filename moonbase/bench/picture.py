@@ -266,4 +266,7 @@ def number_text(value: float) -> str:
 
 
 def duration(seconds: float) -> str:
+    """1.2e-3 as `1.2 ms`."""
+    if seconds >= 1:
+        return f"{seconds:.3g} s"
     return f"{seconds * 1e3:.3g} ms" if seconds >= 1e-3 else f"{seconds * 1e6:.3g} µs"

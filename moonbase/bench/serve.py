@@ -26,16 +26,22 @@ from typing import Any
 
 import torch
 
+from moonbase.bench.networks import check_room
+from moonbase.bench.rows import note, plain_row
 from moonbase.bench.trace import default_trace, measure_trace
 from moonbase.checkpoint import save_weights
 from moonbase.data import Tokenizer, train_tokenizer
 from moonbase.errors import UserError
 from moonbase.model import Transformer
 from moonbase.recipe import load_recipe
+from moonbase.sizes import sizes
 
 CLIENTS = 64
 SECONDS = 60.0
 NEW_TOKENS = 32
+METHOD = (f"Load over HTTP from as many clients, each of which sends its next request, for up to {NEW_TOKENS} tokens, "
+          "when the last was answered. Rows of a trace: Mooncake's conversations in their order, scaled to the model, "
+          "as fast as the engine takes them, with the prefix cache and without.")
 _QUESTIONS = ("What is {a} times {b}?", "Add {a} and {b}, then explain the sum in one line.",
               "Write a Python function that divides {a} by {b}.", "Is {a} larger than {b}? Say why.")
 
@@ -45,7 +51,12 @@ def measure(
     trace_requests: int = 200,
 ) -> list[dict[str, Any]]:
     """Rows for load and trace. Raises UserError where the server cannot be started."""
-    trace = trace or default_trace()
+    trace, peer_command = trace or default_trace(), _peer_command() if peer else None
+    # Random weights in fp32 here, and on a CPU again in the server.
+    copies = 1 if torch.cuda.is_available() else 2
+    check_room("serve", preset, copies * 4 * sizes(load_recipe(preset).model).parameters, False)
+    if trace is None:
+        note("no trace: set MOONBASE_SHARED to a folder with mooncake/conversation_trace.jsonl.gz to replay one")
     with tempfile.TemporaryDirectory(prefix="moonbase-bench-") as temporary:
         folder = Path(temporary) / "model"
         model, tokenizer = _write_model(preset, folder)
@@ -53,14 +64,11 @@ def measure(
             ours = _seen(asyncio.run(_load(address, "model", clients, seconds)))
             left = _emptied(address)
         theirs = None
-        if peer:
-            with _server([_peer_command(), "serve", str(folder)]) as address:
+        if peer_command:
+            with _server([peer_command, "serve", str(folder)]) as address:
                 theirs = _seen(asyncio.run(_load(address, str(folder), clients, seconds)))
         rows = _load_rows(f"{preset}, {clients} clients for {seconds:.0f} s", ours, theirs, left)
-        if trace is None:
-            print("no trace: set MOONBASE_SHARED to a folder with mooncake/conversation_trace.jsonl.gz to replay one",
-                  file=sys.stderr)
-        else:
+        if trace:
             rows += measure_trace(preset, model, tokenizer, trace, trace_requests)
     return rows
 
@@ -197,7 +205,7 @@ def _emptied(address: str) -> dict[str, float]:
 def _seen(result: dict[str, Any]) -> dict[str, float]:
     """The figures of one load, by unit."""
     if result["errors"]:
-        print(f"{len(result['errors'])} requests failed, the first: {result['errors'][0]}", file=sys.stderr)
+        note(f"{len(result['errors'])} requests failed, the first: {result['errors'][0]}")
     if not result["first"]:
         raise UserError("no request was answered: " + (result["errors"] or ["nothing came back"])[0])
     first = sorted(result["first"])
@@ -214,14 +222,6 @@ def _seen(result: dict[str, Any]) -> dict[str, float]:
 def _load_rows(
     shape: str, ours: dict[str, float], theirs: dict[str, float] | None, left: dict[str, float]
 ) -> list[dict[str, Any]]:
-    rows = []
-    for unit, value in {**ours, "blocks left in use": left.get("cache_blocks_used", torch.nan)}.items():
-        peer = theirs.get(unit) if theirs else None
-        # Of milliseconds less is better, and the ratio says how much.
-        ratio = None
-        if peer and value:
-            ratio = peer / value if unit.startswith("ms") else value / peer
-        rows.append({"shape": shape, "unit": unit, "ours": value, "peer": peer,
-                     "peer_name": "transformers serve" if peer is not None else None, "ratio": ratio,
-                     "roof_share": None})
-    return rows
+    values = {**ours, "blocks left in use": left.get("cache_blocks_used", torch.nan)}
+    return [plain_row(shape, unit, value, (theirs or {}).get(unit), "transformers serve",
+                      less_is_better=not unit.endswith("/s")) for unit, value in values.items()]

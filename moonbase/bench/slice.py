@@ -24,8 +24,8 @@ arithmetic at the measured rate of a large product, whichever takes longer.
 from __future__ import annotations
 
 import gc
+import math
 import statistics
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -36,7 +36,10 @@ import torch
 from torch import nn
 
 from moonbase import ops
-from moonbase.bench.rows import findings, kernel_row
+from moonbase.bench.moe import INT4_BYTES
+from moonbase.bench.networks import NoText, check_experts
+from moonbase.bench.picture import duration
+from moonbase.bench.rows import findings, kernel_row, note
 from moonbase.bench.timing import Cost, Roofs, measured_roofs, synchronize
 from moonbase.config import ModelConfig
 from moonbase.engine import Engine, Sampling
@@ -44,7 +47,7 @@ from moonbase.engine.engine import free_gpu_bytes
 from moonbase.engine.measurement import pretend_known, step_and_count_experts
 from moonbase.engine.pass_cuda import CHUNK_TOKENS, workspace_bytes
 from moonbase.errors import UserError
-from moonbase.layout import INT4_GROUP, checkpoint_layout
+from moonbase.layout import INT4_GROUP, INT4_KINDS, checkpoint_layout
 from moonbase.model import Transformer
 from moonbase.model.linear import RMSNorm
 from moonbase.model.moe import MixtureOfExperts
@@ -53,14 +56,14 @@ from moonbase.ops import native
 from moonbase.ops.cuda_library import library
 from moonbase.ops.int4_chunks import CHUNK_BYTES, CHUNK_INPUTS, CHUNK_ROWS, divides, pack_chunks, unpack_chunks
 from moonbase.recipe import load_recipe
+from moonbase.report.machine import free_memory_bytes
+from moonbase.report.words import byte_size
 from moonbase.sizes import decode_flops_per_token, forward_flops_per_token, kv_bytes_per_token, weight_bytes
 
 STEPS = 12
 """Decoding passes that are timed, behind two that record and warm up."""
 SPARE_BYTES = 6 << 30
 """For recorded passes, libraries, and what lies about in the allocator."""
-_INT4_BYTES = 0.5 + 2 / INT4_GROUP
-"""A weight with its part of a bf16 scale."""
 
 
 class Shape(NamedTuple):
@@ -104,25 +107,19 @@ _PUBLISHED = {True: (3000.0, "published, 96 decoding H200s"), False: (7000.0, "p
 """Tokens/s per GPU that decodes or reads prompts; counted over all 128 they are 2,250 and 1,750."""
 _BESIDE_PUBLISHED = (Shape(256, 2048, True), Shape(16, 2048, False))
 """Extrapolated shapes of about that workload, 2,000 tokens in and 100 out; others have no peer."""
-_METHOD = (
-    "As many layers as fit, through the engine: paged cache, recorded passes, greedy sampling, the host's part "
-    "included. Medians of 12 passes decoding; of prompts the better of two runs behind one that compiles. A sparse "
-    "layer is the difference to the dense layer alone, divided by their number, and all layers are that, extrapolated: "
-    "tokens/s of each GPU of a pipeline that holds them, what its GPUs send each other left out. Rows of a share: one "
-    "GPU of a deployment in expert parallelism, all layers, as many tokens of its own as published, and experts with "
-    "as many choices as its part of them would get; dispatch, combine and uneven load left out. Published figures "
-    "include these, in fp8. Contexts are random latents; the experts hit are counted.")
-
-
-class _NoText:
-    """The engine is asked for ids only."""
-
-    special_tokens: dict[str, int] = {}  # noqa: RUF012
-
-    def encode(self, text: str) -> list[int]:
-        raise AssertionError
-
-    decode = token_bytes = encode
+_METHOD = ("Sequences x tokens of context or prompt. As many layers as fit, through the engine: paged cache, recorded "
+           "passes, greedy sampling, the host's part included. Medians of 12 passes decoding; of prompts the better "
+           "of two runs behind one that compiles. A sparse layer is the difference to the dense layer alone, divided "
+           "by their number. Contexts are random latents; the experts hit are counted.")
+_METHOD_EXTRAPOLATED = (
+    " All layers are so many times a sparse one beside the dense layer alone, extrapolated: tokens/s of each GPU of a "
+    "pipeline that holds them, what its GPUs send each other left out.")
+_METHOD_SHARE = (
+    " Rows of a share: one GPU of a deployment in expert parallelism, all layers, as many tokens of its own as "
+    "published, and experts with as many choices as its part of them would get; dispatch, combine and uneven load left "
+    "out.")
+_METHOD_PUBLISHED = " Published figures include what is left out here, in fp8."
+_METHOD_CPU = " What a processor's caches hold is read faster than the roof says."
 
 
 def measure(
@@ -131,8 +128,7 @@ def measure(
 ) -> dict[str, Any]:
     """Three rows per shape, one per share. `layers`: all, the dense ones included; None: what fits."""
     config, on_gpu = load_recipe(preset).model, torch.cuda.is_available()
-    if not config.n_routed_experts or config.moe_intermediate_size % INT4_GROUP or config.hidden_size % INT4_GROUP:
-        raise UserError(f"bench slice: {preset} has no routed experts in groups of {INT4_GROUP}; take another preset")
+    check_experts("slice", preset, config)
     shapes = shapes or (_GPU_SHAPES if on_gpu else _CPU_SHAPES)
     if shares is None:
         shares = _K2_SHARES if on_gpu and _is_k2(config) else ()
@@ -144,7 +140,15 @@ def measure(
     rows: list[dict[str, Any]] = []
     for found in (*_slice_rows(preset, config, shapes, layers, roofs), *_share_rows(config, shares, roofs)):
         rows += found
-    return findings(f"Layers of {preset}", rows, roofs, _METHOD)
+    return findings(f"Layers of {preset}", rows, roofs, _method(rows, on_gpu))
+
+
+def _method(rows: Sequence[dict[str, Any]], on_gpu: bool) -> str:
+    """Of the rows that are there."""
+    seen = {_METHOD_EXTRAPOLATED: any("extrapolated" in row["shape"] for row in rows),
+            _METHOD_SHARE: any("a GPU's share" in row["shape"] for row in rows),
+            _METHOD_PUBLISHED: any(row["peer"] for row in rows), _METHOD_CPU: not on_gpu}
+    return _METHOD + "".join(part for part, applies in seen.items() if applies)
 
 
 def _is_k2(config: ModelConfig) -> bool:
@@ -165,17 +169,17 @@ def _slice_rows(
         raise UserError(f"bench slice: not one sparse layer of {preset} fits here; take a smaller preset")
     model = random_model(_with(config, num_hidden_layers=layers), device)
     shallow = first_layers(model, least)
-    _say(f"{preset}: {layers} of {depth} layers, {_weights_of(model) / 1e9:,.1f} GB of weights")
+    note(f"{preset}: {layers} of {depth} layers, {byte_size(_weights_of(model))} of weights")
     for shape in shapes:
         try:
             (whole, hits), (rest, _) = (measure_shape(each, shape) for each in (model, shallow))
         except torch.OutOfMemoryError as error:
-            _say(f"{shape}: {error}")
+            note(f"{shape}: {error}")
             continue
         hit = statistics.fmean(hits) if hits else _expected_hit(config, shape)
         layer = (whole - rest) / (layers - least)
         if layer <= 0:
-            _say(f"{shape}: {whole:.4f} s with {layers} layers, {rest:.4f} s with {least}: too noisy to tell")
+            note(f"{shape}: {duration(whole)} with {layers} layers, {duration(rest)} with {least}: too noisy to tell")
             continue
         yield _rows_of(config, shape, hit, roofs, {layers: whole, depth: rest + (depth - least) * layer}, layer)
 
@@ -202,10 +206,11 @@ def _rows_of(
         rows.append(_plain(kernel_row(
             f"{shape}, all {depth} layers, extrapolated", label, wholes[depth], times, roofs,
             ours_name="engine", peer_name=source, unit="tokens/s per GPU of a pipeline", amount=shape.tokens)))
-    per_token = "" if not shape.decodes else f", {extrapolated * 1e3:,.1f} ms a token"
-    _say(f"{shape}: {layer * 1e6:,.0f} us a sparse layer ({experts}; {rows[0]['roof_share']:.0%} of the roof), "
-         f"{shape.tokens / measured:,.0f} tokens/s with {some} layers ({rows[1]['roof_share']:.0%}), "
-         f"{shape.tokens / extrapolated:,.0f} with {depth}{per_token}")
+    all_layers = "" if some == depth else f", {shape.tokens / extrapolated:,.0f} with all {depth}, extrapolated"
+    per_token = f", {duration(extrapolated)} a token" if shape.decodes else ""
+    note(f"{shape}: {duration(layer)} a sparse layer ({experts}; {rows[0]['roof_share']:.0%} of the roof), "
+         f"{shape.tokens / measured:,.0f} tokens/s with {some} of {depth} layers ({rows[1]['roof_share']:.0%})"
+         f"{all_layers}{per_token}")
     return rows
 
 
@@ -218,7 +223,9 @@ def _plain(row: dict[str, Any]) -> dict[str, Any]:
 def _fitting(config: ModelConfig, shapes: Sequence[Shape], device: torch.device) -> int:
     """Layers whose weights fit beside the cache of the largest shape and what the engine keeps free; 0: none."""
     if device.type != "cuda":
-        return config.num_hidden_layers
+        free = free_memory_bytes() or math.inf
+        return next((layers for layers in range(config.num_hidden_layers, 0, -1)
+                     if _bytes_on_a_cpu(_with(config, num_hidden_layers=layers)) < free), 0)
     free, room = free_gpu_bytes(device) - SPARE_BYTES, max(shape.room for shape in shapes)
     workspace = workspace_bytes(config, CHUNK_TOKENS, 2)
     for layers in range(config.num_hidden_layers, 0, -1):
@@ -227,6 +234,12 @@ def _fitting(config: ModelConfig, shapes: Sequence[Shape], device: torch.device)
         if room * kv_bytes_per_token(shorter) <= left - max(0.2 * left, workspace):
             return layers
     return 0
+
+
+def _bytes_on_a_cpu(config: ModelConfig) -> int:
+    """Of the weights; those beside the experts are fp32 there."""
+    others = sum(tensor.numel for tensor in checkpoint_layout(config, mtp=False) if tensor.kind not in INT4_KINDS)
+    return weight_bytes(config, "int4") + 2 * others
 
 
 # --- a GPU's share of expert parallelism ------------------------------------------------------------------------------
@@ -240,7 +253,7 @@ def _share_rows(config: ModelConfig, shares: Sequence[Share], roofs: Roofs) -> I
         try:
             taken, hits = measure_shape(random_model(part, device), shape)
         except (torch.OutOfMemoryError, UserError) as error:
-            _say(f"{shape}, a GPU's share: {error}")
+            note(f"{shape}, a GPU's share: {error}")
             continue
         published, source = _PUBLISHED[shape.decodes]
         row = kernel_row(
@@ -248,7 +261,7 @@ def _share_rows(config: ModelConfig, shares: Sequence[Share], roofs: Roofs) -> I
             f"{shape}, share", cost(part, shape, statistics.fmean(hits) if hits else experts),
             {"ours": taken, "peer": shape.tokens / published}, roofs, ours_name="engine", peer_name=source,
             unit="tokens/s per GPU, communication left out", amount=shape.tokens)
-        _say(f"{row['shape']}: {row['ours']:,.0f} {row['unit']} ({row['roof_share']:.0%} of the roof); {source}: "
+        note(f"{row['shape']}: {row['ours']:,.0f} {row['unit']} ({row['roof_share']:.0%} of the roof); {source}: "
              f"{published:,.0f}")
         yield [_plain(row)]
 
@@ -294,8 +307,10 @@ def _fill(stack: QuantizedExperts, config: ModelConfig, device: torch.device, ar
             setattr(stack, name + "_packed", words)
             setattr(stack, name + "_scale", scales)
         words.random_(-(2**31), 2**31 - 1)
-        # Weights spread by about 1 / sqrt(inputs): outputs are about as large as inputs.
+        # Weights spread by about 1 / sqrt(inputs): outputs are about as large as inputs. Random words mean weights of
+        # -0.5 scales on average: with scales of one sign all tokens would become alike, and choose the same experts.
         scales.uniform_(0.5 / (4 * inputs**0.5), 1.5 / (4 * inputs**0.5))
+        scales *= torch.randint(0, 2, scales.shape, dtype=torch.int8, device=device) * 2 - 1
     if arranged:
         stack.hold_arranged(stacks, pack_chunks, unpack_chunks)
 
@@ -317,7 +332,7 @@ def measure_shape(model: Transformer, shape: Shape) -> tuple[float, list[int] | 
     # A context and the token that is computed first.
     prompts = torch.randint(
         model.config.vocab_size, (shape.batch, shape.context + shape.decodes), generator=generator).tolist()
-    engine = Engine(model, _NoText(), max_running=shape.batch, cache_tokens=shape.room, prefix_cache=shape.decodes)
+    engine = Engine(model, NoText(), max_running=shape.batch, cache_tokens=shape.room, prefix_cache=shape.decodes)
     if shape.decodes:
         return _decode(engine, prompts)
     times: list[float] = []
@@ -351,7 +366,7 @@ def _decode(engine: Engine, prompts: list[list[int]]) -> tuple[float, list[int] 
 def cost(config: ModelConfig, shape: Shape, hit: float) -> Cost:
     """Of a pass over `shape` through all layers of `config`: `hit` experts of each sparse one are read."""
     itemsize = 2 if torch.cuda.is_available() else 4
-    expert = 3 * config.hidden_size * config.moe_intermediate_size * _INT4_BYTES
+    expert = 3 * config.hidden_size * config.moe_intermediate_size * INT4_BYTES
     sparse = max(0, config.num_hidden_layers - config.first_k_dense_replace)
     others = sum(tensor.numel for tensor in checkpoint_layout(config, mtp=False)
                  if tensor.kind not in ("expert", "embedding"))
@@ -391,7 +406,3 @@ def _collect() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)

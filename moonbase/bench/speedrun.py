@@ -35,7 +35,9 @@ from typing import Any
 
 import torch
 
+from moonbase.bench import machine_name
 from moonbase.bench import speedrun_plan as planning
+from moonbase.bench.networks import check_room, held_out_loss
 from moonbase.bench.speedrun_log import RunLog, losses_of
 from moonbase.bench.speedrun_plan import Plan, Run
 from moonbase.bench.speedrun_result import findings, show
@@ -43,12 +45,11 @@ from moonbase.data import Corpus, PackedStream, installed_python_sources, prepar
 from moonbase.data.stream import Batch
 from moonbase.errors import TrainingStopped, UserError
 from moonbase.model import Transformer
-from moonbase.ops.attention import Documents
-from moonbase.ops.cross_entropy import IGNORE
 from moonbase.recipe import DataConfig, Recipe, load_recipe
 from moonbase.report.console import Console
-from moonbase.report.machine import git_commit, machine_facts, package_versions
+from moonbase.report.machine import git_commit, package_versions
 from moonbase.report.words import compact, duration, plural
+from moonbase.sizes import least_training_bytes
 from moonbase.train.assembly import make_optimizer, make_trainer
 from moonbase.train.parallel import World
 from moonbase.train.precision import Masters
@@ -97,7 +98,7 @@ class Speedrun:
         steps = self.steps or STEPS[kind]
         self._fields = [*FIELDS[kind], *SCHEDULE, *self.overrides, "validate_every=1000000", "sample_every=null"]
         recipe = load_recipe(self.preset, [*self._fields, f"steps={steps}"])
-        usual = recipe.optimizer.lr
+        usual, self.least_bytes = recipe.optimizer.lr, least_training_bytes(recipe)
         self.tokens_per_step, self.vocab_size = recipe.tokens_per_step, recipe.model.vocab_size
         self.plan = Plan(steps, tuple(self.rates) or (usual / 2, usual, usual * 2), tuple(self.seeds))
         self._recipes: dict[Run, Recipe] = {}
@@ -144,8 +145,9 @@ def measure(preset: str, peer: str | None = None, *, out: str | Path | None = No
         if found is not None:
             speedrun, records = found
         else:
+            check_room("speedrun", preset, speedrun.least_bytes, speedrun.kind == "cuda")
             _announce(speedrun, console)
-            deadline = started + 60 * minutes if minutes else math.inf
+            deadline = started + 60 * minutes if minutes is not None else math.inf
             records = Runner(speedrun, log, _open_corpus(speedrun, log, console), deadline, console).go_on()
         result = findings(speedrun.plan, records, speedrun.name, speedrun.tokens_per_step)
         console.note(result["verdict"])
@@ -213,8 +215,8 @@ class Runner:
         self.digest = content_digest(corpus)
         self.trainer: Trainer | None = None
         self._held_out: list[Batch] = []
-        facts, versions = machine_facts(), package_versions()
-        self._facts = {"machine": facts["gpu"] or f"{facts['cpu']}, {facts['cores']} cores", "commit": git_commit(),
+        versions = package_versions()
+        self._facts = {"machine": machine_name(), "commit": git_commit(),
                        "versions": {name: versions[name] for name in ("python", "torch", "triton") if name in versions}}
 
     def records(self) -> list[dict[str, Any]]:
@@ -299,25 +301,15 @@ class Runner:
                 "corpus_tokens": self.corpus.train.num_tokens, "losses": course.losses,
                 **self._facts}
 
-    @torch.no_grad()
     def _held_out_loss(self) -> float:
-        """Nats a token, the same tokens for everybody."""
-        trainer = self.trainer
-        assert trainer is not None
-        recipe, device = trainer.recipe, self.speedrun.device
+        """The same tokens for everybody."""
+        assert self.trainer is not None
+        recipe = self.trainer.recipe
         if not self._held_out:
             batches = validation_batches(self.corpus, recipe.sequence_length, recipe.batch_size)
             wanted = -(-HELD_OUT_TOKENS[self.speedrun.kind] // recipe.tokens_per_step)
             self._held_out = list(itertools.islice(batches, wanted))
-        nats, tokens = 0.0, 0
-        for batch in self._held_out:
-            for start in range(0, recipe.batch_size, trainer.micro_batch_size):
-                rows = slice(start, start + trainer.micro_batch_size)
-                targets = batch.targets[rows]
-                nats += trainer.model.loss(batch.tokens[rows].to(device), targets.to(device),
-                                           Documents.from_ids(batch.documents[rows], device)).loss_sum.item()
-                tokens += int((targets != IGNORE).sum())
-        return nats / max(tokens, 1)
+        return held_out_loss(self.trainer, self._held_out)
 
 
 class Course:

@@ -14,7 +14,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from moonbase.bench.speedrun_plan import Run
 from moonbase.errors import UserError
@@ -86,7 +86,7 @@ class RunLog:
     @contextmanager
     def claim(self, name: str) -> Iterator[bool]:
         """Whether nobody else holds `name`; nobody else gets it before the block ends, or this process does."""
-        with open(make_folder(self.folder / "claims") / f"{name}.lock", "wb") as file:
+        with self._lock_file(name) as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -97,6 +97,9 @@ class RunLog:
     @contextmanager
     def alone(self, name: str) -> Iterator[None]:
         """Wait until nobody else holds `name`, and hold it."""
-        with open(make_folder(self.folder / "claims") / f"{name}.lock", "wb") as file:
+        with self._lock_file(name) as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
+
+    def _lock_file(self, name: str) -> BinaryIO:
+        return open(make_folder(self.folder / "claims") / f"{name}.lock", "wb")

@@ -8,6 +8,7 @@ from statistics import median
 from typing import Any
 
 from moonbase.bench import speedrun_plan as planning
+from moonbase.bench.rows import plain_row
 from moonbase.bench.speedrun_log import losses_of
 from moonbase.bench.speedrun_plan import BASELINE, CHALLENGER, Plan, Reached, Run
 from moonbase.report.words import compact, duration, plural
@@ -46,11 +47,9 @@ def findings(plan: Plan, records: Sequence[Record], name: str, tokens_per_step: 
 
 def _row(shape: str, unit: str, ours: float | None, peer: float | None = None, *, compared: bool = True,
          **more: Any) -> dict[str, Any]:
-    """Less is better in all units, so the ratio is the peer over ours, as far as the two are `compared`."""
-    both = ours is not None and peer is not None and compared
-    return {"shape": shape, "unit": unit, "ours": ours, "peer": peer,
-            "peer_name": None if peer is None else NAMES[BASELINE], "ratio": peer / ours if both else None,
-            "roof_share": None, **more}
+    """Less is better in all units; a ratio there is as far as the two are `compared`."""
+    row = plain_row(shape, unit, ours, peer, NAMES[BASELINE], less_is_better=True, **more)
+    return row if compared else row | {"ratio": None}
 
 
 def _target_rows(plan: Plan, records: Sequence[Record], losses: Mapping[Run, float], name: str,

@@ -7,7 +7,6 @@ critical steps, tokens and dollars. docs/swarm.md describes the methods and the 
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from statistics import fmean
 from typing import Any
@@ -15,7 +14,8 @@ from typing import Any
 from moonbase.agents.baselines.methods import METHODS, Method, Outcome
 from moonbase.agents.worlds.wideworld import make_tasks, make_world
 from moonbase.agents.worlds.world import Task, World
-from moonbase.report.words import compact
+from moonbase.bench.rows import note, plain_row
+from moonbase.report.words import compact, plural
 
 WORLD_SEED, WORLD_PAGES, TASK_SEED = 1, 5000, 0
 TASKS = {1: 4, 2: 4, 4: 4, 16: 4, 64: 3, 256: 1}
@@ -23,6 +23,8 @@ TASKS = {1: 4, 2: 4, 4: 4, 16: 4, 64: 3, 256: 1}
 COLUMNS = 3
 PUBLISHED = "3-4.5x faster at equal score (Kimi K2.5, Agent Swarm, WideSearch)"
 SAME_SCORE = 1e-9
+METHOD = ("Tables of R rows, made by scripted agents in simulated time: the swarm beside the method that is named. "
+          f"docs/swarm.md describes both. Published: {PUBLISHED}.")
 
 
 def measure(
@@ -34,23 +36,23 @@ def measure(
     rows = []
     for num_rows, count in (tasks or TASKS).items():
         made = make_tasks(world, "wide", count, TASK_SEED, rows=num_rows, columns=COLUMNS)
-        print(f"  R = {num_rows}: {count} task{'s' * (count > 1)}, {len(methods)} methods", file=sys.stderr)
+        note(f"R = {num_rows}: {plural(count, 'task')}, {len(methods)} methods")
         rows += compare(num_rows, world, made, methods)
     return rows
 
 
 def compare(num_rows: int, world: World, tasks: Sequence[Task], methods: Sequence[Method]) -> list[dict[str, Any]]:
-    """The rows of one size; `baseline` marks the fastest single agent whose score is not below the swarm's."""
+    """The rows of one size; `baseline` marks the fastest single agent of one call a turn whose score is not below the
+    swarm's."""
     outcomes = {method.name: [method.run(world, task) for task in tasks] for method in methods}
     swarm = _means(outcomes["swarm"])
     rows = []
     for method in methods:
         means = _means(outcomes[method.name])
-        rows.append({
-            "shape": f"R = {num_rows}", "unit": "simulated s", "ours": swarm["seconds"], "peer": means["seconds"],
-            "peer_name": method.name, "ratio": means["seconds"] / swarm["seconds"], "roof_share": None,
-            "baseline": False, "published": PUBLISHED, "swarm_item_f1": swarm["item_f1"],
-            **{name: means[name] for name in ("item_f1", "critical_steps", "tokens", "dollars")}})
+        rows.append(plain_row(
+            f"R = {num_rows}", "simulated s", swarm["seconds"], means["seconds"], method.name, less_is_better=True,
+            baseline=False, published=PUBLISHED, swarm_item_f1=swarm["item_f1"],
+            **{name: means[name] for name in ("item_f1", "critical_steps", "tokens", "dollars")}))
     alone = {method.name for method in methods if method.alone}
     equal = [row for row in rows if row["peer_name"] in alone and row["item_f1"] >= swarm["item_f1"] - SAME_SCORE]
     if equal:
@@ -84,9 +86,11 @@ def show(result: dict[str, Any]) -> None:
             style="bold" if row["baseline"] or row["peer_name"] == "swarm" else None)
         shape = row["shape"]
     Console(highlight=False).print(table)
-    print("steps: critical steps; speed-up: of the swarm over this method")
+    print("steps: of sub-agents side by side only the most that one takes (critical steps)")
+    print("speed-up: of the swarm over this method")
     for row in result["rows"]:
         if row["baseline"]:
-            print(f"{row['shape']}: {row['ratio']:.2f}x faster than the fastest single agent of equal score "
-                  f"({row['peer_name']})")
-    print(f"published: {PUBLISHED}")
+            print(f"{row['shape']}: {row['ratio']:.2f} times as fast as the fastest single agent with one call a turn "
+                  f"and equal score ({row['peer_name']})")
+    for line in (f"published: {PUBLISHED}", *result.get("files", ())):
+        print(line)

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from moonbase.bench.rows import plain_row
 from moonbase.engine import Engine, Sampling
 from moonbase.engine.cache import BLOCK_TOKENS
 from moonbase.errors import UserError
@@ -120,11 +121,9 @@ def measure_trace(name: str, model: Transformer, tokenizer: Any, path: Path, cou
     repeated = repeated_share(requests)
     shape = f"{name}, first {len(requests)} of {path.name.split('.')[0]}"
     ours, theirs = (len(requests) / result["seconds"] for result in (warm, cold))
-    plain = {"peer": None, "peer_name": None, "ratio": None, "roof_share": None}
     return [
-        {"shape": shape, "unit": "requests/s", "ours": ours, "peer": theirs, "peer_name": "prefix cache off",
-         "ratio": ours / theirs, "roof_share": None},
-        {"shape": shape, "unit": "% of prompt tokens from the cache", "ours": 100 * warm["hit_rate"], **plain},
-        {"shape": shape, "unit": "% of prompt tokens that the trace repeats", "ours": 100 * repeated, **plain},
-        {"shape": shape, "unit": "% of replies with the same tokens", "ours": 100 * same / len(requests), **plain},
+        plain_row(shape, "requests/s", ours, theirs, "prefix cache off"),
+        plain_row(shape, "% of prompt tokens from the cache", 100 * warm["hit_rate"]),
+        plain_row(shape, "% of prompt tokens that the trace repeats", 100 * repeated),
+        plain_row(shape, "% of replies with the same tokens", 100 * same / len(requests)),
     ]

@@ -8,22 +8,27 @@ micro-batches per optimizer step.
 from __future__ import annotations
 
 import gc
-import warnings
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
+from moonbase.bench.networks import check_room, transformers_model
+from moonbase.bench.picture import duration
+from moonbase.bench.rows import note, plain_row
 from moonbase.bench.timing import alternating_seconds, matmul_ceiling, seconds
-from moonbase.errors import UserError
 from moonbase.recipe import Recipe, load_recipe
-from moonbase.sizes import train_flops_per_token
+from moonbase.sizes import least_training_bytes, train_flops_per_token
 from moonbase.train.assembly import make_trainer
 from moonbase.train.parallel import World
 from moonbase.train.trainer import RepeatedBatch
 
 EXPERT_IMPLEMENTATIONS = ("grouped_mm", "batched_mm", "eager")
 _GPU_MICRO_BATCHES = 16
+METHOD = ("Sequences x tokens of an optimizer step, on a GPU its micro-batches in front; the same network and batch "
+          "on both sides. Ours is the whole step of `moonbase train`, MuonClip and metrics included; the peer has "
+          "fused AdamW and clips no gradients. Medians, on a CPU in turns. The roof is the measured rate of a large "
+          "matrix product.")
 
 
 def measure(preset: str, peer: str | None) -> list[dict[str, Any]]:
@@ -40,6 +45,7 @@ def measure(preset: str, peer: str | None) -> list[dict[str, Any]]:
         micro, time = 8, 512
         overrides = [f"sequence_length={time}", f"batch_size={micro}"]
     recipe = load_recipe(preset, [*overrides, "guard.spike_factor=null"])
+    check_room("train", preset, least_training_bytes(recipe), on_gpu)
     tokens = torch.randint(0, recipe.model.vocab_size, (recipe.batch_size, time + 1),
                            generator=torch.Generator().manual_seed(0))
     shape = f"{preset} {recipe.batch_size // micro}x{micro}x{time}" if on_gpu else f"{preset} {micro}x{time}"
@@ -53,30 +59,25 @@ def measure(preset: str, peer: str | None) -> list[dict[str, Any]]:
                 lambda: _peer_step(recipe, tokens, micro, "grouped_mm", compiled=True), rounds=2)
         name = "transformers, grouped_mm, compiled" if peer else None
         num_tokens = tokens.shape[0] * time
-        rows = [_row(shape, "tokens/s", num_tokens / ours, theirs and num_tokens / theirs, name)]
-        rows[0]["roof_share"] = rows[0]["ours"] * flops / ceiling
-        memory = _row(shape, "GiB peak", our_memory / 2**30, their_memory and their_memory / 2**30, name)
-        memory["ratio"] = their_memory / our_memory if their_memory else None
-        return [*rows, memory]
+        return [plain_row(shape, "tokens/s", num_tokens / ours, theirs and num_tokens / theirs, name,
+                          roof_share=num_tokens / ours * flops / ceiling),
+                plain_row(shape, "GiB peak", our_memory / 2**30, their_memory and their_memory / 2**30, name,
+                          less_is_better=True)]
     works: dict[str, Callable[[], object]] = {"ours": _our_step(recipe, tokens)}
     if peer:
         works |= {name: _peer_step(recipe, tokens, micro, name, compiled=False) for name in EXPERT_IMPLEMENTATIONS}
-    times = {name: seconds(work, rounds=1, warmup=1) for name, work in works.items()}
+    times = {}
+    for name, work in works.items():
+        times[name] = seconds(work, rounds=1, warmup=1)
+        note(f"{'ours' if name == 'ours' else f'transformers, {name}'}: {duration(times[name])} a step, measured once")
     # What is hopeless is timed once; the rest runs in turns.
     close = {name: work for name, work in works.items() if name == "ours" or times[name] < 3 * min(times.values())}
     times |= alternating_seconds(close, rounds=9)
     rate = {name: tokens.shape[0] * time / value for name, value in times.items()}
-    rows = []
-    for name in [name for name in works if name != "ours"] or [None]:
-        row = _row(shape, "tokens/s", rate["ours"], rate.get(name), f"transformers, {name}" if name else None)
-        row["roof_share"] = rate["ours"] * flops / ceiling
-        rows.append(row)
+    rows = [plain_row(shape, "tokens/s", rate["ours"], rate.get(name), f"transformers, {name}",
+                      roof_share=rate["ours"] * flops / ceiling)
+            for name in [name for name in works if name != "ours"] or [None]]
     return sorted(rows, key=lambda row: row["ratio"] or 0)
-
-
-def _row(shape: str, unit: str, ours: float, peer: float | None, peer_name: str | None) -> dict[str, Any]:
-    return {"shape": shape, "unit": unit, "ours": ours, "peer": peer, "peer_name": peer_name,
-            "ratio": ours / peer if peer else None, "roof_share": None}
 
 
 def _on_gpu(make: Callable[[], Callable[[], object]], rounds: int) -> tuple[float, int]:
@@ -102,18 +103,9 @@ def _our_step(recipe: Recipe, tokens: torch.Tensor) -> Callable[[], object]:
 
 def _peer_step(recipe: Recipe, tokens: torch.Tensor, micro: int, experts: str, compiled: bool) -> Callable[[], object]:
     """The same network in transformers with fused AdamW, its own loss, gradient clipping left out in its favour."""
-    try:
-        from transformers import AutoModelForCausalLM, DeepseekV3Config
-    except ImportError:
-        raise UserError("peer transformers is not installed here: pip install transformers") from None
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    values = recipe.model.to_hf()
-    values.pop("model_type")
-    with device, warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        model = AutoModelForCausalLM.from_config(DeepseekV3Config(**values), dtype=dtype, attn_implementation="sdpa",
-                                                 experts_implementation=experts)
+    model = transformers_model(recipe.model, device, dtype, experts_implementation=experts)
     model.train()
     model.config.use_cache = False
     run = torch.compile(model) if compiled else model

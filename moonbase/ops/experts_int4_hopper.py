@@ -5,37 +5,31 @@ Shapes: N tokens, K choices per token, E experts, D hidden, I width of an expert
 
 from __future__ import annotations
 
-import ctypes
 import functools
 
 import torch
 from torch import Tensor
 
-from moonbase.ops.cuda_library import library
+from moonbase.ops.cuda_library import Arguments, HopperKernels, fields
 from moonbase.ops.int4_chunks import CHUNK_BYTES, CHUNK_INPUTS, CHUNK_ROWS, divides
 
 MOST_CHOICES, MOST_EXPERTS = 2048, 512
 """What the kernel's lists have room for; see the constants of the same names there."""
 
 
-class _Arguments(ctypes.Structure):
-    _fields_ = [
-        *[(name, ctypes.c_void_p) for name in
-          ("x", "indices", "weights", "gate_up", "down", "activation", "out", "progress")],
-        ("x_row", ctypes.c_int64),
-        *[(name, ctypes.c_int32) for name in ("tokens", "choices", "experts", "hidden", "width", "wide_indices")],
-    ]
+_KERNELS = HopperKernels("experts_int4_hopper")
+available = _KERNELS.available
+
+
+class _Arguments(Arguments):
+    _fields_ = fields(
+        pointers=("x", "indices", "weights", "gate_up", "down", "activation", "out", "progress"), int64=("x_row",),
+        int32=("tokens", "choices", "experts", "hidden", "width", "wide_indices"))
 
 
 def fits(num_choices: int, num_experts: int, hidden: int, width: int) -> bool:
     """Whether the kernel takes a layer of these sizes; `num_choices`: of all tokens together."""
     return num_choices <= MOST_CHOICES and num_experts <= MOST_EXPERTS and divides(hidden, width)
-
-
-def available() -> bool:
-    """Whether the kernel can be used on this machine's GPU; the first call compiles it."""
-    return (torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
-            and library("experts_int4_hopper") is not None)
 
 
 def experts_int4_hopper(
@@ -47,6 +41,23 @@ def experts_int4_hopper(
     q·s, unrounded; the activations between the two products are rounded to bf16. Sizes: `fits`. One launch, nothing is
     read back.
     """
+    tokens, choices, experts, hidden, width = sizes_of_call(x_ND, indices_NK, weights_NK, gate_up_EBJY, down_EBJY)
+    assert fits(tokens * choices, experts, hidden, width)
+    activation = x_ND.new_empty(tokens * choices, width)
+    out_NKD = torch.empty(tokens, choices, hidden, dtype=torch.float32, device=x_ND.device)
+    progress = _progress(x_ND.device, experts)
+    arguments = _Arguments(
+        (x_ND, indices_NK, weights_NK, gate_up_EBJY, down_EBJY, activation, out_NKD, progress),
+        x_ND.stride(0), tokens, choices, experts, hidden, width, indices_NK.dtype == torch.int64)
+    gpu = _KERNELS.on(x_ND.device)
+    gpu.launch("moonbase_experts_int4", arguments, gpu.processors, about=f"x {tuple(x_ND.shape)}, {experts} experts")
+    return out_NKD
+
+
+def sizes_of_call(
+    x_ND: Tensor, indices_NK: Tensor, weights_NK: Tensor, gate_up_EBJY: Tensor, down_EBJY: Tensor
+) -> tuple[int, int, int, int, int]:
+    """N, K, E, D and I of tensors that a kernel can take; the one for prompts asks for the same."""
     (tokens, hidden), choices, experts = x_ND.shape, indices_NK.shape[1], gate_up_EBJY.shape[0]
     width = down_EBJY.shape[2] * CHUNK_INPUTS
     assert gate_up_EBJY.shape == (experts, 2 * width // CHUNK_ROWS, hidden // CHUNK_INPUTS, CHUNK_BYTES)
@@ -54,31 +65,7 @@ def experts_int4_hopper(
     assert x_ND.dtype == torch.bfloat16 and weights_NK.dtype == torch.float32
     assert x_ND.stride(1) == 1 and x_ND.stride(0) % 8 == 0 and x_ND.data_ptr() % 16 == 0  # 16 bytes at a time
     assert all(each.is_contiguous() for each in (indices_NK, weights_NK, gate_up_EBJY, down_EBJY))
-    assert fits(tokens * choices, experts, hidden, width)
-    activation = x_ND.new_empty(tokens * choices, width)
-    out_NKD = torch.empty(tokens, choices, hidden, dtype=torch.float32, device=x_ND.device)
-    progress = _progress(x_ND.device, experts)
-    arguments = _Arguments(
-        *[each.data_ptr() for each in
-          (x_ND, indices_NK, weights_NK, gate_up_EBJY, down_EBJY, activation, out_NKD, progress)],
-        x_ND.stride(0), tokens, choices, experts, hidden, width, indices_NK.dtype == torch.int64)
-    kernels, processors, stream = _where(x_ND.device)
-    error = kernels.moonbase_experts_int4(ctypes.byref(arguments), processors, ctypes.c_void_p(stream))
-    if error:
-        raise RuntimeError(f"experts_int4_hopper: CUDA error {error}, x {tuple(x_ND.shape)}, {experts} experts")
-    return out_NKD
-
-
-def _where(device: torch.device) -> tuple[ctypes.CDLL, int, int]:
-    """The kernels, how many processors there are, and the stream."""
-    kernels = library("experts_int4_hopper")
-    assert kernels is not None
-    return kernels, _processors(device), torch.cuda.current_stream(device).cuda_stream
-
-
-@functools.cache
-def _processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
+    return tokens, choices, experts, hidden, width
 
 
 @functools.cache

@@ -5,13 +5,10 @@ Shapes as in `ops.latent_attention`; G stretches, B blocks of 64 heads.
 
 from __future__ import annotations
 
-import ctypes
-import functools
-
 import torch
 from torch import Tensor
 
-from moonbase.ops.cuda_library import library
+from moonbase.ops.cuda_library import Arguments, HopperKernels, fields
 
 RANK, ROPE = 512, 64
 """The widths that the kernel is made for: DeepSeek-V3's and Kimi K2's."""
@@ -23,14 +20,15 @@ _HEAD_PARTS = HEADS * RANK
 _LOG2_E = 1.4426950408889634
 
 
-class _Arguments(ctypes.Structure):
-    _fields_ = [
-        *[(name, ctypes.c_void_p) for name in
-          ("query", "store", "tables", "sequence", "position", "parts", "tops", "whole", "out")],
-        *[(name, ctypes.c_int64) for name in ("query_token", "query_head", "store_page", "store_slot")],
-        ("scale_log2", ctypes.c_float),
-        *[(name, ctypes.c_int32) for name in ("tokens", "heads", "page_slots", "table_width", "stretches")],
-    ]
+_KERNELS = HopperKernels("latent_attention_hopper")
+available = _KERNELS.available
+
+
+class _Arguments(Arguments):
+    _fields_ = fields(
+        pointers=("query", "store", "tables", "sequence", "position", "parts", "tops", "whole", "out"),
+        int64=("query_token", "query_head", "store_page", "store_slot"), float32=("scale_log2",),
+        int32=("tokens", "heads", "page_slots", "table_width", "stretches"))
 
 
 def fits(query_NHX: Tensor, store_PZX: Tensor, rank: int) -> bool:
@@ -40,12 +38,6 @@ def fits(query_NHX: Tensor, store_PZX: Tensor, rank: int) -> bool:
             and query_NHX.dtype == store_PZX.dtype == torch.bfloat16
             and all(each.stride(2) == 1 and each.stride(0) % 8 == each.stride(1) % 8 == each.data_ptr() % 16 == 0
                     for each in (query_NHX, store_PZX)))
-
-
-def available() -> bool:
-    """Whether the kernel can be used on this machine's GPU; the first call compiles it."""
-    return (torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
-            and library("latent_attention_hopper") is not None)
 
 
 def latent_attention_hopper(
@@ -61,11 +53,11 @@ def latent_attention_hopper(
     assert fits(query_NHX, store_PZX, rank) and scale > 0
     assert all(each.dtype == torch.int32 for each in (tables_BM, sequence_N, position_N))
     assert tables_BM.stride(1) == 1 and sequence_N.is_contiguous() and position_N.is_contiguous()
-    kernels, processors, stream = _where(query_NHX.device)
+    gpu = _KERNELS.on(query_NHX.device)
     head_blocks, page_slots = -(-heads // HEADS), store_PZX.shape[1]
     # The kernel divides slots by these through a product of 32 bits.
     assert page_slots > 1 and tables_BM.shape[1] * page_slots**2 < 2**32
-    stretches = kernels.moonbase_latent_stretches(tables_BM.shape[1] * page_slots)
+    stretches = gpu.kernels.moonbase_latent_stretches(tables_BM.shape[1] * page_slots)
     if tokens > 1 and tokens * stretches * head_blocks * _HEAD_PARTS > PARTS_LIMIT:
         halves = (slice(tokens // 2), slice(tokens // 2, None))
         return torch.cat([latent_attention_hopper(query_NHX[half], store_PZX, tables_BM, sequence_N[half],
@@ -77,14 +69,11 @@ def latent_attention_hopper(
     tops = torch.empty(tokens, stretches, head_blocks, HEADS, 2, dtype=torch.float32, device=query_NHX.device)
     whole = torch.empty(tokens, stretches, head_blocks, dtype=torch.uint8, device=query_NHX.device)
     arguments = _Arguments(
-        *[each.data_ptr() for each in
-          (query_NHX, store_PZX, tables_BM, sequence_N, position_N, parts, tops, whole, out_NHC)],
+        (query_NHX, store_PZX, tables_BM, sequence_N, position_N, parts, tops, whole, out_NHC),
         *query_NHX.stride()[:2], *store_PZX.stride()[:2], scale * _LOG2_E,
         tokens, heads, page_slots, tables_BM.stride(0), stretches)
-    blocks = max(processors // head_blocks, 1) * head_blocks
-    error = kernels.moonbase_latent_attention(ctypes.byref(arguments), blocks, ctypes.c_void_p(stream))
-    if error:
-        raise RuntimeError(f"latent_attention_hopper: CUDA error {error}, query {tuple(query_NHX.shape)}")
+    blocks = max(gpu.processors // head_blocks, 1) * head_blocks
+    gpu.launch("moonbase_latent_attention", arguments, blocks, about=f"query {tuple(query_NHX.shape)}")
     return out_NHC
 
 
@@ -93,24 +82,8 @@ def try_products(query_HX: Tensor, rows_SX: Tensor, weights_HS: Tensor) -> tuple
     fp32, of 64 heads and 64 rows."""
     assert query_HX.shape == rows_SX.shape == (HEADS, RANK + ROPE) and weights_HS.shape == (HEADS, HEADS)
     assert all(each.is_contiguous() and each.dtype == torch.bfloat16 for each in (query_HX, rows_SX, weights_HS))
-    kernels, _, stream = _where(query_HX.device)
     scores = torch.full((HEADS, HEADS), torch.nan, device=query_HX.device)
     values = torch.full((HEADS, RANK), torch.nan, device=query_HX.device)
-    error = kernels.moonbase_latent_products(
-        *[ctypes.c_void_p(each.data_ptr()) for each in (query_HX, rows_SX, weights_HS, scores, values)],
-        ctypes.c_void_p(stream))
-    if error:
-        raise RuntimeError(f"latent_attention_hopper: CUDA error {error} in its products")
+    _KERNELS.on(query_HX.device).launch("moonbase_latent_products", query_HX, rows_SX, weights_HS, scores, values,
+                                        about="in its products")
     return scores, values
-
-
-def _where(device: torch.device) -> tuple[ctypes.CDLL, int, int]:
-    """The kernels, how many blocks run at once, and the stream."""
-    kernels = library("latent_attention_hopper")
-    assert kernels is not None
-    return kernels, _processors(device), torch.cuda.current_stream(device).cuda_stream
-
-
-@functools.cache
-def _processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count

@@ -12,12 +12,11 @@ import pytest
 import torch
 
 from moonbase import bench
-from moonbase.bench import muon, timing, train
+from moonbase.bench import moe, muon, networks, timing, train
+from moonbase.bench import slice as layers
 from moonbase.errors import UserError
 from moonbase.recipe import load_recipe
-from tests.train.tiny import MODEL
-
-KEYS = {"shape", "unit", "ours", "peer", "peer_name", "ratio", "roof_share"}
+from tests.bench.tiny import KEYS, preset_file
 
 
 @pytest.fixture
@@ -28,9 +27,7 @@ def preset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
         monkeypatch.setattr(module, "seconds", lambda work, rounds, warmup=1: once(work, 1, 0))
     for module in (muon, train):
         monkeypatch.setattr(module, "alternating_seconds", lambda works, rounds, warmup=1: in_turns(works, 1, 0))
-    path = tmp_path / "tiny.yaml"
-    path.write_text(json.dumps({"model": {**MODEL, "max_position_embeddings": 512}}), encoding="utf-8")
-    return str(path)
+    return preset_file(tmp_path, {"max_position_embeddings": 512})
 
 
 def check(result: dict[str, Any], peer: bool) -> None:
@@ -81,6 +78,14 @@ def test_both_sides_train_the_same_network(preset: str, monkeypatch: pytest.Monk
     assert seen["losses"] == pytest.approx([math.log(512)] * 2, rel=0.05)
 
 
+@pytest.mark.parametrize("name", ["moe", "slice"])
+@pytest.mark.parametrize("changes", [{"first_k_dense_replace": 2}, {"moe_intermediate_size": 24}])
+def test_a_network_without_experts_in_int4(name: str, changes: dict[str, int], tmp_path: Path) -> None:
+    model = {"max_position_embeddings": 512, "moe_intermediate_size": 32, **changes}
+    with pytest.raises(UserError, match=rf"bench {name}: .*tiny\.yaml has no layer of routed experts in groups of 32"):
+        bench.run(name, preset_file(tmp_path, model))
+
+
 def test_timing_takes_medians_in_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     clock, calls = {"now": 0.0}, []
     monkeypatch.setattr(timing.time, "perf_counter", lambda: clock["now"])
@@ -100,7 +105,8 @@ def test_timing_takes_medians_in_turns(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(("arguments", "words"), [
-    (("speed",), "no bench 'speed'. Benches: train, muon, moe, mla, decode, serve"),
+    (("speed",), r"no bench 'speed' \(did you mean 'speedrun'\?\)\. Benches: train, muon, moe, mla, decode, serve"),
+    (("swarm", "nano"), "bench swarm takes no preset: it measures no network"),
     (("train", "pico", "torch"), "bench train knows no peer 'torch'. Peers: transformers"),
     (("muon", "femto"), "femto: neither a preset"),
 ])
@@ -109,11 +115,28 @@ def test_unknown_names_are_mistakes(arguments: tuple[str, ...], words: str) -> N
         bench.run(*arguments)
 
 
-def test_a_peer_that_is_not_installed_is_named(preset: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", ["train", "decode", "serve"])
+def test_a_peer_that_is_not_installed_is_named(name: str, preset: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At once, not after our side was measured."""
+    monkeypatch.setattr(bench, "_measured", lambda *arguments: pytest.fail("measured"))
     monkeypatch.setitem(__import__("sys").modules, "transformers", None)
     with pytest.raises(UserError, match="peer transformers is not installed here"):
-        bench.run("train", preset, "transformers")
-    assert load_recipe(preset).model.hidden_size == 32
+        bench.run(name, preset, "transformers")
+    with pytest.raises(UserError, match="peer transformers is not installed here"):
+        networks.transformers_model(load_recipe(preset).model, torch.device("cpu"), torch.float32)
+
+
+@pytest.mark.parametrize("name", ["train", "decode", "serve", "slice", "int4", "speedrun", "moe"])
+def test_a_network_that_does_not_fit_is_a_mistake(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before anything is filled with numbers: 4 TB of them."""
+    monkeypatch.setattr(networks, "free_memory_bytes", lambda: 5e9)
+    monkeypatch.setattr(layers, "free_memory_bytes", lambda: 5e9)
+    monkeypatch.setattr(networks.torch.cuda, "is_available", lambda: False)
+    for module in (layers, moe):
+        monkeypatch.setattr(module, "measured_roofs", lambda: timing.Roofs(1e10, 1e11))
+    options = {"out": tmp_path} if name == "speedrun" else {}
+    with pytest.raises(UserError, match=r"kimi-k2 needs at least [\d,]+ GB|not one sparse layer of kimi-k2 fits here"):
+        bench.run(name, "kimi-k2", **options)
 
 
 def test_a_ceiling_is_the_best_that_was_seen(monkeypatch: pytest.MonkeyPatch) -> None:

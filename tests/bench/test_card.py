@@ -10,7 +10,7 @@ from xml.etree import ElementTree
 import pytest
 
 from moonbase import bench
-from moonbase.bench import card, picture, train
+from moonbase.bench import card, int4, picture, train
 from moonbase.bench.rows import kernel_row
 from moonbase.bench.timing import Cost, Roofs
 from moonbase.errors import UserError
@@ -81,6 +81,15 @@ def test_a_card_without_a_roofline(tmp_path: Path) -> None:
     assert written(path.with_suffix(".svg")) >= {"tokens/s", "GiB", "5×", "200", "40", "pico 3x128"}
 
 
+def test_a_card_of_means_has_their_intervals(tmp_path: Path) -> None:
+    rows = [{**pairs()["rows"][0], "unit": unit, "ours": ours, "low": low, "high": high, "peer": None, "ratio": None}
+            for unit, ours, low, high in (("nats per token", 2.5, 2.25, 2.75), ("s", 120.0, None, None))]
+    card.write(made_up(rows), tmp_path / "int4.md")
+    text = (tmp_path / "int4.md").read_text(encoding="utf-8")
+    assert "| | moonbase | 95% interval |\n" in text
+    assert "| pico 1x128, nats per token | 2.5000 | 2.2500 to 2.7500 |\n| pico 1x128, s | 120 | |\n" in text
+
+
 def test_the_picture_depends_on_the_result_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     picture.draw(pairs(), tmp_path / "a.svg")
     monkeypatch.setenv("SOURCE_DATE_EPOCH", "0")
@@ -93,9 +102,13 @@ def test_the_picture_depends_on_the_result_alone(tmp_path: Path, monkeypatch: py
 def test_a_kept_result_becomes_a_card(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     kept, path = tmp_path / "kept.json", tmp_path / "train.md"
     kept.write_text(json.dumps(pairs() | {"commit": None}), encoding="utf-8")
-    card.main(str(kept), str(path), "fedcba9876543210")
+    card.main([str(kept), str(path), "fedcba9876543210"])
     assert "| commit | fedcba9 |" in path.read_text(encoding="utf-8").splitlines()
     assert capsys.readouterr().out.split() == [str(path), str(path.with_suffix(".svg"))]
+    for content, words in (("{", "not a result"), ('{"rows": []}', "not a result"), (None, "No such file")):
+        kept.unlink() if content is None else kept.write_text(content, encoding="utf-8")
+        with pytest.raises(SystemExit, match=rf"error: .*kept\.json: {words}"):
+            card.main([str(kept), str(path)])
 
 
 def test_a_bench_writes_what_it_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -104,11 +117,17 @@ def test_a_bench_writes_what_it_is_asked_for(tmp_path: Path, monkeypatch: pytest
     result = bench.run("train", "pico", card=tmp_path / "a.md", picture=tmp_path / "b.png")
     assert result["files"] == [str(tmp_path / name) for name in ("a.md", "a.svg", "b.png")]
     assert all(Path(path).stat().st_size for path in result["files"])
-    assert (tmp_path / "a.md").read_text(encoding="utf-8").startswith("# Training, pico, on ")
+    text = (tmp_path / "a.md").read_text(encoding="utf-8")
+    assert text.startswith("# Training, pico, on ") and train.METHOD in text and "| seed | 0 |" in text
+    monkeypatch.setattr(int4, "measure", lambda preset, peer: rows)
+    assert bench.run("int4")["seed"] == "0, 1, 2", "it has several"
     # Before, not after minutes of measuring.
     monkeypatch.setattr(train, "measure", lambda preset, peer: pytest.fail("measured"))
-    with pytest.raises(UserError, match=r"ends with \.md"):
-        bench.run("train", "pico", card=tmp_path / "a.txt")
+    (tmp_path / "folder.md").mkdir()
+    for path, words in (("a.txt", r"ends with \.md"), ("folder.md", "a folder with this name is in the way"),
+                        ("b.png/a.md", "a file with this name is in the way")):
+        with pytest.raises(UserError, match=words):
+            bench.run("train", "pico", card=tmp_path / path)
 
 
 def test_mistakes_are_named(tmp_path: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import random
 from pathlib import Path
 from typing import Any
 
@@ -15,29 +14,20 @@ from moonbase.bench import int4
 from moonbase.ops.int4 import fake_quantize_
 from moonbase.recipe import DataConfig
 from moonbase.train.trainer import Trainer
-from tests.train.tiny import MODEL
+from tests.bench.tiny import TRAINING, drawn_texts, preset_file
 
 EXPERTS = "model.layers.1.mlp.experts.down_proj"
 
 
 @pytest.fixture
 def preset(tmp_path: Path) -> str:
-    path = tmp_path / "tiny.yaml"
-    path.write_text(json.dumps({
-        "model": {**MODEL, "moe_intermediate_size": 32}, "sequence_length": 32, "batch_size": 4,
-        "micro_batch_size": 2, "optimizer": {"lr": 0.03}, "schedule": {"warmup_steps": 1}}), encoding="utf-8")
-    return str(path)
+    return preset_file(tmp_path, {"moe_intermediate_size": 32}, optimizer={"lr": 0.03}, schedule={"warmup_steps": 1},
+                       **TRAINING)
 
 
 @pytest.fixture
 def data(tmp_path: Path) -> DataConfig:
-    draw = random.Random(0)
-    (tmp_path / "texts").mkdir()
-    for number in range(40):
-        words = " ".join("".join(draw.choices("abcde", k=draw.randint(1, 5))) for _ in range(60))
-        (tmp_path / "texts" / f"{number}.txt").write_text(words, encoding="utf-8")
-    return DataConfig.model_validate({"sources": [{"path": str(tmp_path / "texts")}], "workers": 1,
-                                      "validation_fraction": 0.2})
+    return drawn_texts(tmp_path)
 
 
 def test_arms_and_table(preset: str, data: DataConfig, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -52,7 +52,7 @@ def check_kernels(result: dict[str, Any], peer: bool) -> list[dict[str, Any]]:
 def test_latent_attention(peer: str | None, quick: None) -> None:
     result = bench.run("mla", "pico", peer)
     rows = check_kernels(result, peer is not None)
-    assert [row["shape"] for row in rows] == ["2 x 1k, 4 heads x 64", "3 x 64, 4 heads x 64"]
+    assert [row["shape"] for row in rows] == ["2 x 1k tokens, 4 heads x 64", "3 x 64 tokens, 4 heads x 64"]
     if find_spec("flash_mla") is None:
         assert "FlashMLA: not installed here" in result["absent"]
 
@@ -79,7 +79,7 @@ def test_muon(preset: str, quick: None, capsys: pytest.CaptureFixture[str],  # n
     assert len(kernels) == 3 and {row["unit"] for row in kernels} == {"TFLOP/s"}
     for row in result["rows"][3:]:
         # One micro-batch of 128 tokens takes 2 s with the update, and every two further ones 2 s more.
-        assert row["unit"] == "steps/s" and row["share_of_step"] == pytest.approx(row["seconds"] / (2 + 4095))
+        assert row["unit"] == "updates/s" and row["share_of_step"] == pytest.approx(row["seconds"] / (2 + 4095))
     assert [row["label"].split(", ")[1] for row in result["rows"][3:]] == ["all parameters", "QK-Clip of every head"]
 
 
@@ -116,7 +116,7 @@ def test_costs_are_those_of_the_published_shapes() -> None:
     """Kimi K2 on one GPU: bytes and FLOP of a layer's experts, and of the absorbed attention."""
     config = load_recipe("kimi-k2").model
     for batch, hit, gigabytes, gigaflops in ((1, 8.0, 0.198, 0.70), (16, 109.8, 2.72, 11.3), (4096, 384, 9.51, 2886)):
-        cost = moe._cost(config, batch, hit, moe._INT4_BYTES)
+        cost = moe._cost(config, batch, hit, moe.INT4_BYTES)
         assert cost.bytes / 1e9 == pytest.approx(gigabytes, rel=5e-3)
         assert cost.flops / 1e9 == pytest.approx(gigaflops, rel=1e-2)
     cost = mla.Shape(32, 4096, 64, 512, 576).cost(2)

@@ -11,20 +11,18 @@ import pytest
 import torch
 
 from moonbase.bench import decode, serve, timing, trace
+from moonbase.bench.networks import NoText
 from moonbase.config import ModelConfig
 from moonbase.errors import UserError
 from moonbase.model import Transformer
 from moonbase.sizes import sizes
+from tests.bench.tiny import KEYS, preset_file
 from tests.train.tiny import MODEL
-
-KEYS = {"shape", "unit", "ours", "peer", "peer_name", "ratio", "roof_share"}
 
 
 @pytest.fixture
 def preset(tmp_path: Path) -> str:
-    path = tmp_path / "tiny.yaml"
-    path.write_text(json.dumps({"model": {**MODEL, "max_position_embeddings": 512}}), encoding="utf-8")
-    return str(path)
+    return preset_file(tmp_path, {"max_position_embeddings": 512})
 
 
 def check(rows: list[dict[str, Any]]) -> None:
@@ -47,6 +45,15 @@ def test_decoding(preset: str, once: None) -> None:
     assert [row["unit"] for row in rows] == ["tokens/s", "ms to the first token"] * 2
     assert all(row["peer_name"].startswith("transformers, ") and row["ratio"] for row in rows)
     assert all(0 < row["roof_share"] for row in rows[::2])
+
+
+def test_of_what_less_is_better() -> None:
+    """The ratio says how many times better ours is; of nothing there is none."""
+    ours, theirs = ({"tokens/s": rate, "ms to the first token, median": wait, "errors": errors}
+                    for rate, wait, errors in ((300.0, 20.0, 1), (100.0, 50.0, 4)))
+    rows = serve._load_rows("tiny", ours, theirs, {"cache_blocks_used": 0.0})
+    assert [row["ratio"] for row in rows] == [3.0, 2.5, 4.0, None]
+    assert [row["peer_name"] for row in rows] == ["transformers serve"] * 3 + [None]
 
 
 def test_both_sides_say_the_same() -> None:
@@ -94,7 +101,7 @@ def test_a_trace_keeps_what_is_shared(tmp_path: Path) -> None:
 def test_the_cache_changes_the_work_and_not_the_replies(tmp_path: Path) -> None:
     model = Transformer(ModelConfig.parse({**MODEL, "max_position_embeddings": 512})).initialize().eval()
     rows = [{"input_length": 1024 + 600 * n, "output_length": 200, "hash_ids": list(range(3 + n))} for n in range(4)]
-    found = trace.measure_trace("tiny", model, decode._NoText(), write_trace(tmp_path / "t.jsonl", rows * 2),
+    found = trace.measure_trace("tiny", model, NoText(), write_trace(tmp_path / "t.jsonl", rows * 2),
                                 max_running=2)
     check(found)
     units = {row["unit"]: row["ours"] for row in found}

@@ -24,9 +24,9 @@ from moonbase.bench.speedrun_plan import BASELINE, CHALLENGER, Plan, Reached, Ru
 from moonbase.bench.speedrun_result import findings, line_of
 from moonbase.data import PackedStream, prepare_corpus
 from moonbase.errors import UserError
-from moonbase.recipe import DataConfig
 from moonbase.train.assembly import make_trainer
-from tests.train.tiny import MODEL, ONE
+from tests.bench.tiny import TRAINING, drawn_texts, preset_file
+from tests.train.tiny import ONE
 
 PLAN = Plan(400, (0.001, 0.002, 0.004), (0, 1, 2))
 Law = Callable[[Run], float]
@@ -189,18 +189,8 @@ def test_a_log_of_several_processes(tmp_path: Path) -> None:
 @pytest.fixture
 def settings(tmp_path: Path) -> dict[str, Any]:
     """Of `measure`; the schedule of the bench warms up for as long as these runs last."""
-    draw = random.Random(0)
-    (tmp_path / "texts").mkdir()
-    for number in range(40):
-        words = " ".join("".join(draw.choices("abcde", k=draw.randint(1, 5))) for _ in range(60))
-        (tmp_path / "texts" / f"{number}.txt").write_text(words, encoding="utf-8")
-    (tmp_path / "tiny.yaml").write_text(json.dumps({
-        "model": MODEL, "sequence_length": 32, "batch_size": 4, "micro_batch_size": 2, "optimizer": {"lr": 0.1}}),
-        encoding="utf-8")
-    return {"preset": str(tmp_path / "tiny.yaml"), "out": tmp_path / "out", "steps": 2, "seeds": (3,),
-            "overrides": ("schedule.warmup_steps=1",), "kind": "cpu",
-            "data": DataConfig.model_validate({"sources": [{"path": str(tmp_path / "texts")}], "workers": 1,
-                                               "validation_fraction": 0.2})}
+    return {"preset": preset_file(tmp_path, {}, optimizer={"lr": 0.1}, **TRAINING), "out": tmp_path / "out", "steps": 2,
+            "seeds": (3,), "overrides": ("schedule.warmup_steps=1",), "kind": "cpu", "data": drawn_texts(tmp_path)}
 
 
 def test_runs_are_made_once_and_go_on(settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -295,3 +285,6 @@ def test_what_determines_a_run_names_it(settings: dict[str, Any]) -> None:
 def test_only_a_speedrun_takes_several_calls(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="bench int4 takes no minutes and no out"):
         bench.run("int4", minutes=1.0, out=tmp_path)
+    for minutes in (0.0, -1.0, math.nan):
+        with pytest.raises(UserError, match="bench speedrun: minutes are more than 0, not"):
+            bench.run("speedrun", minutes=minutes, out=tmp_path)

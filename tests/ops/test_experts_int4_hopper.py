@@ -3,53 +3,25 @@ for the CPU and run thread by thread (`cuda_on_cpu.h`)."""
 
 from __future__ import annotations
 
-import ctypes
-import shutil
-from pathlib import Path
-
 import pytest
 import torch
 from torch import Tensor
 
 from moonbase.checkpoint.formats import quantize_int4
-from moonbase.ops import cuda_library, experts_int4_hopper
+from moonbase.ops import experts_int4_hopper
 from moonbase.ops.experts_int4_hopper import fits
 from moonbase.ops.int4_chunks import CHUNK_BYTES, pack_chunks, unpack_chunks
+from tests.ops.cuda_on_cpu import fixtures
+from tests.ops.int4_words import words_of
 
-SHIM = Path(__file__).parent / "cuda_on_cpu.h"
-
-
-@pytest.fixture(scope="module")
-def kernels() -> ctypes.CDLL | None:
-    """None: the machine's own, on its GPU."""
-    if torch.cuda.is_available():
-        if cuda_library.library("experts_int4_hopper") is None:
-            pytest.skip("no nvcc")
-        return None
-    compiler = shutil.which("g++") or shutil.which("clang++")
-    if compiler is None:
-        pytest.skip("no C++ compiler")
-    return cuda_library.build("experts_int4_hopper", [compiler, "-std=c++17", "-O1", "-shared", "-fPIC", "-x", "c++",
-                                               "-include", str(SHIM)], headers=[SHIM])
-
-
-@pytest.fixture
-def device(kernels: ctypes.CDLL | None, monkeypatch: pytest.MonkeyPatch) -> str:
-    if kernels is None:
-        return "cuda"
-    monkeypatch.setattr(experts_int4_hopper, "_where", lambda device: (kernels, 2, 0))
-    return "cpu"
+kernels, device = fixtures(experts_int4_hopper._KERNELS, processors=[2])
 
 
 def stored(experts: int, rows: int, inputs: int) -> tuple[Tensor, Tensor, Tensor]:
     """Words, scales and the weights that they stand for, fp64."""
     numbers = torch.randint(-8, 8, (experts, rows, inputs))
     scales = (torch.rand(experts, rows, inputs // 32) + 0.5).bfloat16() / 8
-    words = torch.zeros(experts, rows, inputs // 8, dtype=torch.int64)
-    for place in range(8):  # the lowest four bits are the first of eight neighbours, plus 8
-        words |= (numbers[..., place::8] + 8) << (4 * place)
-    words = torch.where(words >= 2**31, words - 2**32, words).int()
-    return words, scales, numbers.double() * scales.double().repeat_interleave(32, dim=-1)
+    return words_of(numbers), scales, numbers.double() * scales.double().repeat_interleave(32, dim=-1)
 
 
 def expected(x_ND: Tensor, indices_NK: Tensor, weights_NK: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
@@ -94,6 +66,7 @@ def _check(
 @pytest.mark.parametrize(("tokens", "choices", "experts", "hidden", "width", "index_type"), [
     (2, 2, 4, 256, 128, torch.int64),   # experts that nobody chose
     (10, 2, 2, 128, 128, torch.int32),  # more than eight choices of an expert: two tiles of them
+    (18, 2, 5, 128, 128, torch.int32),  # more choices than a warp groups
     (9, 1, 1, 1152, 128, torch.int64),        # the same; nine chunks among eight warps
     (17, 1, 1, 128, 256, torch.int64),        # more than sixteen: weights read once more
 ])

@@ -3,56 +3,27 @@ are compiled for the CPU and run thread by thread (`cuda_on_cpu.h`)."""
 
 from __future__ import annotations
 
-import ctypes
-import itertools
-import shutil
-from pathlib import Path
-
 import pytest
 import torch
 from torch import Tensor
 
-from moonbase.ops import cuda_library, experts_int4_prompt_hopper
+from moonbase.ops import experts_int4_prompt_hopper
 from moonbase.ops.experts_int4_prompt_hopper import fits
 from moonbase.ops.int4_chunks import pack_chunks
+from tests.ops.cuda_on_cpu import fixtures
+from tests.ops.int4_words import words_of
 
-SHIM = Path(__file__).parent / "cuda_on_cpu.h"
 SMALL = ["-DMOST_EIGHTS=2"]  # tiles of at most 16 tokens
-
-
-@pytest.fixture(scope="module")
-def kernels() -> ctypes.CDLL | None:
-    """None: the machine's own, on its GPU."""
-    if torch.cuda.is_available():
-        if not experts_int4_prompt_hopper.available():
-            pytest.skip("no nvcc, or not a Hopper GPU")
-        return None
-    compiler = shutil.which("g++") or shutil.which("clang++")
-    if compiler is None:
-        pytest.skip("no C++ compiler")
-    command = [compiler, "-std=c++17", "-O1", "-shared", "-fPIC", "-x", "c++", *SMALL, "-include", str(SHIM)]
-    return cuda_library.build("experts_int4_prompt_hopper", command, headers=[SHIM])
-
-
-@pytest.fixture
-def device(kernels: ctypes.CDLL | None, monkeypatch: pytest.MonkeyPatch) -> str:
-    if kernels is None:
-        return "cuda"
-    blocks = itertools.cycle([1, 2])  # in company all by one, one tile after the other
-    monkeypatch.setattr(experts_int4_prompt_hopper, "_where", lambda device: (kernels, next(blocks), 0))
-    return "cpu"
+# In company all by one, one tile after the other.
+kernels, device = fixtures(experts_int4_prompt_hopper._KERNELS, *SMALL, processors=[1, 2])
 
 
 def stored(experts: int, rows: int, inputs: int, device: str) -> tuple[Tensor, Tensor, Tensor]:
     """Words, scales and the weights that they stand for: products rounded to bf16, as fp64."""
     numbers = torch.randint(-8, 8, (experts, rows, inputs), device=device)
     scales = ((torch.rand(experts, rows, inputs // 32, device=device) + 0.5) / (4 * inputs**0.5)).bfloat16()
-    words = torch.zeros(experts, rows, inputs // 8, dtype=torch.int64, device=device)
-    for place in range(8):  # the lowest four bits are the first of eight neighbours, plus 8
-        words |= (numbers[..., place::8] + 8) << (4 * place)
-    words = torch.where(words >= 2**31, words - 2**32, words).int()
     weights = numbers.float() * scales.float().repeat_interleave(32, dim=-1)
-    return words, scales, weights.bfloat16().double()
+    return words_of(numbers), scales, weights.bfloat16().double()
 
 
 def expected(x_ND: Tensor, indices_NK: Tensor, weights_NK: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:

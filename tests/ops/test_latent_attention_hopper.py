@@ -3,43 +3,17 @@ run thread by thread (`cuda_on_cpu.h`), with stretches of 64 slots and more."""
 
 from __future__ import annotations
 
-import ctypes
-import itertools
-import shutil
-from pathlib import Path
-
 import pytest
 import torch
 
-from moonbase.ops import cuda_library, latent_attention_hopper
+from moonbase.ops import latent_attention_hopper
 from moonbase.ops.latent_attention import latent_attention_reference
+from tests.ops.cuda_on_cpu import fixtures
 from tests.ops.paged import paged
 
-SHIM = Path(__file__).parent / "cuda_on_cpu.h"
 SHORT = ["-DSHORTEST_STRETCH=64", "-DLONG_STRETCH=64"]
-
-
-@pytest.fixture(scope="module")
-def kernels() -> ctypes.CDLL | None:
-    """None: the machine's own, on its GPU."""
-    if torch.cuda.is_available():
-        if not latent_attention_hopper.available():
-            pytest.skip("no nvcc, or not a Hopper GPU")
-        return None
-    compiler = shutil.which("g++") or shutil.which("clang++")
-    if compiler is None:
-        pytest.skip("no C++ compiler")
-    command = [compiler, "-std=c++17", "-O1", "-shared", "-fPIC", "-x", "c++", *SHORT, "-include", str(SHIM)]
-    return cuda_library.build("latent_attention_hopper", command, headers=[SHIM])
-
-
-@pytest.fixture
-def device(kernels: ctypes.CDLL | None, monkeypatch: pytest.MonkeyPatch) -> str:
-    if kernels is None:
-        return "cuda"
-    blocks = itertools.cycle([3, 1])  # in company, alone: the same stretches are others' work then
-    monkeypatch.setattr(latent_attention_hopper, "_where", lambda device: (kernels, next(blocks), 0))
-    return "cpu"
+# In company, alone: the same stretches are others' work then.
+kernels, device = fixtures(latent_attention_hopper._KERNELS, *SHORT, processors=[3, 1])
 
 
 def test_products(device: str) -> None:

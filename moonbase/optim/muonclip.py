@@ -46,6 +46,7 @@ from moonbase.ops.newton_schulz import (
 )
 from moonbase.optim import rounding
 from moonbase.optim.bf16_weights import Bf16Weights
+from moonbase.optim.decayed import decay_and_subtract_
 from moonbase.optim.qk_clip import scale_rows_
 from moonbase.optim.sharding import Exchange, RowShard, like_parameter, local_part, row_shard
 
@@ -89,12 +90,19 @@ class _Stack:
         """M ← μ M + G and out = the matrix to orthogonalise."""
         momentum_(self.gradient, self.momentum, out, self.group["momentum"], self.group["nesterov"])
 
+    @property
+    def decays(self) -> bool:
+        """Whether `apply` takes off the weight decay too: on a GPU its pass over the weights serves for both."""
+        return self.key is not None or (self.weight.is_cuda and not isinstance(self.group["lr"], Tensor))
+
     def apply(self, update: Tensor, scale: float, kind: rounding.Kind | None = None) -> None:
-        lr = self.group["lr"]
+        lr, decay = self.group["lr"], self.group["weight_decay"]
         if self.key is not None:
             # Decay belongs to the same rounding: 1 − 1e-4 times a bf16 number is, to the nearest, that number.
             rounding.write_(self.weight, update, kind, self.key, first=self.first, residual=self.residual,
-                            keep=1 - lr * self.group["weight_decay"], rate=lr * scale)
+                            keep=1 - lr * decay, rate=lr * scale)
+        elif self.decays:
+            decay_and_subtract_(self.weight, update, keep=1 - lr * decay, rate=lr * scale)
         elif isinstance(lr, Tensor):
             self.weight.addcmul_(update, lr * -scale)
         else:
@@ -256,8 +264,9 @@ class MuonClip(torch.optim.Optimizer):
                     native.append((shape, stack))
                 else:
                     batches.setdefault(shape, []).append(stack)
-                    decayed += [stack.weight] if stack.key is None else []
-            self._decay(decayed, group)
+                    decayed += [] if stack.decays else [stack.weight]
+            if decayed and group["weight_decay"]:
+                torch._foreach_mul_(decayed, 1 - group["lr"] * group["weight_decay"])
         if native:
             self._native_update(native, measure_update)
         first_owner = 0
@@ -285,10 +294,6 @@ class MuonClip(torch.optim.Optimizer):
         return (total / max(1, self._measured_elements)).sqrt()
 
     # --- Muon ---------------------------------------------------------------------------------------------------------
-
-    def _decay(self, weights: list[Tensor], group: dict[str, Any]) -> None:
-        if weights and group["weight_decay"]:
-            torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
 
     def _stack(self, parameter: Tensor, group: dict[str, Any]) -> tuple[_Shape, _Stack]:
         state = self.state[parameter]

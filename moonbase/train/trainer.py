@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -66,6 +66,14 @@ class Stream(Protocol):
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
+class _Ahead(NamedTuple):
+    """A batch that was read before its step, and where its stream stood before."""
+
+    stream: Stream
+    state: dict[str, Any]
+    batch: Batch
+
+
 class RepeatedBatch:
     """The same batch again and again: what a step costs does not depend on what its tokens say.
 
@@ -111,6 +119,7 @@ class Trainer:
         self.early = None
         if recipe.gradients == "freed":
             self.early = EarlyUpdates(masters, optimizer, recipe.optimizer.grad_clip)
+        self._ahead: _Ahead | None = None
         self._biases = [buffer for name, buffer in model.named_buffers() if name.endswith("e_score_correction_bias")]
 
     # --- the loop -----------------------------------------------------------------------------------------------------
@@ -138,7 +147,7 @@ class Trainer:
         """One optimizer step. Returns its metrics. Raises TrainingStopped when the guard gives up."""
         started = time.perf_counter()
         recipe, config = self.recipe, self.recipe.optimizer
-        batch = next(self.stream)
+        batch = self._next_batch()
         self.masters.prepare(self.step)
         quantized = self.masters.quantized
         num_targets = self._count_targets(batch)
@@ -146,16 +155,18 @@ class Trainer:
         if self.early is not None:
             self.early.begin(self.step, lr, config.name == "muonclip")
         totals, statistics = self._accumulate(batch, num_targets)
+        self._look_ahead()
         self.masters.collect()
         masters = list(self.masters.named.values())
         norm = grad_norm(masters)
         if self.early is not None:
             norm = self.early.norm_with(norm)
-        loss_sum, mtp_sum, balance, norm_value = torch.stack([*self.world.sum(totals), norm]).tolist()
-        loss = loss_sum / num_targets
         max_logits = reduce_max_logits([layer.max_logit for layer in statistics])
         loads = [layer.expert_load for layer in statistics if layer.expert_load.numel()]
         load = reduce_load(loads) if loads else None
+        # The host waits for the GPU from here on.
+        loss_sum, mtp_sum, balance, norm_value = torch.stack([*self.world.sum(totals), norm]).tolist()
+        loss = loss_sum / num_targets
         skipped = self.guard.reason_to_skip(loss, norm_value)
         clipped = None
         if skipped is None:
@@ -189,6 +200,21 @@ class Trainer:
             record["skipped"] = skipped
         self.expert_share = (load / load.mean(1, keepdim=True)).tolist() if load is not None else []
         return record
+
+    def _next_batch(self) -> Batch:
+        ahead, self._ahead = self._ahead, None
+        return ahead.batch if ahead is not None and ahead.stream is self.stream else self._read()
+
+    def _read(self) -> Batch:
+        batch = next(self.stream)
+        return batch.whole_rows_first() if self.world.device.type == "cuda" else batch
+
+    def _look_ahead(self) -> None:
+        """Read the next step's batch while the GPU is at work on this one's, into memory that it can copy from."""
+        if self.world.device.type == "cuda" and self.step + 1 < self.recipe.steps:
+            state, batch = self.stream.state_dict(), self._read()
+            batch = Batch(batch.tokens.pin_memory(), batch.targets.pin_memory(), batch.documents.pin_memory())
+            self._ahead = _Ahead(self.stream, state, batch)
 
     def _count_targets(self, batch: Batch) -> int:
         count = torch.tensor((batch.targets != IGNORE).sum().item(), dtype=torch.float64)
@@ -247,12 +273,15 @@ class Trainer:
 
     def state(self) -> dict[str, Any]:
         """JSON-able facts beside weights and optimizer tensors."""
-        return {"step": self.step, "tokens": self.tokens, "seconds": self.seconds, "stream": self.stream.state_dict(),
+        ahead = self._ahead
+        position = ahead.state if ahead is not None and ahead.stream is self.stream else self.stream.state_dict()
+        return {"step": self.step, "tokens": self.tokens, "seconds": self.seconds, "stream": position,
                 "guard": self.guard.state(), "last_norm": self.early.last_norm if self.early else 0.0}
 
     def load_state(self, state: dict[str, Any]) -> None:
         self.step, self.tokens, self.seconds = state["step"], state["tokens"], state["seconds"]
         self.stream.load_state_dict(state["stream"])
+        self._ahead = None
         self.guard.load_state(state["guard"])
         if self.early is not None:
             self.early.last_norm = state.get("last_norm", 0.0)

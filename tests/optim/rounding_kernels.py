@@ -1,5 +1,5 @@
-"""The GPU form of `optim.rounding` against the readable one: in Triton's interpreter, and on the GPU where there is
-one."""
+"""The GPU forms of `optim.rounding` and `optim.decayed` against readable ones: in Triton's interpreter, and on the GPU
+where there is one."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import os
 import pytest
 import torch
 
-from moonbase.optim import rounding, rounding_cuda
+from moonbase.optim import decayed_cuda, rounding, rounding_cuda
 from moonbase.optim.rounding import AdamStep, Key
 
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
@@ -63,3 +63,13 @@ def test_adamw(kind: str, count: int) -> None:
     rounding_cuda.adamw_(*there, AdamStep(3e-4, (0.9, 0.95), 1e-8, 0.1, corrections.to(DEVICE)), kind, KEYS[0])
     for found, expected in zip((there[0], *there[2:4]), (weight, mean, square), strict=True):
         same(found, expected)
+
+
+@pytest.mark.parametrize("count", [1, 5000])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_decay_and_subtract(count: int, dtype: torch.dtype) -> None:
+    weight, update = normal(count, seed=0), normal(count, seed=1).to(dtype)
+    expected = weight.double() * (1 - 3e-3) - update.double() * 7e-3
+    there = weight.to(DEVICE)
+    decayed_cuda.decay_and_subtract_(there, update.to(DEVICE), keep=1 - 3e-3, rate=7e-3)
+    torch.testing.assert_close(there.cpu().double(), expected, rtol=1e-6, atol=1e-7)

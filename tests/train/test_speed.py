@@ -32,3 +32,22 @@ def test_recomputed_blocks_can_be_compiled(kind: str) -> None:
     assert len(gradients[0]) == len(gradients[1]) > 0
     for plain, other in zip(*gradients, strict=True):
         torch.testing.assert_close(other, plain, rtol=1e-4, atol=1e-5)
+
+
+def test_full_recomputation_keeps_nothing_but_inputs() -> None:
+    """Of a compiled block, whatever happens inside autograd functions."""
+    config = ModelConfig(vocab_size=64, hidden_size=32, intermediate_size=64, moe_intermediate_size=8,
+                         num_hidden_layers=1, first_k_dense_replace=1, num_attention_heads=2, q_lora_rank=16,
+                         kv_lora_rank=8, qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=16, n_routed_experts=4,
+                         num_experts_per_tok=2, max_position_embeddings=64)
+    model = Transformer(config).initialize(0)
+    recompute_blocks(model, "full")
+    block = next(iter(model.blocks()))
+    block.compile(dynamic=False, backend="aot_eager_decomp_partition")
+    inputs = [torch.randn(2, 12, 32, requires_grad=True), torch.randn(12, 4), torch.randn(12, 4)]
+    out, _ = block(*inputs)
+    given = {tensor.data_ptr() for tensor in [*inputs, *block.parameters()]}
+    # Bytes aside: the compiler keeps where random numbers stand, which attention might ask for.
+    kept = {tensor.data_ptr() for tensor in out.grad_fn.saved_tensors if tensor.is_floating_point()}
+    torch._dynamo.reset()
+    assert inputs[0].data_ptr() in kept <= given

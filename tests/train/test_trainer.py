@@ -16,6 +16,7 @@ from moonbase.ops.attention import Documents
 from moonbase.optim import learning_rate
 from moonbase.recipe import Recipe
 from moonbase.train.assembly import fill, make_trainer
+from moonbase.train.parallel import World
 from moonbase.train.precision import Masters
 from moonbase.train.trainer import Callback, RepeatedBatch, Trainer
 from tests.train.tiny import MODEL, ONE, content, metrics, run, tensors
@@ -209,3 +210,50 @@ def test_one_process_asks_nobody(recipe: Recipes, monkeypatch: pytest.MonkeyPatc
     assert ONE.agree(True) is True and ONE.agree(False) is False and ONE.on_first(lambda: 5) == 5
     values = torch.ones(2)
     assert ONE.sum(values) is values
+
+
+class Drawn(RepeatedBatch):
+    """Other tokens at every step, one document a row."""
+
+    def __init__(self, plan: Recipe) -> None:
+        self.plan, self.taken = plan, 0
+
+    def __next__(self) -> Batch:
+        self.taken += 1
+        shape = self.plan.batch_size, self.plan.sequence_length + 1
+        generator = torch.Generator().manual_seed(self.taken)
+        return RepeatedBatch(torch.randint(0, self.plan.model.vocab_size, shape, generator=generator)).batch
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"taken": self.taken}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.taken = state["taken"]
+
+
+def test_the_next_batch_is_read_ahead_and_restarts_know_nothing_of_it(
+    recipe: Recipes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: self)
+    plan = recipe(steps=9)
+    plain, ahead = (make_trainer(plan, ONE, Drawn(plan)) for _ in range(2))
+
+    def look_ahead() -> None:
+        with monkeypatch.context() as as_on_a_gpu:
+            as_on_a_gpu.setattr(ahead, "world", World(0, 1, torch.device("cuda")))
+            Trainer._look_ahead(ahead)
+
+    def both() -> list[float]:
+        return [trainer.train_step()["loss"] for trainer in (plain, ahead)]
+
+    monkeypatch.setattr(ahead, "_look_ahead", look_ahead)
+    for taken in (1, 2, 3):
+        one, other = both()
+        assert one == other and ahead.stream.taken == taken + 1
+        assert ahead.state() == plain.state() | {"seconds": ahead.seconds}
+    ahead.load_state(ahead.state())
+    one, other = both()
+    assert one == other
+    plain.stream, ahead.stream = Drawn(plan), Drawn(plan)  # nothing of the old one is left
+    one, other = both()
+    assert one == other

@@ -3,7 +3,8 @@
 The fast form sorts the (token, choice) pairs by expert once, runs two grouped GEMMs and sums the choices of a token by
 gathering, never by scattered addition, so that the result does not depend on thread timing. On a CPU only the input and
 the pre-activations are kept for the backward pass; the gathered inputs and the activations are made again there. On a
-GPU they are kept as well: who lacks the memory recomputes whole blocks (`train.speed`).
+GPU they are kept as well: who lacks the memory recomputes whole blocks (`train.speed`). On a Hopper GPU the products
+are kernels of our own (`experts_hopper`), with SwiGLU at the end of the first.
 
 Shapes: T tokens, K choices per token, N = T·K rows, D hidden, E experts, I expert width.
 """
@@ -16,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moonbase.ops import native
+from moonbase.ops import experts_hopper, native
 from moonbase.ops.grouped_mm import grouped_mm, grouped_outer
 
 
@@ -87,17 +88,26 @@ def swiglu_backward(grad_NI: Tensor, gate_up_NF: Tensor, weight_N1: Tensor) -> t
     return grad_gate_up.to(gate_up_NF.dtype), grad_weight, activation.mul_(weight_N1).to(gate_up_NF.dtype)
 
 
+def _on_hopper(rows_ND: Tensor, gate_up_EFD: Tensor, down_EDI: Tensor) -> bool:
+    return rows_ND.is_cuda and experts_hopper.fits(rows_ND, gate_up_EFD, down_EDI) and experts_hopper.available()
+
+
 class _Experts(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_TD, weights_TK, gate_up_EFD, down_EDI, order, inverse, ends):
         num_choices = weights_TK.shape[1]
         weight_N1 = weights_TK.flatten()[order, None]
         rows_ND = repeat_tokens(x_TD, order, inverse)
-        gate_up_NF = grouped_mm(rows_ND, gate_up_EFD.transpose(1, 2), ends)
-        activation_NI = swiglu(gate_up_NF, weight_N1)
+        on_hopper = _on_hopper(rows_ND, gate_up_EFD, down_EDI)
+        if on_hopper:
+            gate_up_NF, activation_NI = experts_hopper.gate_up_product(rows_ND, gate_up_EFD, weight_N1[:, 0], ends)
+        else:
+            gate_up_NF = grouped_mm(rows_ND, gate_up_EFD.transpose(1, 2), ends)
+            activation_NI = swiglu(gate_up_NF, weight_N1)
         kept = (rows_ND, activation_NI) if x_TD.is_cuda else (x_TD, None)
         del rows_ND
-        out_ND = grouped_mm(activation_NI, down_EDI.transpose(1, 2), ends)
+        out_ND = (experts_hopper.product(activation_NI, down_EDI, ends) if on_hopper
+                  else grouped_mm(activation_NI, down_EDI.transpose(1, 2), ends))
         ctx.save_for_backward(*kept, weight_N1, gate_up_NF, gate_up_EFD, down_EDI, order, inverse, ends)
         return sum_choices(out_ND, inverse, num_choices)
 
@@ -106,12 +116,15 @@ class _Experts(torch.autograd.Function):
         inputs, kept_NI, weight_N1, gate_up_NF, gate_up_EFD, down_EDI, order, inverse, ends = ctx.saved_tensors
         num_choices = order.shape[0] // grad_TD.shape[0]
         grad_ND = repeat_tokens(grad_TD, order, inverse)
-        grad_activation = grouped_mm(grad_ND, down_EDI, ends)
-        grad_gate_up_NF, grad_weight_N, activation_NI = swiglu_backward(grad_activation, gate_up_NF, weight_N1)
-        grad_down = grouped_outer(grad_ND, activation_NI if kept_NI is None else kept_NI, ends)
+        mm, outer = grouped_mm, grouped_outer
+        if _on_hopper(grad_ND, gate_up_EFD, down_EDI):
+            mm, outer = experts_hopper.gradient, experts_hopper.weight_gradient
+        grad_gate_up_NF, grad_weight_N, activation_NI = swiglu_backward(
+            mm(grad_ND, down_EDI, ends), gate_up_NF, weight_N1)
+        grad_down = outer(grad_ND, activation_NI if kept_NI is None else kept_NI, ends)
         rows_ND = repeat_tokens(inputs, order, inverse) if kept_NI is None else inputs
-        grad_gate_up = grouped_outer(grad_gate_up_NF, rows_ND, ends)
-        grad_x = sum_choices(grouped_mm(grad_gate_up_NF, gate_up_EFD, ends), inverse, num_choices)
+        grad_gate_up = outer(grad_gate_up_NF, rows_ND, ends)
+        grad_x = sum_choices(mm(grad_gate_up_NF, gate_up_EFD, ends), inverse, num_choices)
         grad_weights = grad_weight_N[inverse].view(-1, num_choices)
         return grad_x, grad_weights, grad_gate_up, grad_down, None, None, None
 

@@ -49,7 +49,7 @@ def recompute_blocks(model: nn.Module, kind: str) -> None:
 _KEPT = frozenset({
     "aten::mm", "aten::mm.dtype", "aten::addmm", "aten::bmm", "aten::_grouped_mm",
     "aten::_scaled_dot_product_cudnn_attention", "aten::_scaled_dot_product_flash_attention_for_cpu",
-    "moonbase::packed_attention", "moonbase::exact_above",
+    "moonbase::packed_attention", "moonbase::exact_above", "moonbase::experts_gate_up", "moonbase::experts_product",
 })
 _WIDE = 4
 """A product whose output is this many times wider than its input is cheaper to make again than to keep: MLA's

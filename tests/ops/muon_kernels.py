@@ -1,5 +1,5 @@
-"""The kernels of `muon_cuda` against plain PyTorch. `test_cuda_kernels` runs this file as it does `kernels.py`: in
-Triton's interpreter on any machine that has triton, and on the GPU where there is one."""
+"""The kernels of `muon_cuda` and `symmetric_cuda` against plain PyTorch. `test_cuda_kernels` runs this file as it does
+`kernels.py`: in Triton's interpreter on any machine that has triton, and on the GPU where there is one."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import os
 import pytest
 import torch
 
-from moonbase.ops import muon_cuda
+from moonbase.ops import muon_cuda, symmetric_cuda
 
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 # The interpreter cuts fp32 off where bf16 should be rounded.
@@ -45,3 +45,20 @@ def test_divide(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     muon_cuda.divide(found, divisors.to(DEVICE), found)
     torch.testing.assert_close(
         found.double().cpu(), matrices.double() / divisors.double(), rtol=ROUNDED[dtype], atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(2, 128, 256), (1, 384, 128), (2, 256, 128)], ids=str)
+def test_products(shape: tuple[int, int, int]) -> None:
+    """What one step of Newton-Schulz takes, of wide and tall matrices; every place of the result is written."""
+    dtype = torch.bfloat16 if DEVICE == "cuda" else torch.float32
+    x = (normal(*shape, dtype=torch.float32, seed=0) / 16).to(DEVICE, dtype)
+    left, right = (x, x.mT) if shape[1] <= shape[2] else (x.mT, x)
+    near = dict.fromkeys(("rtol", "atol"), ROUNDED[dtype] + 1e-5)
+    square = symmetric_cuda.product(left, right, symmetric=True)
+    torch.testing.assert_close(square.double(), left.double() @ right.double(), **near)
+    bend = symmetric_cuda.product(square, square, square, 2.0, -4.5, torch.full_like(square, torch.nan), symmetric=True)
+    torch.testing.assert_close(bend.double(), 2 * square.double() @ square.double() - 4.5 * square.double(), **near)
+    assert torch.equal(square, square.mT) and torch.equal(bend, bend.mT)
+    left, right = (bend, x) if shape[1] <= shape[2] else (x, bend)
+    found = symmetric_cuda.product(left, right, x, 1.0, 3.5, torch.full_like(x, torch.nan))
+    torch.testing.assert_close(found.double(), left.double() @ right.double() + 3.5 * x.double(), **near)

@@ -40,6 +40,9 @@ EXPANDED_BYTES = 1 << 32
 CROWD = 12
 """Rows an expert gets on average from which on the kernel for prompts does all work on INT4 experts: the one for rows
 that decode takes eight rows at once and reads the weights again for the next."""
+LEAST_STRETCHES = 4
+"""Parts of a context that a GPU reads side by side, however many sequences there may be: when few of them are there, a
+token should not wait for one processor."""
 CHUNK_TOKENS = 16384
 """Prompt tokens that a pass reads: so many share what their context expands to, and every expert gets a few hundred."""
 
@@ -85,6 +88,7 @@ class CudaPass:
         # Decided once: a token's bits do not depend on how many others are there.
         self._crowded = bool(config.n_routed_experts) and (
             most_sequences * config.num_experts_per_tok >= CROWD * config.n_routed_experts)
+        self._stretches = max(LEAST_STRETCHES, 8192 // (config.num_attention_heads * most_sequences))
         self.chosen: list[Tensor] | None = None
         """Where to put the experts that each sparse layer's rows choose, for who wants to count them."""
         self.prepare(model)
@@ -178,7 +182,8 @@ class CudaPass:
             query_NHX = decoding_cuda.absorb_query(query_NHK[:first], weight, self._cos_PR, self._sin_PR,
                                                    positions_N[:first])
             read_NHC = latent_attention(query_NHX, store_PZX, batch.tables_BM, batch.sequence_N[:first],
-                                        batch.position_N[:first], attention.config.softmax_scale, self._cache.rank)
+                                        batch.position_N[:first], attention.config.softmax_scale, self._cache.rank,
+                                        self._stretches)
             outputs.append(decoding_cuda.expand_values(read_NHC, weight, attention.config.v_head_dim))
         if reading is not None:
             rows = slice(first, first + sum(reading.counts))

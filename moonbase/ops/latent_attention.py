@@ -43,16 +43,17 @@ def latent_attention_reference(
 
 def latent_attention(
     query_NHX: Tensor, store_PZX: Tensor, tables_BM: Tensor, sequence_N: Tensor, position_N: Tensor, scale: float,
-    rank: int,
+    rank: int, few: int = 4,
 ) -> Tensor:
-    """Fast twin of `latent_attention_reference`. Tokens of one sequence must stand side by side."""
+    """Fast twin of `latent_attention_reference`. Tokens of one sequence must stand side by side. `few`: see
+    `latent_attention_hopper`; a GPU's kernel of that name goes by it."""
     if query_NHX.is_cuda:
         # By the sizes of the model alone: a token's bits must not depend on what is computed beside it.
         from moonbase.ops import latent_attention_hopper as hopper
 
         if hopper.fits(query_NHX, store_PZX, rank) and hopper.available():
             return hopper.latent_attention_hopper(
-                query_NHX, store_PZX, tables_BM, sequence_N, position_N, scale, rank)
+                query_NHX, store_PZX, tables_BM, sequence_N, position_N, scale, rank, few)
         from moonbase.ops.latent_attention_cuda import latent_attention_cuda
 
         return latent_attention_cuda(query_NHX, store_PZX, tables_BM, sequence_N, position_N, scale, rank)

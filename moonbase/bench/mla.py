@@ -45,9 +45,9 @@ _TOLERANCE = {"ours": 1e-2, "peer": 5e-2}
 _ABSENT = {"flash_mla": "FlashMLA", "flash_attn_interface": "FlashAttention-3"}
 _METHOD = ("Sequences x tokens of context. Medians of 15 runs, ours and the peer in turns, each of a few milliseconds "
            "from rest (sustained load slows a GPU at its power limit: this attention by 6 to 22%); stores take turns, "
-           "so no cache holds them; the peer's cache is dense; outputs checked against fp64 before timing. Contexts are "
-           "cut into as many parts as give every processor one; an engine for more than 32 sequences cuts them into "
-           "four, for the sake of a sequence alone.")
+           "so no cache holds them; the peer's cache is dense; outputs checked against fp64 before timing. Contexts "
+           "are cut into as many parts as give every processor one; an engine for more than 32 sequences cuts them "
+           "into four, for the sake of a sequence alone.")
 
 Attend = Callable[[Tensor, Tensor], Tensor]
 """From queries [B, H, X] and a store [P, Z, X] to what is read, [B, H, C]."""

@@ -114,10 +114,11 @@ def test_what_goes_wrong_in_code_is_shown_and_state_stays(box: Sandbox) -> None:
 
 @pytest.mark.parametrize(("code", "said"), [
     ("import time; print('begun'); time.sleep(60)", "begun\n[stopped: it took more than 4 seconds]"),
-    ("while True: pass", "[stopped: it took more than 0.5 seconds]"),
+    pytest.param("while True: pass", "[stopped: it took more than 0.5 seconds]", marks=pytest.mark.slow),
     ("import os; print('begun'); os._exit(7)", "begun\n[exit status 7]"),
     ("while True: print('x' * 1000)", "[stopped: it wrote more than 1 MiB of output]"),
-    ("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", "[exit status 137: SIGKILL]"),
+    pytest.param("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", "[exit status 137: SIGKILL]",
+                 marks=pytest.mark.slow),
     ("import ctypes; ctypes.string_at(0)", "[exit status 139: SIGSEGV]"),
     ("import os\nfor number in range(3, 99):\n  try: os.close(number)\n  except OSError: pass", "[exit status"),
 ])
